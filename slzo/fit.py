@@ -95,7 +95,8 @@ def prepare(
         num_shards = 1 if run.shard_group is None else run.shard_group.number
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
     parts = load_parts(options, run.device, run.shard_group) if loaded is None else loaded
-    parts.use_onednn(rows.processes.broadcast(parts.onednn))  # a timing decides it, which each process made for itself
+    if (agreed := rows.processes.broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
+        parts.use_onednn(agreed)
     adapt_rows(rows, parts, options)
     _check_time(rows, run, "loading took")
     if checkpoint is not None:

@@ -26,6 +26,7 @@ from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
+from slzo.zo.processes import Processes
 from tiny import make_tokenizer
 
 # ---- start --------------------------------------------------------------------------------------------------------------
@@ -231,6 +232,16 @@ def test_a_resume_keeps_the_choice_of_kernels(options, monkeypatch):
             == 0
         )
         assert bool(kernels) == uses
+
+
+@pytest.mark.parametrize("of_first", [True, False])
+def test_all_processes_use_the_kernels_of_the_first(of_first, options, monkeypatch):
+    """Each measures which are faster, and the measurements may differ."""
+    monkeypatch.setattr(parts_of_models, "onednn_is_faster", lambda layer: not of_first)
+    first = Processes(broadcast=lambda value: of_first if isinstance(value, bool) else value)
+    monkeypatch.setattr(TaskDataModule, "processes", property(lambda _: first))
+    assert main(["fit", *options]) == 0
+    assert read_checkpoint(last_checkpoint()).note["onednn"] is of_first
 
 
 def test_a_resume_reads_the_checkpoint_once(options, monkeypatch):

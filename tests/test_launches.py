@@ -366,7 +366,7 @@ def test_only_a_command_continues_the_run_of_a_restarted_job(tmp_path, monkeypat
     trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
     for program in ("script.py", "slzo"):
         monkeypatch.setattr(sys, "argv", [program, "fit"])
-        assert trainer._find(None, restarted=True) is None
+        assert trainer._find(None, to_continue=True) is None
     assert asked == ["42"]
 
 
