@@ -186,10 +186,11 @@ class _DividedOutput(LayerOutput):
     """The output of a layer whose points are divided over processes, which exchange N times M losses."""
 
     def __init__(self, output: LayerOutput, processes: Processes) -> None:
-        for name in LayerOutput.__annotations__:
-            setattr(self, name, getattr(output, name))
-        self.points_at_once *= processes.directions
         self._output, self._processes = output, processes
+        self.points_at_once = output.points_at_once * processes.directions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
     def losses(self, shifts: Tensor) -> Tensor:
         own = _share(len(shifts), self._processes)
@@ -197,7 +198,7 @@ class _DividedOutput(LayerOutput):
         before = self._output.num_points
         if own.start < own.stop:
             losses[own] = self._output.losses(shifts[own])
-        self._output.num_points = self.num_points = before + len(shifts)
+        self._output.num_points = before + len(shifts)
         return self._processes.sum_points(losses)
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
