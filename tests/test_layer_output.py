@@ -46,7 +46,7 @@ from slzo.zo.objectives import (
     AnswerLikelihood,
     CandidateCrossEntropy,
 )
-from slzo.zo.packed_layer_output import PackedLayerOutput
+from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
 from slzo.zo.processes import Part, Processes, identity
 from slzo.zo.scopes import (
     ActivationSubspace,
@@ -545,7 +545,7 @@ def test_only_the_layers_above_run_for_a_query(queries, examples, monkeypatch):
     first, *of_queries = [tokens for start, stop, tokens in seen if (start, stop) == (2, 4)]
     assert first == shifted
     assert sum(of_queries) == 2 * queries * shifted
-    assert max(of_queries) <= max(512, 2 * shifted)
+    assert max(of_queries) <= max(_FEWEST_TOKENS, 2 * shifted)
     assert Counter(start for start, _, _ in seen) == {1: 3, 2: 2 + len(of_queries), 3: 1}
     # in passes of three layers: the tuned one, then the layer above over all tokens, and three and two over those of answers
     share = shifted / packed.num_tokens

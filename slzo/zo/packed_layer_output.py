@@ -14,7 +14,7 @@ from slzo.zo.last_tokens import layers_above
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
-_FEWEST_TOKENS = 512
+_FEWEST_TOKENS = 640
 # Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
 _FEWEST_LOGITS = 4_000_000
 # In half precision a shift along a direction has at least this share of the size of what the layer adds.

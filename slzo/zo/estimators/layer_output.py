@@ -100,31 +100,29 @@ class LayerOutputPerturbation(Estimator):
         """Return the estimated gradient of the total loss with respect to the output, shape (P, width)."""
         size = self.scale * output.size
         gradient = torch.zeros(len(size), output.width, device=size.device)
-        at_once = max(1, output.points_at_once // 2)
-        default_tokens = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
-        tokens = default_tokens if self.tokens is None else self.tokens
-        shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
-        directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
-        if shifts is not None:
-            # independent signs tell the positions of a row apart
-            signs = [row_noise(output.keys, output.counts, size, seed, step, -1 - k).sign() for k in range(len(shifts))]
-            for part in range(0, len(shifts), at_once):
-                own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
-                change, applied = self._changes(output, own)
-                gradient += (change[..., None] * normalize(applied, dim=2) / _norm(applied)).sum(dim=0)
-        default_queries = _QUERIES
-        if output.whole_vocabulary:
-            default_queries = _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
-        num_queries = default_queries if self.queries is None else self.queries
         rest = torch.zeros_like(gradient)
-        for first in range(0, num_queries, at_once):
-            queries = range(first, min(first + at_once, num_queries))
-            noise = torch.stack(
-                [row_noise(output.keys, output.counts, gradient, seed, step, query) for query in queries]
-            )
-            along = torch.einsum("qpd,kpd->qpk", noise, directions)
-            change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
-            rest += torch.einsum("np,npd->pd", change, applied)
+        default_tokens, default_queries = _TOKENS, _QUERIES
+        if output.whole_vocabulary:
+            default_tokens = _TOKENS_WIDE
+            default_queries = _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
+        tokens = default_tokens if self.tokens is None else self.tokens
+        num_queries = default_queries if self.queries is None else self.queries
+        shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
+        along = gradient.new_zeros(0, *gradient.shape) if shifts is None else shifts
+        directions = normalize(along, dim=2)
+        noise_of = partial(row_noise, output.keys, output.counts, seed=seed, step=step)
+        at_once = max(1, output.points_at_once // 2)
+        for first in range(0, len(along) + num_queries, at_once):
+            numbers = range(first, min(first + at_once, len(along) + num_queries))  # of directions, then of queries
+            # independent signs tell the positions of a row apart
+            signs = [noise_of(size, query=-1 - number).sign() for number in numbers if number < len(along)]
+            noise = [noise_of(gradient, query=number - len(along)) for number in numbers if number >= len(along)]
+            own = [along[first : first + len(signs)] * torch.stack(signs)] if signs else []
+            own += [size * _orthogonal(torch.stack(noise), directions)] if noise else []
+            change, applied = self._changes(output, torch.cat(own))
+            slope = change[: len(signs), :, None] / _norm(applied[: len(signs)])
+            gradient += (slope * normalize(applied[: len(signs)], dim=2)).sum(dim=0)
+            rest += torch.einsum("np,npd->pd", change[len(signs) :], applied[len(signs) :])
         rest /= num_queries * size.square()
         return rest if shifts is None else gradient + limit_noise(rest, gradient, num_queries)
 
@@ -171,6 +169,11 @@ def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
     outside = size.square() * num_queries / (rest.shape[1] + num_queries + 1)
     weight = _NOISE_SHARE * outside / rms(along).square() * along.abs() / size
     return rest * weight.nan_to_num(_NOISE_WEIGHT).clamp(max=_NOISE_WEIGHT)
+
+
+def _orthogonal(noise: Tensor, directions: Tensor) -> Tensor:
+    """Return noise, shape (Q, P, width), without its part along orthonormal directions, shape (K, P, width)."""
+    return noise - torch.einsum("qpk,kpd->qpd", torch.einsum("qpd,kpd->qpk", noise, directions), directions)
 
 
 def _norm(shifts: Tensor) -> Tensor:
