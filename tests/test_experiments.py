@@ -415,6 +415,16 @@ def test_a_folder_without_results_takes_other_settings(tmp_path):
         CellStore(tmp_path / "s", {"eps": 3})
 
 
+def test_a_folder_that_another_process_works_in_keeps_its_settings(tmp_path):
+    """Its first cell may take minutes."""
+    store = CellStore(tmp_path / "s", {"eps": 1})
+    with store.claim("x"):
+        CellStore(tmp_path / "s", {"eps": 1})
+        with pytest.raises(SlzoError, match="eps: 1 -> 2"):
+            CellStore(tmp_path / "s", {"eps": 2})
+    CellStore(tmp_path / "s", {"eps": 2})
+
+
 def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys, tmp_path):
     """5 s for 10 units: 45 s for the 90 left, and 40 s without 10 that another process has done."""
     now, store = [100.0], CellStore(tmp_path / "s", {})

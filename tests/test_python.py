@@ -29,7 +29,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import AUTO_LR
 from slzo.zo.processes import ALONE, Processes
-from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning, RandomLayers
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning, RandomLayers
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -363,6 +363,16 @@ def fit(data_dir, model_dir, **options):
         datamodule=data,
     )
     return trainer, data
+
+
+def test_strategies_see_the_masters_alone(model_dir, data_dir):
+    """DDP sends the buffers of its module in each step, and a subspace has large ones."""
+    module = ZOModule(str(model_dir), 2, scope=ActivationSubspace(rank=2, num_sequences=4), seed=0)
+    ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=rows(data_dir))
+    assert [*module.tuned_model.tensors.buffers()]
+    assert not [name for name, _ in module.named_buffers() if not name.startswith("model.")]
+    held = [id(each) for name, each in module.named_parameters() if not name.startswith("model.")]
+    assert held == [id(master) for master in module.tuned_model.tensors.masters]
 
 
 def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir):
