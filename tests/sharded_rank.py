@@ -50,6 +50,12 @@ def seen(folder: str) -> dict[str, float | bool]:
         worst = max(worst, float((parts.logits(batch, start, hidden) - expected).abs().max()))
     group.barrier()
     found["error"] = worst
+    start, gathered = plain.num_layers - 2, []
+    for _ in range(3):
+        parts.logits(batch, start, plain.run(batch, 0, start))
+        gathered.append(group.num_bytes)
+    group.barrier()
+    found["last layers stay"] = gathered[1:] == gathered[:1] * 2
     same = [torch.equal(value, whole.get_parameter(name)) for name, value in named_values(model)]
     found["values"] = all(same) and len(same) == len(list(whole.parameters()))
     found |= _loaded(model, whole)

@@ -16,11 +16,13 @@ class Placement(ABC):
 
     Attributes:
         offloads: Whether some layers need their weights read, copied or gathered for each run.
+        num_kept: Number of such layers whose weights stay after their use, until those of others are needed.
         elsewhere: Where the layers are if some run on another device, such as ``layers 0 to 3 on cuda:0, 4 to 29 on cuda:1``;
             otherwise empty.
     """
 
     offloads: bool = True
+    num_kept: int = 0
     elsewhere: str = ""
 
     @abstractmethod

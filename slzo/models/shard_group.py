@@ -20,6 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 _DONE = torch.iinfo(torch.int64).max
+MOST_IDLE = 2
+"""Layers that stay whole after their use, until others are gathered.
+
+Often only one or two layers are above the tuned one, and they are all that runs in a step, several times.
+"""
 
 
 class ShardGroup:
@@ -43,6 +48,7 @@ class ShardGroup:
         self._mesh = init_device_mesh(device.type, (self.number,))
         self._agreement = distributed.new_group(backend="gloo", timeout=timeout)
         self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
+        self._idle: list[int] = []  # whole and not in use, the last used one at the end
         self._next_key = 0
 
     def divide(self, tensors: list[Tensor]) -> LayerShard:
@@ -57,22 +63,40 @@ class ShardGroup:
     def gather(self, key: int) -> None:
         """Gather the shard of this key together with all processes; until they agree on it, join in gathering others.
 
-        ``_DONE`` stands for no shard: this process only joins in, until all are done.
+        A shard that is still whole is not gathered again. ``_DONE`` stands for no shard: this process only joins in, until all
+        are done.
 
         Raises:
             DistError: Another process has ended or does not answer.
         """
+        if key in self._idle:
+            self._idle.remove(key)
+            return
         started = time.perf_counter()
         while (agreed := self._agree(key)) != _DONE:
             shard = self._shards[agreed]
+            self._reshard_idle(MOST_IDLE - 1, also=agreed)
             # memory that was first used in inference mode could not be used outside of it
             with _lost_processes(), torch.inference_mode(False):
                 shard.weights.unshard()
             self.num_bytes += shard.num_bytes
             if agreed == key:
                 break
-            shard.drop()
+            shard.weights.reshard()
         self.seconds += time.perf_counter() - started
+
+    def release(self, key: int) -> None:
+        """Say that a gathered shard is not used any more. It may stay whole until others are gathered."""
+        self._idle.append(key)
+        self._reshard_idle(MOST_IDLE)
+
+    def _reshard_idle(self, most: int, also: int | None = None) -> None:
+        """Free idle shards until at most ``most`` are whole, the one used longest ago first, and the one of the key ``also``."""
+        while len(self._idle) > most or also in self._idle:
+            key = also if also in self._idle else self._idle[0]
+            self._idle.remove(key)
+            if (shard := self._shards.get(key)) is not None:
+                shard.weights.reshard()
 
     def barrier(self) -> None:
         """Return when all processes are here; until then, join in gathering what the others need. A collective call.
@@ -128,5 +152,5 @@ class LayerShard:
         return self.tensors
 
     def drop(self) -> None:
-        """Free what this process has no share of."""
-        self.weights.reshard()
+        """Say that the whole tensors are not used any more; see :meth:`ShardGroup.release`."""
+        self._group.release(self._key)

@@ -16,7 +16,7 @@ from slzo.models.engine import DType
 from slzo.models.load import load_model
 from slzo.models.placement import Placement, place, placement_of
 from slzo.models.quantization import is_plain
-from slzo.models.shard_group import ShardGroup
+from slzo.models.shard_group import MOST_IDLE, ShardGroup
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
@@ -40,6 +40,8 @@ class ShardedLayers(Placement):
     Raises:
         SlzoError: A tensor of a layer cannot be divided.
     """
+
+    num_kept = MOST_IDLE
 
     def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device) -> None:
         self.group = group

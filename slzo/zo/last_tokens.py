@@ -186,7 +186,8 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
 
     last, final = LastTokens.of(batch), None
     placement = placement_of(parts.model)
-    if placement is not None and placement.offloads:  # one more pass would read or gather all weights once more
+    # one more pass would read or gather all weights once more, unless they stay
+    if placement is not None and placement.offloads and stop - start > placement.num_kept:
         states_after, states = recorded(parts, batch, start, stop, hidden)
         final = states_after[last.positions]
     else:

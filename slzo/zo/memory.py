@@ -91,7 +91,7 @@ class MemoryInputs:
         on_cpu: Whether program, weights and cache share one memory.
         away: Number of frozen layers that ``model.device_map`` puts elsewhere. One of them at a time takes memory here.
         where: Where the layers are, in words; empty if all are here.
-        num_shards: Number of processes that divide every layer; the weights of one layer at a time are gathered.
+        num_shards: Number of processes that divide every layer; the weights of up to two layers are whole at a time.
         differentiated: Number of layers whose activations are kept for a backward pass.
         records: Whether the keys and values of the layers above the tuned one are kept during a step.
     """
@@ -126,8 +126,8 @@ class MemoryInputs:
         elsewhere = layer * max(0, self.away - 1)
         if self.num_shards > 1:
             frozen = shape.num_layers - self.full_layers
-            # while a layer is gathered, its weights are there twice: as received, and as tensors
-            elsewhere = max(0, layer * (frozen - 2) - layer * shape.num_layers // self.num_shards)
+            # while a layer is gathered, its weights are there twice, as received and as tensors; and another one is still whole
+            elsewhere = max(0, layer * (frozen - 3) - layer * shape.num_layers // self.num_shards)
         weights -= elsewhere
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
         if self.num_shards > 1:
