@@ -94,9 +94,9 @@ def prepare(
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.number
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
-    parts = load_parts(options, run.device, run.shard_group) if loaded is None else loaded
-    if (agreed := rows.processes.broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
-        parts.use_onednn(agreed)
+    parts = loaded
+    if parts is None:
+        parts = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, parts, options)
     _check_time(rows, run, "loading took")
     if checkpoint is not None:

@@ -263,7 +263,8 @@ class ZOModule(LightningModule):
         """Return the untuned model, and load it if that has not been done."""
         if self._untuned is None:
             root = self.trainer.strategy.root_device
-            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer)))
+            broadcast = self.trainer.strategy.broadcast
+            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer), broadcast))
         assert self._untuned is not None
         return self._untuned
 
@@ -292,6 +293,18 @@ class ZOModule(LightningModule):
         """Check that the rows have the tokenizer of a checkpoint that is scored."""
         if not self.rows.allow_changed_rows:
             check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the module, together with the constants of the scope, which are no submodule."""
+        if self.tuned_model is not None:
+            self.tuned_model.tensors.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def cpu(self) -> Self:
+        """Move the module to the CPU, as :meth:`to`."""
+        if self.tuned_model is not None:
+            self.tuned_model.tensors.cpu()
+        return super().cpu()
 
     def _hold_tuned(self, tuned: TunedModel) -> None:
         self.tuned_model = tuned

@@ -3,7 +3,7 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any, cast
@@ -27,6 +27,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
+from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.stepper import StepOptions, Stepper
@@ -46,10 +47,16 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
-def load_parts(options: TrainingOptions, device: torch.device, shard_group: ShardGroup | None = None) -> ModelParts:
+def load_parts(
+    options: TrainingOptions,
+    device: torch.device,
+    shard_group: ShardGroup | None = None,
+    broadcast: Callable[[bool], bool] = identity,
+) -> ModelParts:
     """Load the model on a device and split it into parts; nothing is tuned yet.
 
-    With ``shard_group`` these processes divide the layers among them.
+    With ``shard_group`` these processes divide the layers among them. ``broadcast`` returns the value of the first process, which
+    decides for all whether oneDNN is used.
 
     Raises:
         SlzoError: The model cannot be loaded, or cannot be run in parts.
@@ -66,7 +73,10 @@ def load_parts(options: TrainingOptions, device: torch.device, shard_group: Shar
         if options.quantization is None and model.device != device:
             model = model.to(device)  # type: ignore[arg-type]
     engine = options.engine
-    return split_and_verify(cast("Any", model), engine.packed, engine.onednn)
+    parts = split_and_verify(cast("Any", model), engine.packed, engine.onednn)
+    if (agreed := broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
+        parts.use_onednn(agreed)
+    return parts
 
 
 def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:

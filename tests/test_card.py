@@ -16,6 +16,7 @@ import torch
 from helpers import (
     CARD,
     FAMILIES,
+    described,
     last_checkpoint,
     layer_forward,
     needs_card,
@@ -31,6 +32,7 @@ from helpers import (
 
 from slzo.__main__ import main
 from slzo.batches.packing import pack
+from slzo.datamodule import TaskDataModule
 from slzo.evaluation.decoding import generate
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.device_placement import load_with_device_map
@@ -38,8 +40,11 @@ from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
+from slzo.module import ZOModule
+from slzo.trainer import ZOTrainer
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+from slzo.zo.scopes import ActivationSubspace, OutlierChannels
 
 pytestmark = [pytest.mark.cuda, needs_card]
 EPS = 1e-3
@@ -131,6 +136,24 @@ def test_a_run_trains_scores_and_resumes(options, more):
     assert main(["fit", *options]) == 0
     assert main(["fit", *options, "--trainer.max_steps=12", "--ckpt_path=last"]) == 0
     assert main(["test", *options, "--ckpt_path=last"]) == 0
+
+
+@pytest.mark.parametrize(
+    "scope", [OutlierChannels(percent=10), ActivationSubspace(rank=2, num_sequences=4)], ids=described
+)
+def test_a_module_is_scored_and_tuned_further_after_a_fit(scope, model_dir, data_dir):
+    """Lightning moves the module to the CPU after a fit, and the constants of the scope with it."""
+    assert CARD is not None
+    device = {"accelerator": "gpu"} if CARD.type == "cuda" else {"accelerator": CARD.type, "strategy": CARD.type}
+    options = {"val_check_interval": 2, "devices": 1, "enable_progress_bar": False, **device}
+    trainer = ZOTrainer(max_steps=2, **options)
+    data = TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=8, batch_size=4)
+    module = ZOModule(str(model_dir), 2, scope=scope, seed=0)
+    trainer.fit(module, datamodule=data)
+    (found,) = trainer.test(module, datamodule=data, ckpt_path="last")
+    module.load_state_dict(module.state_dict())
+    assert found["test/loss"] > 0
+    ZOTrainer(max_steps=4, **options).fit(module, datamodule=data, ckpt_path="last")
 
 
 @pytest.mark.parametrize("estimator", ["SPSA", OUTPUT])

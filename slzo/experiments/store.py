@@ -126,3 +126,5 @@ def _is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # the folder cannot be written, which its user will find out
+        return False

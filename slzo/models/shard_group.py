@@ -48,6 +48,7 @@ class ShardGroup:
         self._mesh = init_device_mesh(device.type, (self.number,))
         self._agreement = distributed.new_group(backend="gloo", timeout=timeout)
         self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
+        self._used: set[int] = set()
         self._idle: list[int] = []  # whole and not in use, the last used one at the end
         self._next_key = 0
 
@@ -71,6 +72,7 @@ class ShardGroup:
         """
         if key in self._idle:
             self._idle.remove(key)
+            self._used.add(key)
             return
         started = time.perf_counter()
         while (agreed := self._agree(key)) != _DONE:
@@ -81,14 +83,17 @@ class ShardGroup:
                 shard.weights.unshard()
             self.num_bytes += shard.num_bytes
             if agreed == key:
+                self._used.add(key)
                 break
             shard.weights.reshard()
         self.seconds += time.perf_counter() - started
 
     def release(self, key: int) -> None:
         """Say that a gathered shard is not used any more. It may stay whole until others are gathered."""
-        self._idle.append(key)
-        self._reshard_idle(MOST_IDLE)
+        if key in self._used:  # otherwise gathering it has failed
+            self._used.remove(key)
+            self._idle.append(key)
+            self._reshard_idle(MOST_IDLE)
 
     def _reshard_idle(self, most: int, also: int | None = None) -> None:
         """Free idle shards until at most ``most`` are whole, the one used longest ago first, and the one of the key ``also``."""

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from slzo.zo.derivatives import live_vjp
 from slzo.zo.processes import Part, sum_tensors
+from slzo.zo.tensors import TunedTensor
 from slzo.zo.tuned import Direction, TunedTensors
 
 # Factors are exchanged if those of all processes have at most this share of the gradient's elements. Every process multiplies the
@@ -36,7 +37,7 @@ class Factors(NamedTuple):
 
     def product(self) -> Tensor:
         """Return the gradient, shape (out, in)."""
-        return (self.inputs.T @ self.outputs).T  # as autograd computes it
+        return self.outputs.T @ self.inputs
 
 
 @dataclass
@@ -53,14 +54,16 @@ class FactoredGradient:
     whole: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, list[Factors]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._tensors = dict(self.tuned.items())
+
     def add(self, more: "FactoredGradient") -> None:
         """Add another gradient, in place. Factors that become too large are multiplied."""
         for name, own in more.whole.items():
             self._add_whole(name, own)
         for name, parts in more.factors.items():
             self.factors.setdefault(name, []).extend(parts)
-        for name, tensor in self.tuned.items():
-            if self._num_inputs(name) * sum(tensor.live.shape) > _LARGEST_SHARE * tensor.master.numel():
+            if self._num_inputs(name) > _most_inputs(self._tensors[name]):
                 self._multiply(name)
 
     def total(self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Direction]:
@@ -81,13 +84,12 @@ class FactoredGradient:
         names = [name for name in self.tuned.names if name in self.whole]
         received = sum_tensors(sum_rows, [*(self.whole[name] for name in names), *sent.values()])
         self.whole = dict(zip(names, received, strict=False))
-        tensors = dict(self.tuned.items())
         for name, both in zip(sent, received[len(names) :], strict=True):
-            outputs, inputs = both.tensor_split([tensors[name].live.shape[0]], dim=1)
-            self.whole[name] = tensors[name].pull_back(Factors(outputs, inputs).product())
+            outputs, inputs = both.tensor_split([self._tensors[name].live.shape[0]], dim=1)
+            self.whole[name] = self._tensors[name].pull_back(Factors(outputs, inputs).product())
         return sums, {
             name: self.whole[name] if name in self.whole else torch.zeros_like(tensor.master)
-            for name, tensor in tensors.items()
+            for name, tensor in self._tensors.items()
         }
 
     def _exchange_sizes(
@@ -101,10 +103,10 @@ class FactoredGradient:
         summed = sum_rows(torch.cat([sums, sizes.flatten()]))
         by_name = summed[len(sums) :].view_as(sizes).transpose(0, 1).int().tolist()
         sent: dict[str, Tensor] = {}
-        for (name, tensor), of_processes in zip(self.tuned.items(), by_name, strict=True):
+        for (name, tensor), of_processes in zip(self._tensors.items(), by_name, strict=True):
             numbers, is_whole = zip(*of_processes, strict=True)
             total = sum(numbers)
-            if any(is_whole) or total * sum(tensor.live.shape) > _LARGEST_SHARE * tensor.master.numel():
+            if any(is_whole) or total > _most_inputs(tensor):
                 self._multiply(name)
                 self.whole.setdefault(name, torch.zeros_like(tensor.master))
             elif total:
@@ -124,12 +126,16 @@ class FactoredGradient:
 
     def _multiply(self, name: str) -> None:
         """Multiply the factors of a tensor."""
-        tensor = dict(self.tuned.items())[name]
         for each in self.factors.pop(name, []):
-            self._add_whole(name, tensor.pull_back(each.product()))
+            self._add_whole(name, self._tensors[name].pull_back(each.product()))
 
     def _add_whole(self, name: str, own: Tensor) -> None:
         self.whole[name] = self.whole[name].add_(own) if name in self.whole else own
+
+
+def _most_inputs(tensor: TunedTensor) -> int:
+    """Return the largest number of inputs of which factors are kept or sent."""
+    return int(_LARGEST_SHARE * tensor.master.numel() / max(1, sum(tensor.live.shape)))
 
 
 def factored_vjp(
@@ -137,9 +143,9 @@ def factored_vjp(
 ) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
     """Like :func:`slzo.zo.derivatives.vjp`, but the gradients of linear maps' weights are returned as factors.
 
-    If ``function`` also uses such a weight in another way, the gradient of that use is whole.
+    If ``function`` applies such a weight to many inputs, or also uses it in another way, the gradient of that use is whole.
     """
-    kept = _KeptFactors()
+    kept = _KeptFactors({name: _most_inputs(tensor) for name, tensor in tuned.items()})
 
     def keeping(views: Mapping[str, Tensor]) -> Tensor:
         kept.names = {id(view): name for name, view in views.items()}
@@ -158,13 +164,17 @@ def factored_vjp(
 class _KeptFactors(TorchFunctionMode):
     """Keeps the factors of tuned weights' gradients in the backward pass.
 
+    Args:
+        most_inputs: Largest number of inputs of which factors are kept, by name.
+
     Attributes:
         names: Name of each tuned tensor by the ``id`` of the tensor that the module uses.
         factors: Factors by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_inputs: Mapping[str, int]) -> None:
         super().__init__()
+        self._most_inputs = most_inputs
         self.names: dict[int, str] = {}
         self.factors: dict[str, list[Factors]] = {}
 
@@ -174,11 +184,13 @@ class _KeptFactors(TorchFunctionMode):
         """Call ``func``; if it is ``linear`` with a tuned weight, as :class:`_Linear`."""
         kwargs = kwargs or {}
         name = self.names.get(id(args[1])) if func is linear and len(args) > 1 else None
-        if name is None:
+        if name is None or args[0].dim() < 2 or args[1].dim() != 2:
             return func(*args, **kwargs)
         inputs, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-        keep = self.factors.setdefault(name, []).append
-        outputs: Tensor = _Linear.apply(inputs.flatten(0, -2), weight, bias, keep)
+        rows = inputs.flatten(0, -2)
+        if len(rows) > self._most_inputs[name]:
+            return func(*args, **kwargs)
+        outputs: Tensor = _Linear.apply(rows, weight, bias, self.factors.setdefault(name, []).append)
         return outputs.unflatten(0, inputs.shape[:-1])
 
 

@@ -206,12 +206,7 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
 
 
 def differentiable_layers(
-    parts: ModelParts,
-    tuned: TunedTensors,
-    start: int,
-    stop: int,
-    batch: PackedBatch,
-    entering: Tensor,
+    parts: ModelParts, tuned: TunedTensors, start: int, stop: int, batch: PackedBatch, entering: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
     """Run layers; return their output and, for the needed positions, the transpose of its derivative.
 

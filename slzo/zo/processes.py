@@ -46,7 +46,7 @@ def sum_tensors(sum_over: Callable[[Tensor], Tensor], tensors: Sequence[Tensor])
 
 def _sum_bucket(sum_over: Callable[[Tensor], Tensor], bucket: list[Tensor]) -> list[Tensor]:
     if len(bucket) == 1:
-        return [sum_over(bucket[0])]
+        return [sum_over(bucket[0].contiguous())]
     summed = sum_over(torch.cat([tensor.flatten() for tensor in bucket]))
     parts = summed.split([tensor.numel() for tensor in bucket])
     return [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]

@@ -45,7 +45,7 @@ class LayerOutputPerturbation(Estimator):
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
     nothing in the last layer, and it removes their noise.
 
-    The part of the gradient in which the logits of the answers' tokens change is measured first, one direction after the other
+    The part of the gradient in which the logits of the answers' tokens change is measured along one direction at a time
     (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
     The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
     measures the rest, orthogonal to them. Its error is larger than the gradient, so its weight is limited, see
