@@ -46,9 +46,9 @@ class LayerOutputPerturbation(Estimator):
     nothing in the last layer, and it removes their noise.
 
     The part of the gradient in which the logits of the answers' tokens change is measured along one direction at a time
-    (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
-    The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
-    measures the rest, orthogonal to them. Its error is larger than the gradient, so its weight is limited, see
+    (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model. The
+    directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise that is
+    orthogonal to them measures the rest. Its error is larger than the gradient, so its weight is limited, see
     :func:`limit_noise`.
 
     If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
