@@ -469,32 +469,6 @@ def assert_same_estimate(found, expected):
     assert (one - other).norm() < 1e-4 * other.norm()
 
 
-def on_processes(number, run):
-    """What each process adds to every sum, and what ``run(rank, all_reduce_sum)`` returns for each, one after the other.
-
-    In a first round nobody knows the sums, so nothing that is added to a sum may depend on an earlier one.
-    """
-    added = []
-    for rank in range(number):
-        own = []
-
-        def note(tensor, own=own):
-            own.append(tensor.clone())
-            return tensor
-
-        run(rank, note)
-        added.append(own)
-    sums = [torch.stack(parts).sum(dim=0) for parts in zip(*added, strict=True)]
-
-    def with_sums(rank):
-        known = iter(sums)
-        found = run(rank, lambda tensor: next(known).clone())
-        assert next(known, None) is None
-        return found
-
-    return added, [with_sums(rank) for rank in range(number)]
-
-
 def on_grid(rows, directions, run):
     """What ``run(processes)`` returns on each process of a grid, in threads that add up what they exchange."""
     number = rows * directions

@@ -378,6 +378,17 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_broken_checkpoint(run, capsys
     assert "not a readable checkpoint" not in capsys.readouterr().err
 
 
+def test_too_little_memory_is_no_broken_checkpoint(run, monkeypatch):
+    """Otherwise a run would continue from an older checkpoint."""
+
+    def out_of_memory(path):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint_file, "read", out_of_memory)
+    with pytest.raises(MemoryError):
+        read_checkpoint(CHECKPOINT)
+
+
 def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--checkpoint.save_weights_only=true"]) == 0
     best = run_dir() / "checkpoints" / "step=2.ckpt"

@@ -11,7 +11,7 @@ from helpers import (
     estimate_at,
     flat,
     layer_forward,
-    on_processes,
+    on_grid,
     random_example,
     same_tensors,
     short_examples,
@@ -29,7 +29,6 @@ from slzo.zo.estimators.layer_output import limit_noise
 from slzo.zo.head_directions import head_directions, tokens_of_positions
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.packed_layer_output import PackedLayerOutput
-from slzo.zo.processes import Processes
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
@@ -205,11 +204,10 @@ def test_parts_order_and_processes_change_nothing(objective, layer, examples):
         found = estimate_at(model, batch_loss(model, pack(rows), objective, max_tokens=max_tokens), **options)
         assert_close(found, whole)
 
-    def run(rank, all_reduce_sum):
-        points = Processes(2, rank, 2, sum_points=all_reduce_sum)
-        return estimate_at(model, batch_loss(model, examples, objective, points), **options)
+    def run(processes):
+        return estimate_at(model, batch_loss(model, examples, objective, processes), **options)
 
-    _, found = on_processes(2, run)
+    found = on_grid(1, 2, run)
     assert same_tensors(found[0].gradient, found[1].gradient)
     assert_close(found[0], whole)
 

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,7 +21,6 @@ from helpers import (
     flat,
     layer_forward,
     on_grid,
-    on_processes,
     plain_losses,
     plain_scores,
     random_example,
@@ -47,7 +47,7 @@ from slzo.zo.objectives import (
     CandidateCrossEntropy,
 )
 from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
-from slzo.zo.processes import Part, Processes, identity
+from slzo.zo.processes import Part, identity
 from slzo.zo.scopes import (
     ActivationSubspace,
     LayerScope,
@@ -497,11 +497,17 @@ def test_processes_divide_the_points(number, queries, objective, examples):
         num_parts = sum(row.sequences[0].num_answer for row in examples)
     whole = estimate_at(model, batch_loss(model, examples, objective), queries=queries)
 
-    def run(rank, all_reduce_sum):
-        processes = Processes(number, rank, number, sum_points=all_reduce_sum)
-        return estimate_at(model, batch_loss(model, examples, objective, processes), queries=queries)
+    def run(processes):
+        added = []
 
-    added, found = on_processes(number, run)
+        def sum_points(losses):
+            added.append(losses.clone())
+            return processes.sum_points(losses)
+
+        noted = replace(processes, sum_points=sum_points)
+        return added, estimate_at(model, batch_loss(model, examples, objective, noted), queries=queries)
+
+    added, found = zip(*on_grid(1, number, run), strict=True)
     evaluated = [torch.cat(own) for own in added]
     assert ((torch.stack(evaluated) != 0).sum(dim=0) == 1).all()  # each loss is computed by one process
     assert evaluated[0].shape == (2 * queries, num_parts)

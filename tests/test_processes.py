@@ -115,6 +115,18 @@ def test_tensors_are_summed_in_buckets(most, sizes, monkeypatch):
     assert all(same is tensor for same, tensor in zip(sum_tensors(identity, own), own, strict=True))
 
 
+def test_a_sum_gets_contiguous_tensors():
+    """Backends add up memory, whatever its layout on each process."""
+    own = torch.arange(6.0).view(2, 3).T
+
+    def sum_over(tensor):
+        assert tensor.is_contiguous()
+        return tensor
+
+    (found,) = sum_tensors(sum_over, [own])
+    assert torch.equal(found, own)
+
+
 @pytest.mark.parametrize(
     ("parallel", "of_rows", "of_points"),
     [("rows", (5, 6), (0, 1)), ("directions", (0, 1), (5, 6)), (2, (2, 3), (1, 2)), (3, (1, 2), (2, 3))],

@@ -29,7 +29,7 @@ def vjp(
         SlzoError: A tuned tensor is not a parameter of the module.
     """
     output, pull_back = live_vjp(module, tuned, lambda _: function())
-    return output, lambda gradient: tuned.pull_back(pull_back(gradient), tuned.names)
+    return output, lambda gradient: tuned.with_zeros(tuned.pull_back(pull_back(gradient)))
 
 
 def live_vjp(

@@ -87,10 +87,7 @@ class FactoredGradient:
         for name, both in zip(sent, received[len(names) :], strict=True):
             outputs, inputs = both.tensor_split([self._tensors[name].live.shape[0]], dim=1)
             self.whole[name] = self._tensors[name].pull_back(Factors(outputs, inputs).product())
-        return sums, {
-            name: self.whole[name] if name in self.whole else torch.zeros_like(tensor.master)
-            for name, tensor in self._tensors.items()
-        }
+        return sums, self.tuned.with_zeros(self.whole)
 
     def _exchange_sizes(
         self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]

@@ -25,7 +25,8 @@ def identity(value: Any) -> Any:
 def sum_tensors(sum_over: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor over the processes.
 
-    Tensors are exchanged in buckets of one dtype and up to 32 MiB; a larger one is exchanged alone, without a copy.
+    Tensors are exchanged in buckets of one dtype and up to 32 MiB; a larger one is exchanged alone, without a copy
+    if it is contiguous.
 
     Args:
         sum_over: Returns the sum of a tensor over the processes; ``identity`` for a single process.

@@ -141,18 +141,14 @@ class TunedTensors(nn.Module):
                 moved = tensor.applied(direction[name], *ends)
                 gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
-    def pull_back(self, gradient: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return gradients of masters, float32, from those of the live tensors.
+    def pull_back(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of masters by name, float32, from those of their live tensors."""
+        return {name: tensor.pull_back(gradient[name]) for name, tensor in self.items() if name in gradient}
 
-        Args:
-            gradient: Gradients of live tensors by name.
-            names: Return these, with 0 for those that are not in ``gradient``; ``None`` for all that are.
-        """
-        return {
-            name: tensor.pull_back(gradient[name]) if name in gradient else torch.zeros_like(tensor.master)
-            for name, tensor in self.items()
-            if name in (gradient if names is None else names)
-        }
+    def with_zeros(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient of all masters, in the order of their names; it is 0 for those without one."""
+        masters = self.named_masters()
+        return {name: gradient[name] if name in gradient else torch.zeros_like(masters[name]) for name in masters}
 
     def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
         """Set ``grad`` of all masters; it is ``None`` for masters without a gradient."""
