@@ -13,6 +13,7 @@ from torch import distributed, nn
 from slzo.batches.packing import pack
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.placement import named_values, placement_of
 from slzo.models.shard_group import ShardGroup
@@ -42,17 +43,17 @@ def seen(folder: str) -> dict[str, float | bool]:
     parts, plain = split_and_verify(model, onednn=Engine().onednn), ModelParts(whole, onednn=False)
     rows = [[5, 9, 3, 7, 8][: 3 + rank], [11, 4, 6, 2]]
     batch = pack([_example(number, row) for number, row in enumerate(rows)])
-    expected = plain.logits(batch)
+    expected = needed_logits(plain, batch)
     worst = 0.0
     for number in range(1 + 3 * rank):  # rank 0 is done after one pass
         start = number % 3
         hidden = plain.run(batch, 0, start) if start else None
-        worst = max(worst, float((parts.logits(batch, start, hidden) - expected).abs().max()))
+        worst = max(worst, float((needed_logits(parts, batch, start, hidden) - expected).abs().max()))
     group.barrier()
     found["error"] = worst
     start, gathered = plain.num_layers - 2, []
     for _ in range(3):
-        parts.logits(batch, start, plain.run(batch, 0, start))
+        needed_logits(parts, batch, start, plain.run(batch, 0, start))
         gathered.append(group.num_bytes)
     group.barrier()
     found["last layers stay"] = gathered[1:] == gathered[:1] * 2

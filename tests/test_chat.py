@@ -15,6 +15,7 @@ from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits, split_off_test
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import Source, load_pair
 from slzo.tasks.base import Example
@@ -121,10 +122,12 @@ def test_the_loss_is_that_of_a_plain_pass():
         total -= sum(float(logs[at - 1, ids[at]]) for at in range(len(ids)) if mask[at])
         count += sum(mask)
     batch = pack(rows)
-    loss = answer_loss(ModelParts(model).logits(batch), batch)
+    loss = answer_loss(needed_logits(ModelParts(model), batch), batch)
     assert float(loss.weight) == count
     assert float(loss.total) == pytest.approx(total, rel=1e-4)
-    halves = [answer_loss(ModelParts(model).logits(part), part) for part in batch.cut(batch.num_tokens // 2 + 1)]
+    halves = [
+        answer_loss(needed_logits(ModelParts(model), part), part) for part in batch.cut(batch.num_tokens // 2 + 1)
+    ]
     assert sum(float(half.total) for half in halves) == pytest.approx(total, rel=1e-4)
 
 

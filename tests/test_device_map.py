@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from helpers import each_family, error_line, last_checkpoint, random_example, tiny_model, tuned
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +94,20 @@ def test_each_layer_is_visited_once_a_step(model_dir):
     visits.clear()
     stepper.loss(rows())
     assert visits == [0]
+
+
+def test_weights_on_disk_are_read_once_a_step(model_dir, monkeypatch):
+    """Although the last layer runs twice: for keys and values, and for the last tokens."""
+    model, reads, plain = placed(model_dir), [], AlignDevicesHook.pre_forward
+
+    def counting(self, module, *args, **kwargs):
+        reads.append(module)
+        return plain(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", counting)
+    steps(model, before_step=reads.clear)
+    assert [list(model.model.layers).index(layer) for layer in reads] == [2, 3]
+    assert all(tensor.is_meta for tensor in model.model.layers[3].parameters())
 
 
 def test_a_layer_goes_back_unless_it_has_changed(model_dir):

@@ -24,6 +24,7 @@ from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, records
 from slzo.evaluation.metrics import TaskMetrics
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.answers import token_f1
@@ -166,7 +167,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     for name, value in metrics.compute().items():
         assert result[f"test/{name}"] == pytest.approx(float(value))
     packed = pack([row.encoded for row in datamodule.rows("test")])
-    tokens = module.parts.logits(packed).log_softmax(-1)[packed.token_needed, packed.token_id]
+    tokens = needed_logits(module.parts, packed).log_softmax(-1)[packed.token_needed, packed.token_id]
     assert result["test/loss"] == pytest.approx(-float(tokens.mean()), rel=1e-4)
 
 
@@ -282,7 +283,7 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     batch = TrainBatch(pack([row.encoded for row in rows]), tuple(rows))
     best = make_evaluator(parts)(eval_batch(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
-    errors = CandidateErrors().row_losses(parts.logits(batch.packed), batch.packed, False).sum()
+    errors = CandidateErrors().row_losses(needed_logits(parts, batch.packed), batch.packed, False).sum()
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
 
 

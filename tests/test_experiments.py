@@ -22,6 +22,7 @@ from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.timing import spaced_batches
+from slzo.models.logits import needed_logits
 from slzo.training import make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
@@ -191,7 +192,7 @@ def test_sensitivity_is_the_mean_slope(options):
             losses = []
             for sign in (1, -1):
                 tuned.write(tuned.draw(5, 0, query), sign * eps)
-                logits = trials.parts.logits(rows)
+                logits = needed_logits(trials.parts, rows)
                 total, weight = CandidateCrossEntropy().row_losses(logits, rows, False).sum()
                 losses.append(float(total / weight))
             slopes.append(abs(losses[0] - losses[1]) / (2 * eps))

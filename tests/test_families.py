@@ -17,6 +17,7 @@ from slzo.evaluation.decoding import generate
 from slzo.models import attention
 from slzo.models import parts as model_parts
 from slzo.models.load import load_model
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import ORIGINAL_LENGTH, WINDOW, tiny_config, tiny_twin
@@ -128,9 +129,9 @@ def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family
     assert (parts.packed, parts.limits.longest) == (True, longest)
     generator = random.Random(0)
     with torch.no_grad():
-        parts.logits(pack([random_example(generator, 0, longest - 1), random_example(generator, 1, 5)]))
+        needed_logits(parts, pack([random_example(generator, 0, longest - 1), random_example(generator, 1, 5)]))
         with pytest.raises(SlzoError, match=rf"data\.max_length: .* set it to {longest} or less"):
-            parts.logits(pack([random_example(generator, 0, longest + 5), random_example(generator, 1, 5)]))
+            needed_logits(parts, pack([random_example(generator, 0, longest + 5), random_example(generator, 1, 5)]))
     assert longest > ORIGINAL_LENGTH
 
 

@@ -45,9 +45,9 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
     model.forward.cache.clear()
     seen, run = [], ModelParts.run
 
-    def recorded(self, batch, *args):
+    def recorded(self, batch, *args, **options):
         seen.append(batch.input_ids.numel())
-        return run(self, batch, *args)
+        return run(self, batch, *args, **options)
 
     monkeypatch.setattr(ModelParts, "run", recorded)
     for _ in range(2):  # the second time the prefix states are kept
@@ -68,7 +68,7 @@ def test_derivatives_are_those_of_the_whole_batch_too(packed, monkeypatch, objec
     expected, seen, run = estimated(None), [], ModelParts.run
 
     def recorded(self, batch, *args, **options):
-        seen.append(batch.num_tokens)
+        seen.append(batch.input_ids.numel())
         return run(self, batch, *args, **options)
 
     monkeypatch.setattr(ModelParts, "run", recorded)

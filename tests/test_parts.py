@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
 from slzo.models.decoder_layers import find_decoder_layers
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
@@ -83,7 +84,7 @@ def test_shared_prompts_are_stored_once(examples):
     shared, separate = pack(examples), pack(examples, share_prompts=False)
     assert separate.num_tokens > shared.num_tokens
     parts = ModelParts(tiny_model("llama"))
-    one, other = (parts.logits(batch)[batch.token_needed] for batch in (shared, separate))
+    one, other = (needed_logits(parts, batch)[batch.token_needed] for batch in (shared, separate))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -99,9 +100,9 @@ def test_an_example_does_not_see_its_neighbours():
     generator = random.Random(3)
     parts = ModelParts(tiny_model("mistral"))
     first, second = random_example(generator, 0, 9, (2, 2)), random_example(generator, 1, 4, (1, 3))
-    alone = parts.logits(pack([first]))
-    together = parts.logits(pack([first, second]))[: len(alone)]
-    behind = parts.logits(pack([second, first]))[-len(alone) :]
+    alone = needed_logits(parts, pack([first]))
+    together = needed_logits(parts, pack([first, second]))[: len(alone)]
+    behind = needed_logits(parts, pack([second, first]))[-len(alone) :]
     for found in (together, behind):
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 

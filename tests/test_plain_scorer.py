@@ -15,6 +15,7 @@ from slzo.batches.packing import pack
 from slzo.batches.sharing import share_beginnings
 from slzo.data.batch import Row, plan_batches
 from slzo.data.encoding import Encoder
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.registry import get_task
@@ -51,7 +52,7 @@ def fast_scores(parts, encoder, examples, demonstrations=(), share=False):
     for batch in plan_batches(rows, max_rows=64, max_tokens=400).batches:
         packed = pack([row.encoded for row in batch])
         packed = share_beginnings(packed)[0] if share else packed
-        table = by_example(candidate_scores(parts.logits(packed), packed), packed).tolist()
+        table = by_example(candidate_scores(needed_logits(parts, packed), packed), packed).tolist()
         for row, values in zip(batch, table, strict=True):
             scores[row.position] = values[: len(row.example.candidates)]
     return [scores[i] for i in range(len(examples))]

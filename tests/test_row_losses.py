@@ -22,6 +22,7 @@ from helpers import (
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import RowLosses
 from slzo.batches.packing import pack
+from slzo.models.logits import needed_logits
 from slzo.zo.estimators import LayerOutputPerturbation, Point, Request
 from slzo.zo.objectives import (
     AnswerLikelihood,
@@ -155,7 +156,7 @@ def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objectiv
     found = estimate_at(model, batch_loss(model, examples, objective), scale=0.5)
     assert found.finite
     assert all(part.isfinite().all() for part in found.gradient.values())
-    logits = model.parts.logits(pack(examples), 0, None)
+    logits = needed_logits(model.parts, pack(examples), 0, None)
     total, weight = objective.row_losses(logits, pack(examples), False).sum()
     assert found.loss == pytest.approx(float(total / weight), rel=1e-4)
     if not isinstance(objective, CandidateErrors):  # the errors may be the same at all points

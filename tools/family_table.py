@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
@@ -137,7 +138,7 @@ def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
     plain = torch.cat(expected)
     batch, errors = pack(examples), []
     for layer in range(parts.num_layers):
-        ours = parts.logits(batch, layer, parts.run(batch, 0, layer) if layer else None)[batch.token_needed]
+        ours = needed_logits(parts, batch, layer, parts.run(batch, 0, layer) if layer else None)[batch.token_needed]
         errors.append(float((ours - plain).abs().max() / plain.abs().max()))
     return max(errors)
 

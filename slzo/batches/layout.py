@@ -74,17 +74,10 @@ class PackedLayout(Movable):
     def repeat(self, times: int) -> "PackedLayout":
         """Return the layout of ``times`` copies of the batch, one after the other in the packed row."""
         num_tokens = self.inverse.numel()
-        inverse, start = [self.inverse] * times, 0
-        for group in self.groups:
-            in_group = (self.inverse >= start) & (self.inverse < start + group.numel())
-            for copy in range(times):
-                moved = self.inverse + (times - 1) * start + copy * group.numel()
-                inverse[copy] = torch.where(in_group, moved, inverse[copy])  # no host sync, unlike a masked write
-            start += group.numel()
         return PackedLayout(
             groups=tuple(torch.cat([group + copy * num_tokens for copy in range(times)]) for group in self.groups),
             valid=tuple(valid.repeat(times, 1) for valid in self.valid),
-            inverse=torch.cat(inverse),
+            inverse=places_of_copies(self.inverse, [group.numel() for group in self.groups], times),
         )
 
     def in_one_group(self) -> "PackedLayout":
@@ -103,6 +96,27 @@ class PackedLayout(Movable):
         positions = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in self.groups])
         valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in self.valid])
         return PackedLayout((positions,), (valid,), inverse)
+
+
+def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor:
+    """Return the places of the elements of ``times`` copies of a concatenation of groups, if each group follows its copies.
+
+    Args:
+        places: Place of each element in the concatenation, shape (T,), int64.
+        sizes: Sizes of the groups.
+        times: Number of copies.
+
+    Returns:
+        The places of all elements of the first copy, of the second, and so on, shape (times * T,).
+    """
+    copies, start = [places] * times, 0
+    for size in sizes:
+        in_group = (places >= start) & (places < start + size)
+        for copy in range(times):
+            moved = places + (times - 1) * start + copy * size
+            copies[copy] = torch.where(in_group, moved, copies[copy])  # no host sync, unlike a masked write
+        start += size
+    return torch.cat(copies)
 
 
 def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -22,10 +22,13 @@ from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, share_beginnings
 from slzo.evaluation.generation import Ended, generate_padded
-from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, check_places
-from slzo.evaluation.prompt_states import PromptStates, recorded, run_with
+from slzo.evaluation.key_values import Buffer, NewTokens, check_places
+from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
+from slzo.models.attention import KeyValues
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
+from slzo.models.recorded import recorded, run_with
 from slzo.tasks.base import MAX_NEW_TOKENS
 
 
@@ -401,5 +404,5 @@ def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: in
     known = [example for example in gold if example.gold]
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
-        losses.append(answer_loss(parts.logits(batch), batch))
+        losses.append(answer_loss(needed_logits(parts, batch), batch))
     return sum_losses(losses) if losses else no_loss(parts.model.device)

@@ -20,6 +20,7 @@ from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with,
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
+from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.placement import layer_barrier
 from slzo.rewards.registry import PERPLEXITY
@@ -86,7 +87,7 @@ class Evaluator:
             return Outcome(texts, [], gold_loss, tuple(answer.num_tokens for answer in answers), rewarded)
         # without example_tokens, examples of the batch share tokens, so no states belong to a single example
         if self.logits is None or not batch.packed.example_tokens:
-            logits = self.parts.logits(batch.packed)
+            logits = needed_logits(self.parts, batch.packed)
         else:
             logits = self.logits(batch.packed, keep_prefix)
         loss = self.loss.row_losses(logits, batch.packed, selected=False).sum()

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.layout import group_by_length
-from slzo.models.attention import VIRTUAL_ARGUMENT, masked_attention, with_virtual_tokens
+from slzo.models.attention import VIRTUAL_ARGUMENT, KeyValues, masked_attention, with_virtual_tokens
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.utils.errors import SlzoError
-
-KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""Keys and values of packed tokens by attention layer, shape (G, T, D) each."""
 
 _MIN_GROWTH = 4  # slots by which a full buffer grows at least
 

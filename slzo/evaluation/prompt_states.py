@@ -1,74 +1,17 @@
 """Cache the states of prompts in the layers below the tuned ones; these layers never change."""
 
-from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
-from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from slzo.batches.encoded import prompt_alone
-from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.evaluation.key_values import KeyValues, check_places
-from slzo.models.attention import packed_attention_forward
+from slzo.evaluation.key_values import check_places
+from slzo.models.attention import KeyValues
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-
-
-def recorded(
-    parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None, **options: bool
-) -> tuple[Tensor, KeyValues]:
-    """Run layers; return the states after them, and their keys and values. For the options see :meth:`ModelParts.run`."""
-    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def attend(
-        layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, None]:
-        states[layer] = (key[0], value[0])
-        return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
-
-    return run_with(parts, batch, attend, start, stop, hidden, **options), states
-
-
-class _Recorded(Exception):  # noqa: N818 - no error
-    """Ends the forward pass of a layer as soon as its keys and values are known."""
-
-
-def keys_and_values(
-    parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor, derivatives: bool = False
-) -> KeyValues:
-    """Return the keys and values of layers, see :meth:`ModelParts.run`. Of the last layer nothing else is computed."""
-    if start == stop:
-        return {}
-    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    if start < stop - 1:
-        hidden, below = recorded(parts, batch, start, stop - 1, hidden, derivatives=derivatives)
-        states.update(below)
-
-    def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> NoReturn:
-        states[layer] = (key[0], value[0])
-        raise _Recorded
-
-    with suppress(_Recorded):
-        run_with(parts, batch, attend, stop - 1, stop, hidden, derivatives=derivatives)
-    return states
-
-
-def run_with(
-    parts: ModelParts,
-    batch: TokenBatch,
-    attend: Callable[..., object],
-    start: int,
-    stop: int,
-    hidden: Tensor | None,
-    **options: bool,
-) -> Tensor:
-    """Run layers with the attention ``attend``; for the options see :meth:`ModelParts.run`."""
-    # the model only passes the layout on to the attention, so the function can take its place
-    tokens = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
-    return parts.run(tokens, start, stop, hidden, **options)
+from slzo.models.recorded import recorded
 
 
 class PromptStates:

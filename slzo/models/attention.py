@@ -6,7 +6,7 @@ A causal model never attends to padding on the right, so no mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,9 @@ VIRTUAL_ARGUMENT = "virtual_tokens"
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
 """Takes the place of a packed layout: attention from layer, query, key, value and options to output (1, tokens, heads, size)."""
+
+KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""Keys and values of packed tokens by attention layer, shape (key-value heads, T, head size) each."""
 
 
 class VirtualTokens(nn.Module):

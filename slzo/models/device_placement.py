@@ -6,8 +6,9 @@ that share its weights (views of a part of the model, layers that run through on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
+    from accelerate.hooks import AlignDevicesHook
     from transformers import PreTrainedModel
 
 
@@ -54,6 +56,7 @@ class DevicePlacement(Placement):
         self._skip_keys = [*arguments_of_any_device(model), VIRTUAL_ARGUMENT]
         self._weights: dict[int, Mapping[str, Tensor]] = {}
         self._handles: dict[int, list[RemovableHandle]] = {}
+        self._visits: dict[int, _Visit] = {}
         for number in places.away:
             self._add_hooks(number)
 
@@ -86,6 +89,18 @@ class DevicePlacement(Placement):
             ):
                 self._add_hooks(number)
 
+    @contextmanager
+    def visit(self, number: int) -> Iterator[None]:
+        if number not in self.places.offloaded or number not in self._handles:
+            yield
+            return
+        visit = self._visits[number]
+        visit.stays = True
+        try:
+            yield
+        finally:
+            visit.end()
+
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         path = self.places.path
         for name, parameter in model.named_parameters():
@@ -111,19 +126,43 @@ class DevicePlacement(Placement):
             skip_keys=self._skip_keys,
         )
         hook.init_hook(layer)
+        self._visits[number] = visit = _Visit(hook, layer)
         self._handles[number] = [
-            layer.register_forward_pre_hook(partial(_before, hook.pre_forward, layer), with_kwargs=True),
-            layer.register_forward_hook(partial(_after, hook.post_forward, layer), always_call=True),
+            layer.register_forward_pre_hook(visit.before, with_kwargs=True),
+            layer.register_forward_hook(visit.after, always_call=True),
         ]
 
 
-# functions of the module, so that a model with these hooks can be copied
-def _before(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
-    return call(layer, *args, **kwargs)
+@dataclass
+class _Visit:
+    """Brings weights and states of a layer together for a run, and takes the weights away after it.
 
+    Attributes:
+        hook: Does that.
+        layer: The layer. Copies of it that share its weights use the same hook.
+        stays: Whether the weights stay after a run, until :meth:`end`.
+        is_here: Whether they have stayed.
+    """
 
-def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: Any, output: Any) -> Any:
-    return call(layer, output)
+    hook: AlignDevicesHook
+    layer: nn.Module
+    stays: bool = False
+    is_here: bool = False
+
+    def before(self, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args, kwargs) if self.is_here else self.hook.pre_forward(self.layer, *args, **kwargs)
+
+    def after(self, _copy: nn.Module, _args: Any, output: Any) -> Any:
+        if self.stays:
+            self.is_here = True
+            return output
+        return self.hook.post_forward(self.layer, output)
+
+    def end(self) -> None:
+        self.stays = False
+        if self.is_here:
+            self.is_here = False
+            self.hook.post_forward(self.layer, None)
 
 
 def load_with_device_map(

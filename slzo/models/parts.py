@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
-from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.packing import TokenBatch
 from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
 from slzo.models.linear import onednn_is_faster, with_onednn
@@ -175,13 +175,6 @@ class ModelParts:
             return view(input_ids=ids, use_cache=False).logits[0].float()
         finally:
             precomputed.value = None
-
-    def logits(
-        self, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None, token_ids: Tensor | None = None
-    ) -> Tensor:
-        """Run layer ``start`` and all above; return logits at ``batch.needed`` as in :meth:`head`, shape (U, K or vocabulary)."""
-        final = self.run(batch, start, self.num_layers, hidden)
-        return self.head(final.index_select(0, batch.needed), token_ids)
 
     def _view(self, start: int, stop: int, norm: bool, derivatives: bool) -> _View:
         if not 0 <= start <= stop <= self.num_layers:

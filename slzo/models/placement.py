@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ class Placement(ABC):
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the values of each parameter of the model, bringing those elsewhere here one layer at a time."""
 
+    @contextmanager
+    def visit(self, number: int) -> Iterator[None]:
+        """Keep the weights of a layer, after they were brought here for its first run, for all its runs in this context."""
+        yield
+
     def barrier(self) -> None:  # noqa: B027 - only for layers that processes gather together
         """Wait until all processes are here, and join in gathering the layers that the others still run."""
 
@@ -62,6 +68,12 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the values of each parameter of a model, wherever they are stored; copy what you keep."""
     placement = placement_of(model)
     return model.named_parameters() if placement is None else placement.values(model)
+
+
+def visit(model: nn.Module, number: int) -> AbstractContextManager[None]:
+    """Bring the weights of a layer here once for all its runs in a context, see :meth:`Placement.visit`."""
+    placement = placement_of(model)
+    return nullcontext() if placement is None else placement.visit(number)
 
 
 def layer_barrier(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.models.attention import packed_attention_forward
 from slzo.models.decoder_layers import find_decoder_layers, refusal
+from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
@@ -270,7 +271,7 @@ def _compare(
     """Run random rows in two parts, below ``layer`` and from it on, and compare the logits; return final states and logits."""
     batch = pack(_examples(parts.model, rows)).to(parts.model.device)
     below = parts.run(batch, 0, layer) if layer else None
-    final = parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+    final = final_states(parts, batch, layer, below)[0]
     logits = parts.head(final)
     error = largest_difference(parts, expected, batch, logits)
     if not error <= tolerance:  # also true for NaN

@@ -10,6 +10,7 @@ from torch import Tensor
 from slzo.batches.losses import LogitLoss, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
+from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point
@@ -105,11 +106,11 @@ class SuffixForward:
 
         Arguments as for :meth:`losses`; autograd works here.
         """
-        return self._loss_of(self.parts.run(batch, self.span.start, self.parts.num_layers, hidden), batch, objective)
+        return self._loss_of(final_states(self.parts, batch, self.span.start, hidden)[0], batch, objective)
 
     def _loss_of(self, final: Tensor, batch: PackedBatch, objective: LogitLoss) -> Tensor:
         selected = self.selects(objective, batch)
-        logits = self.parts.head(final.index_select(0, batch.needed), batch.choice_ids if selected else None)
+        logits = self.parts.head(final, batch.choice_ids if selected else None)
         return torch.stack(checked_row_losses(objective, logits, batch, selected).sum())
 
     @torch.no_grad()
@@ -145,8 +146,8 @@ class SuffixForward:
         for point in points:
             tuned.write(point.direction, point.scale)
             outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
-        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
-        return torch.stack([self._loss_of(own, batch, objective) for own in final.split(batch.num_tokens)], dim=1)
+        final = final_states(self.parts, batch, self.span.stop, torch.cat(outputs), len(points))
+        return torch.stack([self._loss_of(own, batch, objective) for own in final], dim=1)
 
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Return whether only the candidates' logits are computed."""
