@@ -362,7 +362,7 @@ class Linear(LayerOutput):
     The parts of the loss are those of the rows or, ``by_position``, those of the positions.
     """
 
-    keys, counts, width, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, False
+    keys, counts, width, layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
     def __init__(self, step=0.0, points_at_once=100, by_position=False):
@@ -405,6 +405,23 @@ def test_the_estimate_is_the_formula(rounding, at_once, calls, by_position):
     found = estimate_of_output(output, step=3, queries=7, scale=0.1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert output.calls == calls
+
+
+@pytest.mark.parametrize(("above", "queries"), [(0, 4), (1, 4), (2, 8), (4, 16), (20, 16)])
+def test_near_the_end_of_the_model_fewer_queries_are_enough(above, queries):
+    class WithDirection(Linear):
+        layers_above = above
+
+        def token_shifts(self, number, change):
+            return torch.ones(1, 6, 4)
+
+    output = WithDirection()
+    estimate_of_output(output)
+    assert sum(output.calls) == 2 * (1 + queries)
+    noise_alone = Linear()
+    noise_alone.layers_above = above
+    estimate_of_output(noise_alone)
+    assert sum(noise_alone.calls) == 2 * 16
 
 
 def test_the_noise_of_a_row_is_its_own():

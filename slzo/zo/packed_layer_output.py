@@ -84,6 +84,7 @@ class PackedLayerOutput(LayerOutput):
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
+        self.layers_above = above
         share = run.numel() / batch.num_tokens
         self._per_point = share * above / layers
         # A derivative costs about two passes. If not all tokens run at each point, most run through all of these layers but the

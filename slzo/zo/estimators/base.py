@@ -45,6 +45,7 @@ class LayerOutput(ABC):
         by_position: Whether the parts are positions.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
+        layers_above: Number of layers above the tuned one.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
         num_points: Number of points that all processes together have evaluated so far.
@@ -56,6 +57,7 @@ class LayerOutput(ABC):
     by_position: bool
     size: Tensor
     width: int
+    layers_above: int
     whole_vocabulary: bool
     points_at_once: int
     num_points: int

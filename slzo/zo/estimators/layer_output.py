@@ -11,11 +11,12 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Request, estimate_from_gradient, rms
 from slzo.zo.noise import row_noise
 
-# SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With likely tokens of the
-# vocabulary 16 are at least as good as 4 in equal time (COPA). If logits of all tokens are needed, a query costs more than the
-# rest of the step, so fewer are better, and one if each answer token has a loss of its own.
 _SCALE = 0.05
-_QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
+# Noise alone: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps (SmolLM2-135M, layer 28). The fewer
+# layers are above, the more of the gradient the directions of tokens hold: at equal steps 4 queries are as good as 16 with one
+# layer above (SmolLM2 and Gemma on SST-2, SmolLM2 on COPA), and worse with 9 and 18 (SmolLM2 on SST-2). If logits of all tokens
+# are needed, a query costs more than the rest of the step, so fewer are better, and one if each answer token has its own loss.
+_QUERIES, _QUERIES_PER_LAYER, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 4, 1
 # With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
 _TOKENS, _TOKENS_WIDE = 8, 2
 # A shift along the direction of a token changes a difference of logits by about this much.
@@ -56,8 +57,10 @@ class LayerOutputPerturbation(Estimator):
     (:class:`slzo.zo.likely_tokens.LikelyTokens`).
 
     Args:
-        queries: Noise vectors per row and step, >= 1. Left out, 16; for an objective that reads all logits itself 4, and 1 if it
-            is then a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
+        queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above and
+            the head. Left out, 16; near the end of the model 4 for each layer above, since the directions of tokens measure
+            most of the gradient there; for an objective that reads all logits itself at most 4, and 1 if it is then a sum over
+            answer tokens.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
             whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
@@ -101,13 +104,11 @@ class LayerOutputPerturbation(Estimator):
         size = self.scale * output.size
         gradient = torch.zeros(len(size), output.width, device=size.device)
         rest = torch.zeros_like(gradient)
-        default_tokens, default_queries = _TOKENS, _QUERIES
-        if output.whole_vocabulary:
-            default_tokens = _TOKENS_WIDE
-            default_queries = _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
-        tokens = default_tokens if self.tokens is None else self.tokens
-        num_queries = default_queries if self.queries is None else self.queries
+        tokens = self.tokens
+        if tokens is None:
+            tokens = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
         shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
+        num_queries = _default_queries(output, shifts is not None) if self.queries is None else self.queries
         along = gradient.new_zeros(0, *gradient.shape) if shifts is None else shifts
         directions = normalize(along, dim=2)
         noise_of = partial(row_noise, output.keys, output.counts, seed=seed, step=step)
@@ -138,13 +139,19 @@ class LayerOutputPerturbation(Estimator):
         return (high - low)[:, output.part] / 2, (up - down) / 2
 
     def evaluations(self, num_queries: int) -> float:
-        # about: 16 queries cost about one pass
+        # about: 16 queries cost about one pass, and the default near the end of the model less
         return 1 + (_QUERIES if self.queries is None else self.queries) / _QUERIES
 
     def describe(self) -> str:
         given = {"queries": self.queries, "scale": None if self.scale == _SCALE else self.scale, "tokens": self.tokens}
         words = [f"{name} {value}" for name, value in given.items() if value is not None]
         return f"{type(self).__name__} ({', '.join(words)})" if words else type(self).__name__
+
+
+def _default_queries(output: LayerOutput, has_directions: bool) -> int:
+    if output.whole_vocabulary:
+        return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
+    return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.layers_above)) if has_directions else _QUERIES
 
 
 def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
