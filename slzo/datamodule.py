@@ -32,14 +32,14 @@ class TaskDataModule(TaskRows, LightningDataModule):
         trainer = self.trainer
         options = getattr(trainer.lightning_module, "options", None)
         parallel: Parallel = options.parallel if isinstance(options, TrainingOptions) else "rows"
-        number, rank = trainer.world_size, trainer.global_rank
-        directions = num_directions(parallel, number)
+        world_size, rank = trainer.world_size, trainer.global_rank
+        directions = num_directions(parallel, world_size)
         rows = points = partial(trainer.strategy.reduce, reduce_op="sum")
-        if directions not in (1, number):
+        if directions not in (1, world_size):
             if directions not in self._groups:
-                self._groups[directions] = _groups_of(number, rank, directions)
+                self._groups[directions] = _groups_of(world_size, rank, directions)
             rows, points = (partial(rows, group=group) for group in self._groups[directions])
-        return Processes(number, rank, directions, rows, points, trainer.strategy.broadcast)
+        return Processes(world_size, rank, directions, rows, points, trainer.strategy.broadcast)
 
     @property
     def on_accelerator(self) -> bool:

@@ -92,7 +92,7 @@ def prepare(
         folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
         check_commit(checkpoint.note, options.model, folder)  # before the weights are downloaded
     if loaded is None:
-        num_shards = 1 if run.shard_group is None else run.shard_group.number
+        num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
     parts = loaded
     if parts is None:
@@ -173,9 +173,9 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
     """Return the runner of short trainings for a rule, or a text that says why they cannot run."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
-    if rows.processes.number > 1:
+    if rows.processes.world_size > 1:
         return (
-            f"this run has {rows.processes.number} processes (trainer.devices); find the layer with slzo profile on one "
+            f"this run has {rows.processes.world_size} processes (trainer.devices); find the layer with slzo profile on one "
             "device, and set model.layer"
         )
     if run.quick:
@@ -196,7 +196,7 @@ def _continue(
     """Prepare a run that continues a checkpoint; Lightning restores tensors and optimizer afterwards."""
     note = checkpoint.note
     data = rows.fingerprint(note["data"])
-    check_environment(note, run.device, rows.processes.number)
+    check_environment(note, run.device, rows.processes.world_size)
     if tuned is None:
         model = restore(parts, note, options, for_training=True)
     else:
@@ -399,7 +399,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     return RunFacts(
         outcome=outcome,
         figures=figures,
-        processes=rows.processes.number,
+        processes=rows.processes.world_size,
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,

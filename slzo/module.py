@@ -401,7 +401,7 @@ class ZOModule(LightningModule):
             values["train/grad_norm"] = slopes[0]
         if estimator.uses_points:
             values["train/eps"] = result.record.eps
-        if self.stepper.processes.number > 1:
+        if self.stepper.processes.world_size > 1:
             values["train/exchanged_bytes"] = float(result.exchanged_bytes)
         if result.update_norm is not None:
             values["train/update_norm"] = result.update_norm

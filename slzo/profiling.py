@@ -97,7 +97,7 @@ def profile_model(
         notes=tuple(notes),
         thresholds=choice.thresholds,
     )
-    if rows.processes.number > 1:  # all tune the same layer, even if rounding differs between their devices
+    if rows.processes.world_size > 1:  # all tune the same layer, even if rounding differs between their devices
         profile = OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
         choice = replace(choice, layer=profile.dominant_layer, reason=profile.rule)
     return profile, choice

@@ -110,7 +110,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
         "data": prepared.data.to_dict(),
         "rows": rows.step_settings(),
-        "environment": numerics(model.parts.model.device, rows.processes.number),
+        "environment": numerics(model.parts.model.device, rows.processes.world_size),
         "hub": loaded_from_hub(prepared, rows),
     }
 

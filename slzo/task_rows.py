@@ -424,14 +424,14 @@ class TaskRows:
     def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
         """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""
         rows, processes = self.rows(split)[:num_rows], self.processes
-        if 0 < len(rows) < processes.number:
+        if 0 < len(rows) < processes.world_size:
             option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
             if split == "predict" and self.predict_file is not None:
                 option = f"data.predict_file {self.predict_file!r}, {len(rows)} rows"
             raise SlzoError(
-                f"{option}: fewer rows than the {processes.number} processes; use more rows or fewer devices"
+                f"{option}: fewer rows than the {processes.world_size} processes; use more rows or fewer devices"
             )
-        return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.number)
+        return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.world_size)
 
     def eval_batches(self, split: str, num_rows: int | None = None) -> Iterator[EvalBatch]:
         """Return the packed batches of :meth:`eval_plan`."""

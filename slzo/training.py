@@ -173,7 +173,7 @@ def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:
     part, span = rows.processes.of_rows, model.span
     if part.total == 1 or span.start == 0 or rows.objective.generates or not model.engine.share_prefix:
         return None
-    return SharedPrefix(model.forward, training_blocks(rows), part.number)
+    return SharedPrefix(model.forward, training_blocks(rows), part.rank)
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:

@@ -64,9 +64,9 @@ def test_factors_of_other_processes_give_the_gradient_of_all(scope, dtype, examp
 
     def estimate(processes, rows=None):
         sent = CountedSum(processes.sum_rows)
-        rows = parts[processes.of_rows.number] if rows is None else rows
+        rows = parts[processes.of_rows.rank] if rows is None else rows
         model = tune_scope(scope, tiny_model("llama", scale=1.0).to(dtype), engine=Engine(cache_gb=0))
-        loss = batch_loss(model, rows, processes=Processes(processes.number, processes.rank, 1, sent))
+        loss = batch_loss(model, rows, processes=Processes(processes.world_size, processes.rank, 1, sent))
         found = LayerOutputPerturbation(queries=4).estimate(Request(model.tensors, loss, 0, 0))
         return found.gradient, sent.num_bytes
 

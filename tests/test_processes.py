@@ -193,7 +193,7 @@ def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, direct
 
     whole = estimate(examples, Processes())
     gradient = {name: tensor.clone() for name, tensor in whole.gradient.items()}
-    found = on_grid(3, directions, lambda processes: estimate(parts[processes.of_rows.number], processes))
+    found = on_grid(3, directions, lambda processes: estimate(parts[processes.of_rows.rank], processes))
     for each in found:
         assert each.loss == pytest.approx(whole.loss, rel=1e-5)
         assert each.gradient.keys() == gradient.keys()

@@ -35,17 +35,17 @@ class ShardGroup:
         timeout: Time after which a process that waits for the others fails; ``None`` for PyTorch's default.
 
     Attributes:
-        number: Number of processes.
+        world_size: Number of processes.
         num_bytes: Bytes of layers that this process has received so far.
         seconds: Time that it has spent on that, with waiting for the others. On an accelerator, transfers that run in the
             background are not included.
     """
 
     def __init__(self, device: torch.device, timeout: timedelta | None = None) -> None:
-        self.number = distributed.get_world_size()
+        self.world_size = distributed.get_world_size()
         self.num_bytes = 0
         self.seconds = 0.0
-        self._mesh = init_device_mesh(device.type, (self.number,))
+        self._mesh = init_device_mesh(device.type, (self.world_size,))
         self._agreement = distributed.new_group(backend="gloo", timeout=timeout)
         self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
         self._used: set[int] = set()
@@ -55,7 +55,7 @@ class ShardGroup:
     def divide(self, tensors: list[Tensor]) -> LayerShard:
         """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
         weights = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
-        received = sum(tensor.nbytes for tensor in tensors) * (self.number - 1) // self.number
+        received = sum(tensor.nbytes for tensor in tensors) * (self.world_size - 1) // self.world_size
         shard = LayerShard(self, self._next_key, fully_shard(weights, mesh=self._mesh), received)
         self._shards[self._next_key] = shard
         self._next_key += 1

@@ -184,7 +184,7 @@ def load_sharded(
     model = load_model(name, dtype, trust_remote_code)
     placement = ShardedLayers(model, group, main)
     place(model, placement)
-    say(f"Layers     divided over {group.number} processes, {placement.share:.0%} of their weights here")
+    say(f"Layers     divided over {group.world_size} processes, {placement.share:.0%} of their weights here")
     return model
 
 

@@ -96,7 +96,7 @@ class FactoredGradient:
         names = self.tuned.names
         own = torch.tensor([[self._num_inputs(name), name in self.whole] for name in names], dtype=torch.float32)
         sizes = sums.new_zeros(rows.total, len(names), 2)
-        sizes[rows.number] = own.to(sums.device)
+        sizes[rows.rank] = own.to(sums.device)
         summed = sum_rows(torch.cat([sums, sizes.flatten()]))
         by_name = summed[len(sums) :].view_as(sizes).transpose(0, 1).int().tolist()
         sent: dict[str, Tensor] = {}
@@ -107,7 +107,7 @@ class FactoredGradient:
                 self._multiply(name)
                 self.whole.setdefault(name, torch.zeros_like(tensor.master))
             elif total:
-                before = sum(numbers[: rows.number])
+                before = sum(numbers[: rows.rank])
                 mine = self._joined(name, tensor.live)
                 # the sum is exact: all other terms are 0
                 sent[name] = pad(mine, (0, 0, before, total - before - len(mine)))

@@ -57,11 +57,11 @@ class Part(NamedTuple):
     """A part of the rows or points of a step.
 
     Attributes:
-        number: Number of the part, counted from 0.
+        rank: Index of the part, counted from 0.
         total: Number of parts.
     """
 
-    number: int
+    rank: int
     total: int
 
 
@@ -69,19 +69,19 @@ class Part(NamedTuple):
 class Processes:
     """The processes of a run, as seen from one of them: a grid of rows by directions.
 
-    Process r * directions + d has the rows of number r, and evaluates the points of number d on them. Processes with the same
+    Process r * directions + d has part r of the rows, and evaluates part d of the points on them. Processes with the same
     rows exchange only losses, as in evolution strategies (arXiv 1703.03864).
 
     Attributes:
-        number: Number of processes.
+        world_size: Number of processes.
         rank: Rank of this process, counted from 0.
-        directions: Number of processes that have the same rows and divide the points of a step; a divisor of ``number``.
+        directions: Number of processes that have the same rows and divide the points of a step; a divisor of ``world_size``.
         sum_rows: Returns the sum of a tensor over the processes with other rows and the same points (all-reduce).
         sum_points: Returns the sum of a tensor over the processes with the same rows and other points (all-reduce).
         broadcast: Returns the value of the first process.
     """
 
-    number: int = 1
+    world_size: int = 1
     rank: int = 0
     directions: int = 1
     sum_rows: Callable[[Tensor], Tensor] = identity
@@ -91,7 +91,7 @@ class Processes:
     @property
     def of_rows(self) -> Part:
         """The part of the rows that this process has."""
-        return Part(self.rank // self.directions, self.number // self.directions)
+        return Part(self.rank // self.directions, self.world_size // self.directions)
 
     @property
     def of_points(self) -> Part:
@@ -99,20 +99,20 @@ class Processes:
         return Part(self.rank % self.directions, self.directions)
 
 
-def num_directions(parallel: Parallel, number: int) -> int:
-    """Return how many of ``number`` processes divide the points of a step.
+def num_directions(parallel: Parallel, world_size: int) -> int:
+    """Return how many of ``world_size`` processes divide the points of a step.
 
     Raises:
-        SlzoError: ``number`` is not a multiple of the given number.
+        SlzoError: ``world_size`` is not a multiple of the given number.
     """
     if parallel == "rows":
         return 1
     if parallel == "directions":
-        return number
-    if number % parallel:
+        return world_size
+    if world_size % parallel:
         raise SlzoError(
-            f"model.parallel {parallel}: does not divide the {number} processes of this run; give a divisor of {number}, rows or "
-            "directions"
+            f"model.parallel {parallel}: does not divide the {world_size} processes of this run; give a divisor of {world_size}, "
+            "rows or directions"
         )
     return parallel
 
@@ -166,7 +166,7 @@ class DividedDirections(Loss):
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently
         own = [torch.tensor([found.loss], device=self.device), *found.gradient.values()]
-        if self.processes.of_points.number > 0:  # those of the process with the first points count
+        if self.processes.of_points.rank > 0:  # those of the process with the first points count
             own = [torch.zeros_like(tensor) for tensor in own]
         loss, *gradient = sum_tensors(self.processes.sum_points, own)
         return found._replace(loss=loss.item(), gradient=dict(zip(found.gradient, gradient, strict=True)))
@@ -179,8 +179,8 @@ class DividedDirections(Loss):
 
 def _share(points: int, processes: Processes) -> slice:
     """Return which points this process evaluates; the first process always has some, so that it can report them."""
-    rank, number = processes.of_points
-    return slice(-(-points * rank // number), -(-points * (rank + 1) // number))
+    rank, total = processes.of_points
+    return slice(-(-points * rank // total), -(-points * (rank + 1) // total))
 
 
 class _DividedOutput(LayerOutput):
