@@ -34,17 +34,19 @@ from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
 from slzo.report.summary import format_summary, sample_row, summarize
-from slzo.resume import check_environment, check_layer_option, open_step_log, restore
+from slzo.resume import check_environment, open_step_log
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
 from slzo.training import (
     adapt_rows,
     auto_rate,
+    check_layer_option,
     load_parts,
     make_evaluator,
     make_stepper,
     plan_prefix,
+    restore,
     restored_rate,
     tune,
     uses_auto,
@@ -54,7 +56,6 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.runtime import gather_from_processes, peak_memory_gb
 from slzo.zo.auto_step import AutoRate
-from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
@@ -85,7 +86,7 @@ def prepare(
     if checkpoint is not None:
         checkpoint.check_resumable(options.optimizer.classes)
     if run.time is None:  # otherwise the plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, None if checkpoint is None else checkpoint.scheduler_state)
+        options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
     if checkpoint is not None:
         check_layer_option(options, checkpoint.note)
         options = options.with_onednn(checkpoint.note["onednn"])
@@ -94,32 +95,60 @@ def prepare(
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
-    parts = loaded
-    if parts is None:
-        parts = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
-    adapt_rows(rows, parts, options)
+        loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
+    adapt_rows(rows, loaded, options)
     _check_time(rows, run, "loading took")
-    if checkpoint is not None:
-        return _continue(options, rows, run, parts, checkpoint, plan, tuned)
-    data = rows.fingerprint()
-    if tuned is None:
-        profile, choice = choose_layer(parts, options, rows, run)
-        model = tune(parts, options, rows, None if choice is None else choice.layer)
+    profile, seed = None, options.noise_seed
+    if checkpoint is None:
+        data = rows.fingerprint()
+        model, choice, profile = _new_model(options, rows, run, loaded, tuned)
     else:
-        model, profile = tuned, None
-        choice = None if model.layer is None else Choice(model.layer, "tuned before")
+        data, seed = rows.fingerprint(checkpoint.note["data"]), checkpoint.note["noise_seed"]
+        check_environment(checkpoint.note, run.device, rows.processes.world_size)
+        model, choice = _restored_model(options, loaded, checkpoint, tuned)
+    if tuned is not None:
         model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows, held_out=True)
     if choice is not None and choice.states is not None:
         model.forward.cache.adopt(choice.states)
-    auto = _automatic(make_stepper(model, options, rows), options, rows) if uses_auto(options) else None
+    auto, evaluations = None if checkpoint is None else restored_rate(checkpoint.note["auto_step"], options), 0.0
+    if auto is None and uses_auto(options):
+        auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
+        evaluations = auto.evaluations
     time = _plan_time(model, options, rows, run)
-    stepper = make_stepper(model, options, rows, auto=auto)
-    reason = "" if choice is None else choice.reason
-    prepared = Prepared(options, parts, model, stepper, reason, data, choice, profile, plan, time=time)
-    stepper.log, _ = open_step_log(prepared, rows, run)
-    _announce(prepared)
+    stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
+    if checkpoint is not None:
+        stepper.load_state_dict(checkpoint.note)
+        stepper.num_evaluations += evaluations
+    resumed = checkpoint is not None
+    prepared = Prepared(options, loaded, model, stepper, data, choice, profile, plan, resumed, time)
+    stepper.log, stepper.known = open_step_log(prepared, rows, run)
+    if not resumed:
+        _announce(prepared)
     return prepared
+
+
+def _new_model(
+    options: TrainingOptions, rows: TaskRows, run: RunContext, parts: ModelParts, tuned: TunedModel | None
+) -> tuple[TunedModel, Choice | None, OutlierProfile | None]:
+    """Choose the layer and create its masters; the model of an earlier ``fit`` is tuned further."""
+    if tuned is not None:
+        return tuned, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), None
+    profile, choice = choose_layer(parts, options, rows, run)
+    return tune(parts, options, rows, None if choice is None else choice.layer), choice, profile
+
+
+def _restored_model(
+    options: TrainingOptions, parts: ModelParts, checkpoint: Checkpoint, tuned: TunedModel | None
+) -> tuple[TunedModel, Choice | None]:
+    """Return the model of a checkpoint with its tuned tensors; Lightning restores the optimizer afterwards."""
+    note = checkpoint.note
+    if tuned is None:
+        tuned = restore(parts, checkpoint, options, for_training=True)
+    else:
+        tuned.check(note)
+        tuned.tensors.load(checkpoint.content["state_dict"])
+    return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 
 def choose_layer(
@@ -184,41 +213,6 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
 
 
-def _continue(
-    options: TrainingOptions,
-    rows: TaskRows,
-    run: RunContext,
-    parts: ModelParts,
-    checkpoint: Checkpoint,
-    plan: MemoryPlan | None,
-    tuned: TunedModel | None,
-) -> Prepared:
-    """Prepare a run that continues a checkpoint; Lightning restores tensors and optimizer afterwards."""
-    note = checkpoint.note
-    data = rows.fingerprint(note["data"])
-    check_environment(note, run.device, rows.processes.world_size)
-    if tuned is None:
-        model = restore(parts, note, options, for_training=True)
-    else:
-        model = tuned
-        model.check(note)
-        model.clear_prefix()  # its keys belong to one data module
-    plan_prefix(model, rows, held_out=True)
-    auto = restored_rate(note["auto_step"], options)
-    seed, evaluations = note["noise_seed"], 0
-    if auto is None and uses_auto(options):  # so far the run used given numbers
-        model.tensors.load(checkpoint.content["state_dict"])
-        auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
-        evaluations = auto.evaluations
-    time = _plan_time(model, options, rows, run)
-    stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
-    prepared = Prepared(options, parts, model, stepper, note["layer_reason"], data, plan=plan, resumed=True, time=time)
-    stepper.load_state_dict(note)
-    stepper.num_evaluations += evaluations
-    stepper.log, stepper.known = open_step_log(prepared, rows, run)
-    return prepared
-
-
 def _automatic(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
     """Return the automatic step size at the current weights, and print it."""
     auto = auto_rate(stepper, rows, eps=options.step.eps)
@@ -232,15 +226,13 @@ def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run:
     Raises:
         SlzoError: Not even one step and its validation fit.
     """
-    budget, checkpoint = run.time, run.checkpoint
+    budget = run.time
     if budget is None:
         return None
     _check_time(rows, run, "loading, profile and measurements took")
-    if checkpoint is not None:
-        model.tensors.load(checkpoint.content["state_dict"])
-        done = int(checkpoint.content["global_step"])
+    if run.checkpoint is not None:
         # the checkpoint has the scores before training
-        budget = replace(budget, done=done, passes=replace(budget.passes, dev_before=0, test_before=0))
+        budget = replace(budget, done=run.checkpoint.step, passes=replace(budget.passes, dev_before=0, test_before=0))
     times = measure_times(model, options, rows, budget)
     slowest = RunTimes.slowest(gather_from_processes([times]))
     plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
@@ -249,7 +241,7 @@ def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run:
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
             f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
-    options.optimizer.check_schedule(plan.steps, None if checkpoint is None else checkpoint.scheduler_state)
+    options.optimizer.check_schedule(plan.steps, run.scheduler_state)
     say(format_time_plan(plan, budget))
     return plan
 

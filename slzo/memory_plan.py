@@ -164,54 +164,54 @@ def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTen
     return LayerScope(layers=layers or [0]).tensors(context)
 
 
-def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabulary: int) -> Workload:
+def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
-    training = [block for own in training_blocks(data) for block in own[: max_steps if max_steps > 0 else None]]
+    training = [block for own in training_blocks(rows) for block in own[: max_steps if max_steps > 0 else None]]
     largest = max(training, key=lambda block: block.num_tokens).pack()
     # the first batch has the longest rows; it is not packed if answers are generated
-    firsts = [next(data.eval_batches(stage), None) for stage in ("dev", "test")]
+    firsts = [next(rows.eval_batches(stage), None) for stage in ("dev", "test")]
     scoring = [batch.packed for batch in firsts if batch is not None and batch.packed is not None]
-    rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
+    logit_rows = 0 if rows.objective.generates else _vocabulary_rows(rows, largest)
     longest = max(largest.example_tokens)
-    tokens = min(largest.num_tokens, max(data.tokens_per_pass or largest.num_tokens, longest))
-    rows = rows * tokens // largest.num_tokens
+    tokens = min(largest.num_tokens, max(rows.tokens_per_pass or largest.num_tokens, longest))
+    logit_rows = logit_rows * tokens // largest.num_tokens
     answers = 2  # a step along a direction generates at two points
-    if data.objective.generates and not options.estimator.uses_points:
-        answers = data.objective.sampling.samples
-        new = answers * data.task.max_new_tokens
-        most = max(len(row.prompt) for row in data.rows("train")) + new
-        tokens, rows = data.batch_size * most, data.batch_size * new
+    if rows.objective.generates and not options.estimator.uses_points:
+        answers = rows.objective.sampling.samples
+        new = answers * rows.task.max_new_tokens
+        most = max(len(row.prompt) for row in rows.rows("train")) + new
+        tokens, logit_rows = rows.batch_size * most, rows.batch_size * new
         limit = MOST_LOGITS // vocabulary  # the answers run in parts
-        tokens, rows = max(most, min(tokens, limit)), max(new, min(rows, limit))
+        tokens, logit_rows = max(most, min(tokens, limit)), max(new, min(logit_rows, limit))
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
-        vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),
-        cached_tokens=sum(block.num_tokens for block in prefix_blocks(data, held_out=True)),
-        prompt_tokens=sum(block.num_tokens for block in prompt_blocks(data)),
-        answer_tokens=_answer_tokens(data, answers),
+        vocabulary_rows=max([logit_rows, *(_vocabulary_rows(rows, p) for p in scoring)]),
+        cached_tokens=sum(block.num_tokens for block in prefix_blocks(rows, held_out=True)),
+        prompt_tokens=sum(block.num_tokens for block in prompt_blocks(rows)),
+        answer_tokens=_answer_tokens(rows, answers),
         train_tokens=tokens,
     )
 
 
-def _answer_tokens(data: TaskRows, answers: int) -> int:
+def _answer_tokens(rows: TaskRows, answers: int) -> int:
     """Return the most tokens of prompts and answers that are generated together; a step generates ``answers`` to each row."""
-    new = data.task.max_new_tokens
-    batches = [(batch, 1) for split in ("dev", "test") for batch in data.eval_plan(split).batches]
-    if data.objective.generates:
-        rows = sorted(data.rows("train"), key=lambda row: len(row.prompt))
-        batches.append((rows[-data.batch_size :], answers))
+    new = rows.task.max_new_tokens
+    batches = [(batch, 1) for split in ("dev", "test") for batch in rows.eval_plan(split).batches]
+    if rows.objective.generates:
+        longest = sorted(rows.rows("train"), key=lambda row: len(row.prompt))
+        batches.append((longest[-rows.batch_size :], answers))
     return max(
         (
-            points * sum(len(row.prompt) + new for row in rows)
-            for rows, points in batches
-            if all(row.prompt for row in rows)
+            number * sum(len(row.prompt) + new for row in batch)
+            for batch, number in batches
+            if all(row.prompt for row in batch)
         ),
         default=0,
     )
 
 
-def _vocabulary_rows(data: TaskRows, batch: PackedBatch) -> int:
-    return batch.needed.numel() if data.loss.needs_vocabulary(batch) else 0
+def _vocabulary_rows(rows: TaskRows, batch: PackedBatch) -> int:
+    return batch.needed.numel() if rows.loss.needs_vocabulary(batch) else 0
 
 
 def _gib(size: int) -> str:

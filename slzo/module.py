@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context, steps_per_epoch
-from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of
+from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, read_checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
@@ -32,10 +32,10 @@ from slzo.models.placement import layer_barrier
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
-from slzo.resume import make_note, restore
+from slzo.resume import make_note
 from slzo.run import Prepared
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator
+from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator, restore
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
@@ -150,7 +150,7 @@ class ZOModule(LightningModule):
         self.model: Any = None
         self.masters = nn.ParameterList()
         self._score: RunningScore | None = None
-        # for loggers and checkpoints; the options are not read back from there
+        # for loggers, checkpoints and model cards; a resumed run compares them with its own options
         self.save_hyperparameters(
             {
                 **{name: getattr(self.options, name) for name in _RECORDED},
@@ -238,8 +238,7 @@ class ZOModule(LightningModule):
         trainer, rows = self.trainer, self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
         run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
-        # Lightning sets no interval for a wall-clock time
-        limits = {"max_steps": run.max_steps, "val_check_interval": getattr(trainer, "val_check_interval", None)}
+        limits = {"max_steps": run.max_steps, "val_check_interval": interval_of(trainer)}
         start = {**versions(), **agreed_settings(self.options, rows), **limits}
         check_agreement(start, "start all with the same command and in the same environment")
         try:
@@ -249,7 +248,7 @@ class ZOModule(LightningModule):
                 self._drop_parts()  # their weights and modules may have changed
             raise
         layer_barrier(prepared.model.parts.model)
-        done = 0 if checkpoint is None else checkpoint.content["global_step"]
+        done = 0 if checkpoint is None else checkpoint.step
         found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer, "steps": done}
         check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
@@ -270,8 +269,7 @@ class ZOModule(LightningModule):
 
     def _restore(self, start: Checkpoint, for_training: bool = False) -> None:
         """Load the tuned tensors of a checkpoint."""
-        self._hold_tuned(restore(self._load_parts(), start.note, self.options, for_training))
-        self.load_state_dict(start.content["state_dict"])
+        self._hold_tuned(restore(self._load_parts(), start, self.options, for_training))
 
     def _start_training(self, resumes: bool) -> None:
         """Restore what was scored so far, or named by :meth:`load_from_checkpoint`, with the options of the training.
@@ -409,9 +407,8 @@ class ZOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Close the log of losses."""
-        if self.prepared is not None and self.stepper.log is not None:
-            self.stepper.log.close()
-            self.stepper.log = None
+        if self.prepared is not None:
+            self.stepper.close_log()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -430,8 +427,8 @@ class ZOModule(LightningModule):
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Outcome]:
         """Score one batch of dev or held-out rows; callbacks get the outcome."""
         assert self._score is not None
-        # dev rows are scored again and again, so their prefix is worth keeping
-        outcome = self.evaluator(batch, keep_prefix=not self.trainer.testing)
+        # a fit scores the dev rows again and again, so their states are worth keeping
+        outcome = self.evaluator(batch, keep_prefix=self.trainer.state.fn == "fit")
         self._score.update(batch, outcome)
         return {"outcome": outcome}
 
@@ -519,7 +516,8 @@ class ZOModule(LightningModule):
     def _release(self) -> None:
         """Drop the tuned tensors, and the model, whose weights they have changed."""
         if self.tuned_model is not None:
-            self.teardown("fit")
+            if self.prepared is not None:
+                self.stepper.close_log()
             self.tuned_model.release()
             self.tuned_model = self.prepared = None
             self.masters = nn.ParameterList()

@@ -11,11 +11,10 @@ import torch
 
 from slzo.checkpoints.checkpoint import write_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
-from slzo.checkpoints.note import CHECKPOINT_FORMAT, check_commit
+from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
-from slzo.models.parts import ModelParts
 from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
@@ -26,50 +25,6 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file, read_json
 from slzo.utils.hub import model_commit
 from slzo.utils.settings import differences
-from slzo.zo.options import TrainingOptions
-from slzo.zo.tuned_model import TunedModel
-
-
-def restore(
-    parts: ModelParts, note: Mapping[str, Any], options: TrainingOptions, for_training: bool = False
-) -> TunedModel:
-    """Make masters for the tensors of a checkpoint with this note; their values are set afterwards.
-
-    ``parts`` is the untuned model. ``for_training`` refuses a scope other than that of the options.
-
-    Raises:
-        SlzoError: The checkpoint does not fit the model or the scope.
-    """
-    if for_training:
-        check_layer_option(options, note)
-        if note["scope"] != options.scope_settings:
-            changes = differences(note["scope"], options.scope_settings)
-            raise SlzoError(
-                f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
-            )
-    check_commit(note, options.model, parts.model.name_or_path)
-    subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
-    try:
-        return TunedModel.from_description(parts, note, options.engine, subset)
-    except KeyError as error:
-        raise SlzoError(
-            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
-            "with"
-        ) from error
-
-
-def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
-    """Check that the options name no other layer than a checkpoint.
-
-    Raises:
-        SlzoError: They do.
-    """
-    layer = note["layer"]
-    if layer is not None and options.layer not in (None, layer):
-        raise SlzoError(
-            f"model.layer {options.layer}: the checkpoint tunes layer {layer}; leave model.layer out to continue it, or "
-            "start without a checkpoint"
-        )
 
 
 def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
@@ -152,7 +107,7 @@ def open_step_log(
         return None, {}
     settings, first = log_settings(prepared, rows), rows.processes.rank == 0
     before = rows.processes.broadcast(_log_before(run, settings) if first else None)
-    step = 0 if run.checkpoint is None else int(run.checkpoint.content["global_step"])
+    step = 0 if run.checkpoint is None else run.checkpoint.step
     known = {} if before is None else _steps_to_repeat(before, step)
     if known:
         say(f"Steps {step} to {max(known)} are in the log of the run and are repeated from it.")

@@ -1,7 +1,9 @@
 """The parts of a training run: where it runs, and what its steps need."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,11 @@ class RunContext:
     time: TimeBudget | None  # None if it is not limited
     shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
 
+    @property
+    def scheduler_state(self) -> Mapping[str, Any] | None:
+        """State of the learning-rate scheduler in the continued checkpoint; ``None`` if there is none."""
+        return None if self.checkpoint is None else self.checkpoint.scheduler_state
+
 
 @dataclass
 class Prepared:
@@ -43,10 +50,14 @@ class Prepared:
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper
-    layer_reason: str  # why the layer of the model was chosen
     data: DataFingerprint
-    choice: Choice | None = None  # of a rule, with its trials; None if no rule was used
+    choice: Choice | None = None  # the layer and why it was chosen; None for a scope without a layer
     profile: OutlierProfile | None = None
     plan: MemoryPlan | None = None
     resumed: bool = False  # whether a checkpoint is continued
     time: TimePlan | None = None  # None if the time is not limited
+
+    @property
+    def layer_reason(self) -> str:
+        """Why the layer was chosen; empty for a scope without a layer."""
+        return "" if self.choice is None else self.choice.reason

@@ -107,7 +107,7 @@ class ZOTrainer(Trainer):
             model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, to_continue=True)
-        path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.content["global_step"])
+        path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.step)
         if path is None and self._trained is not None and self._trained != (model, datamodule):
             # its callbacks keep the untuned score and the best state
             raise SlzoError(

@@ -13,6 +13,8 @@ import torch
 from slzo.batches.encoded import prompt_alone, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
 from slzo.batches.sharing import chunk_by_tokens
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.note import check_commit
 from slzo.data.batch import Row
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.device_placement import load_with_device_map
@@ -24,7 +26,7 @@ from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
-from slzo.utils.settings import flat_settings
+from slzo.utils.settings import differences, flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import identity
@@ -179,6 +181,52 @@ def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
     """Return an evaluator that scores rows with the live weights."""
     return rows.evaluator(model.parts, model.logits, model.prompt_states)
+
+
+def restore(
+    parts: ModelParts, checkpoint: Checkpoint, options: TrainingOptions, for_training: bool = False
+) -> TunedModel:
+    """Create the tuned tensors of a checkpoint in an untuned model.
+
+    ``for_training`` refuses a scope or layer other than that of the options.
+
+    Raises:
+        SlzoError: The checkpoint does not fit the model or the options.
+    """
+    note = checkpoint.note
+    if for_training:
+        check_layer_option(options, note)
+        if note["scope"] != options.scope_settings:
+            changes = differences(note["scope"], options.scope_settings)
+            raise SlzoError(
+                f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
+            )
+    check_commit(note, options.model, parts.model.name_or_path)
+    subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
+    try:
+        model = TunedModel.from_description(parts, note, options.engine, subset)
+        if values := checkpoint.content["state_dict"]:  # left out if they are those of the base model
+            model.tensors.load(values)
+    except KeyError as error:
+        raise SlzoError(
+            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
+            "with"
+        ) from error
+    return model
+
+
+def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
+    """Check that the options name no other layer than a checkpoint.
+
+    Raises:
+        SlzoError: They do.
+    """
+    layer = note["layer"]
+    if layer is not None and options.layer not in (None, layer):
+        raise SlzoError(
+            f"model.layer {options.layer}: the checkpoint tunes layer {layer}; leave model.layer out to continue it, or "
+            "start without a checkpoint"
+        )
 
 
 def make_stepper(

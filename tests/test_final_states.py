@@ -7,7 +7,6 @@ import torch
 from helpers import FAMILIES, random_example, tiny_model
 from test_parts import plain_logits
 
-from slzo.batches.last_tokens import LastTokens
 from slzo.batches.packing import pack
 from slzo.batches.sharing import share_beginnings
 from slzo.models.attention import packed_attention_forward
@@ -23,12 +22,14 @@ def rows():
     generator = random.Random(5)
     return [
         random_example(generator, number, length, candidates)
-        for number, (length, candidates) in enumerate([(19, (2, 3)), (7, (1, 1)), (23, (4,)), (18, (1, 2, 1))])
+        for number, (length, candidates) in enumerate(
+            [(19, (2, 3)), (7, (1, 1)), (23, (4,)), (1, (1,)), (18, (1, 2, 1))]
+        )
     ]
 
 
-def tokens_by_layer(parts, batch, start, hidden, **options):
-    """The final states, and the numbers of tokens for which each layer's attention computed an output."""
+def tokens_by_layer(parts, batch, start, hidden):
+    """The final states, and the numbers of tokens that each layer returned."""
     parts.prepare()
     found = {}
 
@@ -39,7 +40,7 @@ def tokens_by_layer(parts, batch, start, hidden, **options):
     number = {layer: index for index, layer in enumerate(parts.layers)}
     hooks = [layer.register_forward_hook(count) for layer in parts.layers]
     try:
-        return final_states(parts, batch, start, hidden, **options), found
+        return final_states(parts, batch, start, hidden), found
     finally:
         for hook in hooks:
             hook.remove()
@@ -86,10 +87,18 @@ def test_rows_with_common_beginnings(rows):
 @torch.no_grad()
 def test_all_tokens_run_if_most_are_needed():
     generator = random.Random(1)
-    batch = pack([random_example(generator, number, 4, (12,)) for number in range(3)])
-    final, ran = tokens_by_layer(ModelParts(tiny_model("llama"), onednn=False), batch, 0, None)
+    batch, parts = pack([random_example(generator, number, 4, (12,)) for number in range(3)]), ModelParts(tiny_model())
+    final, ran = tokens_by_layer(parts, batch, 0, None)
     assert ran[3] == [batch.num_tokens]
-    assert final.shape[:2] == (1, len(batch.needed))
+    assert torch.equal(final[0], parts.run(batch, 0, 4)[batch.needed])
+
+
+@torch.no_grad()
+def test_a_model_of_one_layer(rows):
+    parts, batch = ModelParts(tiny_model(num_hidden_layers=1), onednn=False), pack(rows)
+    expected = parts.run(batch, 0, 1)[batch.needed]
+    for hidden in (None, parts.run(batch, 0, 0)):
+        torch.testing.assert_close(final_states(parts, batch, 0, hidden)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -101,21 +110,11 @@ def test_a_model_that_runs_padded(rows):
     torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-5)
 
 
-def test_parts_of_a_batch_have_their_own_last_tokens(rows):
-    def same(found, expected):
-        mine, other = ([each.positions, each.inverse] for each in (found, expected))
-        return all(map(torch.equal, mine, other))
-
-    for batch in (*pack(rows).cut(30), share_beginnings(pack(rows))[0]):
-        assert same(batch.last_tokens, LastTokens.of(batch.layout, batch.needed))
-        assert set(batch.needed.tolist()) <= set(batch.last_tokens.positions.tolist())
-
-
 @torch.no_grad()
 def test_the_gradient_is_that_of_the_whole_model(rows):
-    """By autograd through the attention of all tokens."""
+    """The reference is autograd with attention over all tokens."""
     parts, batch = ModelParts(tiny_model("qwen3"), onednn=False), pack(rows)
-    weights = [weight.requires_grad_() for weight in parts.layers[2].parameters()]
+    weights = [weight.requires_grad_() for layer in (2, 3) for weight in parts.layers[layer].parameters()]
     weight = torch.randn(len(batch.needed), parts.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def whole(layer, query, key, value, options):

@@ -13,7 +13,7 @@ from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT, checkpoint_note
-from slzo.cli.config_files import check_config_file
+from slzo.cli.config_files import read_config_file
 from slzo.data.files import READERS, BadRows, read_file
 from slzo.data.sources import RowSource
 from slzo.tasks.template import TemplateTask
@@ -131,7 +131,7 @@ def test_damaged_checkpoints(tmp_path, checkpoint_bytes, cut, flips):
 def test_any_yaml(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    assert isinstance(result(check_config_file, path), dict | None)
+    assert isinstance(result(read_config_file, path), dict | None)
 
 
 GROUPS = {

@@ -1,6 +1,7 @@
 """The last tokens of each sequence: those that the needed logits depend on, if the keys and values of the others are known.
 
-Shapes: ``T`` packed tokens, ``K`` last tokens, ``S`` sequences of a group, of at most ``E`` earlier and ``L`` last tokens.
+Shapes: ``T`` packed tokens, ``U`` needed positions, ``K`` last tokens, ``S`` sequences of a group, of at most ``E`` earlier and
+``L`` last tokens.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class LastTokensGroup(Movable):
     Attributes:
         earlier: Packed positions of the earlier tokens, shape (S, E); padding is 0.
         is_earlier: ``False`` on their padding.
-        last: Numbers of the last tokens, shape (S, L), padding on the right is 0.
+        last: Indices of the last tokens in :attr:`LastTokens.positions`, shape (S, L); padding on the right is 0.
     """
 
     earlier: Tensor
@@ -75,7 +76,11 @@ class LastTokens(Movable):
             offset += last.numel()
         return cls(positions, tuple(groups), inverse)
 
-    def repeat(self, times: int, num_tokens: int) -> "LastTokens":
+    def number_of(self, positions: Tensor) -> Tensor:
+        """Return the indices of some last tokens in ``positions``, from their packed positions."""
+        return torch.searchsorted(self.positions, positions)
+
+    def repeat(self, times: int, num_tokens: int) -> Self:
         """Return the last tokens of ``times`` copies of a batch of ``num_tokens`` tokens, one after the other."""
         if times == 1:
             return self
@@ -89,4 +94,4 @@ class LastTokens(Movable):
             for group in self.groups
         ]
         inverse = places_of_copies(self.inverse, [group.last.numel() for group in self.groups], times)
-        return LastTokens((self.positions + starts * num_tokens).flatten(), tuple(groups), inverse)
+        return type(self)((self.positions + starts * num_tokens).flatten(), tuple(groups), inverse)

@@ -5,6 +5,7 @@ Shapes: ``T`` tokens in the batch, ``B`` examples, ``C`` candidates, ``U`` posit
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Self
 
@@ -30,11 +31,10 @@ class TokenBatch(Movable):
     position_ids: Tensor
     layout: PackedLayout
 
-    def at(self, positions: Tensor, times: int = 1) -> "TokenBatch":
+    def tokens_at(self, positions: Tensor, times: int = 1) -> "TokenBatch":
         """Return ``times`` copies of some tokens, to run with an attention that takes the place of the layout."""
-        return TokenBatch(
-            self.input_ids[positions].repeat(times), self.position_ids[positions].repeat(times), self.layout
-        )
+        ids, places = (values[positions].repeat(times) for values in (self.input_ids, self.position_ids))
+        return TokenBatch(ids, places, self.layout)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class PackedBatch(TokenBatch):
         example_tokens: Number of packed tokens of each example, length B, in order. They sum to T.
         example_needed: Number of positions in ``needed`` of each example, length B, in order. They sum to U.
         needed: Packed positions whose logits are needed, shape (U,), int64.
-        last_tokens: In each sequence, the first token whose logits are needed, and all after it.
         needed_example: Example of each of these, shape (U,), int64, not decreasing.
         token_needed: Index in ``needed`` of each answer token, shape (R,), int64.
         token_id: Ids of the answer tokens, shape (R,), int64.
@@ -68,7 +67,6 @@ class PackedBatch(TokenBatch):
     example_tokens: tuple[int, ...]
     example_needed: tuple[int, ...]
     needed: Tensor
-    last_tokens: LastTokens
     needed_example: Tensor
     token_needed: Tensor
     token_id: Tensor
@@ -87,6 +85,12 @@ class PackedBatch(TokenBatch):
     def on_cpu(self) -> Self:
         """The same batch on the CPU. Indices are computed from it, since reading from a GPU waits for all of its work."""
         return self if self.source is None else self.source
+
+    @cached_property
+    def last_tokens(self) -> LastTokens:
+        """In each sequence, the first token whose logits are needed, and all after it."""
+        own = self.on_cpu
+        return LastTokens.of(own.layout, own.needed).to(self.needed.device)
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on another device, which keeps this batch as its ``source``."""
@@ -131,17 +135,14 @@ class PackedBatch(TokenBatch):
         candidates = torch.searchsorted(self.candidate_example, torch.tensor(bounds)).tolist()
         answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates)).tolist()
         needed = torch.searchsorted(self.needed, torch.tensor(tokens)).tolist()
-        parts = []
-        for n, numbers in enumerate(examples):
-            chosen, own = self.select(numbers), self.needed[needed[n] : needed[n + 1]] - tokens[n]
-            part = replace(
+        return tuple(
+            replace(
                 self,
-                **vars(chosen),
+                **vars(self.select(numbers)),
                 example_index=self.example_index[numbers.start : numbers.stop],
                 example_tokens=self.example_tokens[numbers.start : numbers.stop],
                 example_needed=self.example_needed[numbers.start : numbers.stop],
-                needed=own,
-                last_tokens=LastTokens.of(chosen.layout, own),
+                needed=self.needed[needed[n] : needed[n + 1]] - tokens[n],
                 needed_example=self.needed_example[needed[n] : needed[n + 1]] - numbers.start,
                 token_needed=self.token_needed[answers[n] : answers[n + 1]] - needed[n],
                 token_id=self.token_id[answers[n] : answers[n + 1]],
@@ -153,8 +154,8 @@ class PackedBatch(TokenBatch):
                 right=self.right[candidates[n] : candidates[n + 1]],
                 token_choice=None if self.token_choice is None else self.token_choice[answers[n] : answers[n + 1]],
             )
-            parts.append(part)
-        return tuple(parts)
+            for n, numbers in enumerate(examples)
+        )
 
     @property
     def num_examples(self) -> int:
@@ -224,16 +225,14 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64)
 
-    layout, positions_needed = build_layout(sequences, len(ids), group_lengths), tensor(list(needed))
     return PackedBatch(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
-        layout=layout,
+        layout=build_layout(sequences, len(ids), group_lengths),
         example_index=tuple(example.index for example in examples),
         example_tokens=tuple(example_tokens),
         example_needed=tuple(example_needed),
-        needed=positions_needed,
-        last_tokens=LastTokens.of(layout, positions_needed),
+        needed=tensor(list(needed)),
         needed_example=tensor([number for number, count in enumerate(example_needed) for _ in range(count)]),
         token_needed=tensor(token_needed),
         token_id=tensor(token_id),

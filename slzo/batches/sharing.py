@@ -7,7 +7,6 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor
 
-from slzo.batches.last_tokens import LastTokens
 from slzo.batches.layout import build_layout
 from slzo.batches.packing import PackedBatch
 
@@ -41,16 +40,14 @@ def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
         inner.update(path[:-1])
     # a sequence that is the beginning of another one needs no separate attention
     sequences = [path for last, path in paths.items() if last not in inner]
-    source, needed = torch.tensor(kept), torch.tensor(merged)[batch.needed]
-    layout = build_layout(sequences, len(kept), grouped=True)
+    source = torch.tensor(kept)
     shared = replace(
         batch,
         input_ids=batch.input_ids[source],
         position_ids=batch.position_ids[source],
-        layout=layout,
+        layout=build_layout(sequences, len(kept), grouped=True),
         example_tokens=(),
-        needed=needed,
-        last_tokens=LastTokens.of(layout, needed),
+        needed=torch.tensor(merged)[batch.needed],
     )
     return shared, source
 

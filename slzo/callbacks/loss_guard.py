@@ -58,7 +58,7 @@ class LossGuard(Callback):
             return
         assert pl_module.prepared is not None
         self.rolled_back_at = -1
-        if self.factor is not None and trainer.enable_validation and trainer.val_check_batch is None:
+        if trainer.enable_validation and trainer.val_check_batch is None:
             warn(
                 "guard: with a time as trainer.val_check_interval and no trainer.max_time the run does not roll back after a "
                 "spike; give a number of steps, or trainer.max_time"
@@ -94,7 +94,7 @@ class LossGuard(Callback):
     def _keep(self, trainer: Trainer, module: ZOModule) -> None:
         tensors = module.stepper.model.tensors
         self._good_step = trainer.global_step
-        self._good = tensors.clone_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
+        self._good = tensors.clone_masters() if tensors.may_be_copied else None
 
     def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
         self.rollbacks += 1

@@ -135,8 +135,8 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
-        if isinstance(pl_module, ZOModule):
-            pl_module.teardown("fit")
+        if isinstance(pl_module, ZOModule) and pl_module.prepared is not None:
+            pl_module.stepper.close_log()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to count the seconds of another ``fit`` of the same trainer."""

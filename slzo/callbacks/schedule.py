@@ -45,6 +45,11 @@ def validation_due(trainer: Trainer) -> bool:
     return (done + 1) % int(every) == 0
 
 
+def interval_of(trainer: Trainer) -> int | float | None:
+    """Return ``val_check_interval`` of a trainer; ``None`` if it is a wall-clock time, for which Lightning sets none."""
+    return getattr(trainer, "val_check_interval", None)
+
+
 def is_last_step(trainer: Trainer) -> bool:
     """Whether training ends after the current step, as far as this is known in advance."""
     may_stop = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
@@ -73,7 +78,7 @@ def check_interval(trainer: Trainer, num_batches: int) -> None:
     Raises:
         SlzoError: The interval is longer than ``num_batches``.
     """
-    every = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a wall-clock time
+    every = interval_of(trainer)
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > num_batches:
         raise SlzoError(
             f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most {num_batches}, or set "

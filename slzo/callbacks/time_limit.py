@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.callbacks.schedule import validation_due
+from slzo.callbacks.schedule import interval_of, validation_due
 from slzo.utils.console import say
 from slzo.zo.time_plan import TimePlan
 
@@ -49,9 +49,10 @@ class TimeLimit(Callback):
 
     def given(self, trainer: Trainer) -> tuple[int, int | float]:
         """Return ``max_steps`` and ``val_check_interval`` as they were given to the trainer."""
-        # Lightning sets no interval for a wall-clock time
-        own = trainer.max_steps, getattr(trainer, "val_check_interval", 1.0)
-        return own if self._given is None else self._given
+        if self._given is not None:
+            return self._given
+        interval = interval_of(trainer)
+        return trainer.max_steps, 1.0 if interval is None else interval
 
     def apply(self, trainer: Trainer, plan: TimePlan | None) -> None:
         """Let the trainer take the steps and validations of a plan."""

@@ -44,6 +44,11 @@ class Checkpoint:
         return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
 
     @property
+    def step(self) -> int:
+        """Number of steps taken so far."""
+        return int(self.content["global_step"])
+
+    @property
     def run_folder(self) -> Path:
         """The folder of the run that wrote it, if it is still where it was written."""
         return run_folder_of(self.path)

@@ -14,7 +14,7 @@ _ARGUMENTS = "init_args"
 _TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
-def check_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Return the content of a config file.
 
     Raises:

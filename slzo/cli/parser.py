@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from slzo.cli.config_files import check_config_file
+from slzo.cli.config_files import read_config_file
 from slzo.cli.diagnose import explain
 from slzo.cli.given import Given, given_options, loaded, option_values
 from slzo.cli.help import HELP_ALL, HelpAll, lightnings, short_help
@@ -74,7 +74,7 @@ def read_given(words: Sequence[str]) -> list[Given]:
         if not value:
             raise SlzoError("--config: is empty; give a YAML file")
         if os.path.exists(value):  # noqa: PTH110  a text that is too long for a path does not exist
-            configs.append(check_config_file(Path(value)))
+            configs.append(read_config_file(Path(value)))
         elif ":" not in value:  # a config given as text contains a colon
             names = ", ".join(shipped_configs())
             raise SlzoError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slzo.checkpoints.checkpoint import run_folder_of
 from slzo.checkpoints.find import NAMES, RUNS, named_checkpoint
-from slzo.cli.config_files import check_config_file
+from slzo.cli.config_files import read_config_file
 from slzo.cli.given import option_values
 from slzo.commands.registry import Command
 from slzo.prompting.pair import exported_options, is_export
@@ -54,7 +54,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
 def _checked(config: Path, args: Sequence[str]) -> str:
     """Return the option for a run's config; refuse code in it, since the folder may come from somebody else."""
     trusted = f"model.{TRUST} " if option_values(args, f"--model.{TRUST}") else None
-    check_config_file(config)
+    read_config_file(config)
     for entry in code_of(config):
         option = f" or --model.{TRUST} true" if entry.startswith(f"model.{TRUST} ") else ""
         if trusted is None or not entry.startswith(trusted):

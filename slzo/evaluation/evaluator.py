@@ -211,7 +211,7 @@ def _finite(values: Sequence[float] | None) -> list[float | None] | None:
     return None if values is None else [value if math.isfinite(value) else None for value in values]
 
 
-def gold_losses(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
+def gold_loss_by_row(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
     """Return the negative log-likelihood and the number of tokens of each row's gold answer, by row id.
 
     Rows without a gold answer are left out. Empty if answers were generated: only the sum of their gold losses is known.

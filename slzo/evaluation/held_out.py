@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slzo.data.batch import EvalBatch
-from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_losses, records, score_rows
+from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_loss_by_row, records, score_rows
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.base import Example
@@ -49,7 +49,7 @@ def score_held_out(
                 if row.position < num_samples:
                     samples.append((row.position, {**record, "gold_texts": _gold_texts(row.example)}))
         if metric == PERPLEXITY:
-            losses.extend(gold_losses(batch, outcome).items())
+            losses.extend(gold_loss_by_row(batch, outcome).items())
             return
         predictions: Sequence[int | str] = outcome.predictions
         rewards = outcome.rewarded.totals if outcome.rewarded is not None and metric == "reward" else None

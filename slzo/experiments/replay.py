@@ -8,11 +8,9 @@ from torch import Tensor
 
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.find import REPLAYED
-from slzo.checkpoints.note import check_commit
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
-from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
-from slzo.training import load_parts, restored_rate
+from slzo.training import load_parts, restore, restored_rate
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
@@ -74,10 +72,7 @@ def replay_run(
             f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
         )
     parts = load_parts(options, device)
-    check_commit(start.note, options.model, parts.model.name_or_path)
-    stepper = _stepper(parts, options, rows, start.note, log)
-    if first := start.content["state_dict"]:
-        stepper.model.tensors.load(first)
+    stepper = _stepper(restore(parts, start, options, for_training=True), options, rows, start.note, log)
     masters = _take_steps(stepper, options, log, number)
     note = {**start.note, **stepper.state_dict()}
     write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
@@ -97,18 +92,15 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
 
 
 def _stepper(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog
+    model: TunedModel, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog
 ) -> Stepper:
-    subset = options.scope.subset(tuple(note["tensors"]), parts)
-    model = TunedModel.from_description(parts, note, options.engine, subset)
-    auto = restored_rate(note["auto_step"], options)
     return Stepper(
         model,
         rows.objective,
         options.estimator,
         options.step,
         seed=note["noise_seed"],
-        auto=auto,
+        auto=restored_rate(note["auto_step"], options),
         sets_rate=options.optimizer.automatic,
         max_nonfinite=options.max_nonfinite,
         known=log.steps,

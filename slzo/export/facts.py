@@ -128,7 +128,7 @@ def facts_of(
         format,
         origin,
         note,
-        int(checkpoint.content["global_step"]),
+        checkpoint.step,
         str(checkpoint.content.get("hyper_parameters", {}).get("scope", note["scope"]["class"])),
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,

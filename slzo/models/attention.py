@@ -179,14 +179,16 @@ def masked_attention(
         softcap: Bound of the scores, ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
         sinks: Scores of a key without a value that every query sees, broadcastable to (N, heads, queries, 1).
     """
-    repeats = query.shape[1] // key.shape[1]
-    if softcap is None and sinks is None:
+    repeats, is_fused = query.shape[1] // key.shape[1], softcap is None and sinks is None
+    # a CPU's kernel takes a mask together with heads that share keys, a GPU's does not
+    if repeats > 1 and not (is_fused and (mask is None or query.device.type == "cpu")):
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        repeats = 1
+    if is_fused:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
         )
     mask = _causal_mask(query, key, None) if mask is None else mask
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

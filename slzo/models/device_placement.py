@@ -56,7 +56,7 @@ class DevicePlacement(Placement):
         self._skip_keys = [*arguments_of_any_device(model), VIRTUAL_ARGUMENT]
         self._weights: dict[int, Mapping[str, Tensor]] = {}
         self._handles: dict[int, list[RemovableHandle]] = {}
-        self._visits: dict[int, _Visit] = {}
+        self._visitors: dict[int, _Visitor] = {}
         for number in places.away:
             self._add_hooks(number)
 
@@ -94,12 +94,8 @@ class DevicePlacement(Placement):
         if number not in self.places.offloaded or number not in self._handles:
             yield
             return
-        visit = self._visits[number]
-        visit.stays = True
-        try:
+        with self._visitors[number].staying():
             yield
-        finally:
-            visit.end()
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         path = self.places.path
@@ -126,42 +122,42 @@ class DevicePlacement(Placement):
             skip_keys=self._skip_keys,
         )
         hook.init_hook(layer)
-        self._visits[number] = visit = _Visit(hook, layer)
+        self._visitors[number] = visitor = _Visitor(hook, layer)
         self._handles[number] = [
-            layer.register_forward_pre_hook(visit.before, with_kwargs=True),
-            layer.register_forward_hook(visit.after, always_call=True),
+            layer.register_forward_pre_hook(visitor.before, with_kwargs=True),
+            layer.register_forward_hook(visitor.after, always_call=True),
         ]
 
 
 @dataclass
-class _Visit:
+class _Visitor:
     """Brings weights and states of a layer together for a run, and takes the weights away after it.
 
     Attributes:
-        hook: Does that.
+        hook: Hook of accelerate that does this.
         layer: The layer. Copies of it that share its weights use the same hook.
-        stays: Whether the weights stay after a run, until :meth:`end`.
-        is_here: Whether they have stayed.
+        stays: Whether the weights are here and stay after a run.
     """
 
     hook: AlignDevicesHook
     layer: nn.Module
     stays: bool = False
-    is_here: bool = False
 
     def before(self, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
-        return (args, kwargs) if self.is_here else self.hook.pre_forward(self.layer, *args, **kwargs)
+        return (args, kwargs) if self.stays else self.hook.pre_forward(self.layer, *args, **kwargs)
 
     def after(self, _copy: nn.Module, _args: Any, output: Any) -> Any:
-        if self.stays:
-            self.is_here = True
-            return output
-        return self.hook.post_forward(self.layer, output)
+        return output if self.stays else self.hook.post_forward(self.layer, output)
 
-    def end(self) -> None:
-        self.stays = False
-        if self.is_here:
-            self.is_here = False
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Bring the weights here for all runs in the context."""
+        self.hook.pre_forward(self.layer)
+        self.stays = True
+        try:
+            yield
+        finally:
+            self.stays = False
             self.hook.post_forward(self.layer, None)
 
 

@@ -44,7 +44,10 @@ class Placement(ABC):
 
     @contextmanager
     def visit(self, number: int) -> Iterator[None]:
-        """Keep the weights of a layer, after they were brought here for its first run, for all its runs in this context."""
+        """Bring the weights of a layer here once for all its runs in this context.
+
+        By default nothing is done: gathered layers stay after their use anyway, see ``num_kept``.
+        """
         yield
 
     def barrier(self) -> None:  # noqa: B027 - only for layers that processes gather together

@@ -10,6 +10,13 @@ from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import TokenBatch
 from slzo.models.attention import KeyValues, packed_attention_forward
 from slzo.models.parts import ModelParts
+from slzo.models.placement import placement_of
+
+
+def can_run_last_tokens(parts: ModelParts) -> bool:
+    """Return whether layers of a model can run for some tokens, with the recorded keys and values of the others."""
+    placement = placement_of(parts.model)
+    return parts.packed and parts.virtual_tokens is None and not (placement is not None and placement.elsewhere)
 
 
 def recorded(

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistError
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.layout import PackedLayout
-from slzo.batches.packing import PackedBatch, TokenBatch, pack
+from slzo.batches.packing import PackedBatch, pack
 from slzo.models.attention import packed_attention_forward
 from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
+from slzo.models.recorded import run_with
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.utils.errors import SlzoError, one_line
@@ -220,7 +220,7 @@ def _check_calls(parts: ModelParts) -> None:
         called.append(layer)
         return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
 
-    parts.run(TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend)), 0, parts.num_layers)
+    run_with(parts, batch, attend, 0, parts.num_layers, None)
     if len(set(called)) < len(called):
         raise _MismatchError("a layer computes attention several times")
 

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from slzo.zo.derivatives import live_vjp
 from slzo.zo.processes import Part, sum_tensors
-from slzo.zo.tensors import TunedTensor
 from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.tuned_tensor import TunedTensor
 
 # Factors are exchanged if those of all processes have at most this share of the gradient's elements. Every process multiplies the
 # factors of all, so with many inputs this takes longer than sending the gradient.

@@ -21,7 +21,7 @@ from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
 from slzo.zo.factored import FactoredGradient
 from slzo.zo.forward import SuffixForward
-from slzo.zo.last_tokens import differentiable_layers
+from slzo.zo.layers_above import layers_vjp
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
 from slzo.zo.processes import Part, sum_tensors
@@ -161,7 +161,7 @@ class BatchLogitLoss(_SummedLoss):
         evaluations = 0.0
         for piece, states in self._pieces():
             entering = forward.parts.run(piece, 0, 0) if states is None else states
-            hidden, pull_back = differentiable_layers(forward.parts, context.tuned, start, stop, piece, entering)
+            hidden, pull_back = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
             gradient.add(pull_back(estimate(output).to(hidden.dtype)))
             sums += torch.stack(output.sums)
@@ -184,7 +184,7 @@ def _mean(sums: Tensor, gradient: Mapping[str, Tensor]) -> tuple[float, Directio
 
 
 @dataclass
-class RowsLoss(_SummedLoss):
+class BatchAnswerLoss(_SummedLoss):
     """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoding`.
 
     It has no derivative. Estimators of a gradient get the policy gradient of the expected loss of sampled answers instead, see

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, checked_position_losses, checked_row_losses
 from slzo.batches.packing import PackedBatch
+from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, rms
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
-from slzo.zo.last_tokens import layers_above
+from slzo.zo.layers_above import layers_above
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
@@ -83,15 +84,16 @@ class PackedLayerOutput(LayerOutput):
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
-        layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
-        self.layers_above = above
+        self.layers_above = above = parts.num_layers - span.stop
         share = run.numel() / batch.num_tokens
-        self._per_point = share * above / layers
-        # A derivative costs about two passes. If not all tokens run at each point, most run through all of these layers but the
-        # last, and for keys and values alone, which are not counted, through the last one and the tuned one.
-        self._at_masters = (
-            (3 + above) / layers if share == 1 else (1 + 3 * share + max(0, above - 1) + share * above) / layers
-        )
+        # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
+        whole_pass = parts.num_layers - span.start - 1 + last_layer_share(parts, batch)
+        self._per_point = share * above / whole_pass
+        # a derivative costs about two passes; if not all tokens run at each point, it goes through those that do
+        at_masters: float = 3 + above
+        if share < 1:
+            at_masters = 3 * share + (above > 0) + max(0, above - 1) + share * above
+        self._at_masters = at_masters / whole_pass
         self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])

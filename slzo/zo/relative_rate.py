@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimator
-from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_tensor import Subspace
 
 # Share of the size of the weights that Adam moves an element by in the first step. An element has to move further if weights are
 # moved by a product of two matrices, one of which begins at 0 (LoRA), or along fixed directions (ActivationSubspace). The largest

@@ -185,7 +185,7 @@ class Stepper:
             loss = ReplayedLoss(known)
         at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
         request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
-        measure_update = measure_update and 4 * tensors.num_elements <= tensors.hold_bytes
+        measure_update = measure_update and tensors.may_be_copied
         auto = self.auto if self.sets_rate else None
         estimate, norm = take_step(request, self.estimator, optimizer, auto=auto, measure_update=measure_update)
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
@@ -220,6 +220,12 @@ class Stepper:
             halve_rate(optimizer, schedulers)
         if self.log is not None:
             self.log.append(Rollback(steps, to))
+
+    def close_log(self) -> None:
+        """Close the log of losses; later steps are not written."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that later steps depend on, except masters and optimizer; primitives only."""

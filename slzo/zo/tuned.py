@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slzo.utils.errors import SlzoError, one_line
 from slzo.zo.noise import Noise, gaussian
-from slzo.zo.tensors import KINDS, TunedTensor, Whole
+from slzo.zo.tuned_tensor import KINDS, TunedTensor, Whole
 
 Direction = Mapping[str, Tensor]
 """One float32 tensor for each tuned tensor that moves, by name."""
@@ -86,6 +86,11 @@ class TunedTensors(nn.Module):
     def num_elements(self) -> int:
         """Number of tuned elements."""
         return sum(master.numel() for master in self.masters)
+
+    @property
+    def may_be_copied(self) -> bool:
+        """Whether a copy of the masters takes at most ``hold_bytes``."""
+        return 4 * self.num_elements <= self.hold_bytes
 
     def named_masters(self) -> dict[str, nn.Parameter]:
         """Return the masters by name."""

@@ -104,7 +104,8 @@ class OutputGradient(NamedTuple):
     Attributes:
         loss: Loss at the masters.
         gradient: Gradient by name of the tuned tensor.
-        evaluations: Cost as a number of forward passes of the batch through the tuned layer and all above.
+        evaluations: Cost as a number of forward passes of the batch through the tuned layer and all above. In the last layer of
+            the model these run for the last tokens of each sequence only, see :mod:`slzo.models.logits`.
     """
 
     loss: float

@@ -14,7 +14,7 @@ from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
 from slzo.zo.estimators.base import Loss
-from slzo.zo.loss import BatchLogitLoss, LossContext, RowsLoss
+from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
 from slzo.zo.policy_gradient import AnswerSampling
 
 
@@ -119,7 +119,7 @@ class AnswerObjective(Objective):
 
 
 @dataclass
-class _AnswerLoss(RowsLoss):
+class _AnswerLoss(BatchAnswerLoss):
     objective: AnswerObjective
 
     def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:

@@ -16,7 +16,7 @@ from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Loss, LossReport
-from slzo.zo.loss import LossContext, RowsLoss
+from slzo.zo.loss import BatchAnswerLoss, LossContext
 from slzo.zo.objectives.base import Objective
 from slzo.zo.policy_gradient import AnswerSampling
 
@@ -101,7 +101,7 @@ class Reward(Objective):
 
 
 @dataclass
-class _RewardLoss(RowsLoss):
+class _RewardLoss(BatchAnswerLoss):
     """Minus the mean reward of a batch."""
 
     objective: Reward

@@ -7,8 +7,8 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import targets
-from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_tensor import Subspace
 
 # Tokens for the singular value decomposition. A few thousand span the same subspace as all tokens.
 _MAX_TOKENS = 2048

@@ -7,8 +7,8 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import MLP, Linear, check_no_experts, linears, mlp_output
-from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_tensor import Masked
 
 
 class OutlierChannels(Scope):

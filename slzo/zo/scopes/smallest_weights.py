@@ -5,8 +5,8 @@ import torch
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import check_no_experts, linears
-from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_tensor import Masked
 
 
 class SmallestWeights(Scope):

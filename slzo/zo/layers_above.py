@@ -15,10 +15,9 @@ from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
-from slzo.models.logits import runs_last_tokens
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.models.recorded import keys_and_values, recorded, run_with
+from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded, run_with
 from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.tuned import TunedTensors
 
@@ -47,7 +46,7 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         hidden: States that enter the first layer, shape (T, hidden). Only those of the batch's needed positions may change.
     """
     stop = parts.num_layers
-    if not runs_last_tokens(parts):
+    if not can_run_last_tokens(parts):
 
         def over_all_tokens(entering: Tensor) -> Tensor:
             final = parts.run(batch.repeat(len(entering)), start, stop, entering.flatten(0, 1))
@@ -69,7 +68,7 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
-        attend, tokens = attention_at(points).attend, batch.at(last.positions, points)
+        attend, tokens = attention_at(points).attend, batch.tokens_at(last.positions, points)
         return run_with(parts, tokens, attend, start, stop, entering.flatten(0, 1)).unflatten(0, (points, -1))
 
     if final is None:
@@ -77,7 +76,7 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
     return LayersAbove(last.positions, final, over_last_tokens)
 
 
-def differentiable_layers(
+def layers_vjp(
     parts: ModelParts, tuned: TunedTensors, start: int, stop: int, batch: PackedBatch, entering: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
     """Run layers; return their output and, for the needed positions, the transpose of its derivative.
@@ -93,19 +92,23 @@ def differentiable_layers(
         entering: States that enter the first layer, shape (T, hidden).
 
     Returns:
-        The output, shape (T, hidden), detached; and a function from the gradient with respect to the output at the needed
-        positions, shape (U, hidden), to the gradient of the masters. It can be called once.
+        The output, shape (T, hidden), detached; for the last layer of the model it is 0 where no logits are needed. And a
+        function that can be called once, from the gradient with respect to the output at the needed positions, shape (U,
+        hidden), to the gradient of the masters.
     """
     run = partial(parts.run, batch, start, stop, entering, norm=False)
-    if not runs_last_tokens(parts):
+    if not can_run_last_tokens(parts):
         output, pull_back = factored_vjp(parts.model, tuned, partial(run, derivatives=True))
         return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
         last, options = batch.last_tokens, {"norm": False, "derivatives": True}
         attention = LastTokensAttention(last, keys_and_values(parts, batch, start, stop, entering, derivatives=True), 1)
-        own = batch.at(last.positions)
+        own = batch.tokens_at(last.positions)
         at_last = run_with(parts, own, attention.attend, start, stop, entering[last.positions], **options)
-        return at_last[torch.searchsorted(last.positions, batch.needed)]
+        return at_last[last.number_of(batch.needed)]
 
+    if stop == parts.num_layers:  # only the head reads the output, at the needed positions
+        found, pull_back = factored_vjp(parts.model, tuned, at_needed)
+        return torch.zeros_like(entering).index_copy_(0, batch.needed, found), pull_back
     return run(), lambda gradient: factored_vjp(parts.model, tuned, at_needed)[1](gradient)
