@@ -27,6 +27,7 @@ from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
+from slzo.prefix_plan import plan_prefix
 from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
@@ -45,7 +46,6 @@ from slzo.training import (
     load_parts,
     make_evaluator,
     make_stepper,
-    plan_prefix,
     restore,
     restored_rate,
     tune,
@@ -363,7 +363,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     writes = rows.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(rows.splits.train, test)
-    if writes and placement_of(prepared.model.parts.model) is None:
+    if writes and placement_of(prepared.model.parts.model).is_here:
         first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     figures = {
         "model": options.model,

@@ -28,7 +28,7 @@ from slzo.fit import prepare
 from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
-from slzo.models.placement import layer_barrier
+from slzo.models.placement import placement_of
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
@@ -247,7 +247,7 @@ class ZOModule(LightningModule):
             if self.tuned_model is None:
                 self._drop_parts()  # their weights and modules may have changed
             raise
-        layer_barrier(prepared.model.parts.model)
+        placement_of(prepared.model.parts.model).barrier()
         done = 0 if checkpoint is None else checkpoint.step
         found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer, "steps": done}
         check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
@@ -437,7 +437,7 @@ class ZOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         assert self._score is not None
-        layer_barrier(self.parts.model)
+        placement_of(self.parts.model).barrier()
         stage = "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in self._score.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")

@@ -3,19 +3,14 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from itertools import chain
 from typing import Any, cast
 
 import torch
 
-from slzo.batches.encoded import prompt_alone, prompt_key, prompt_with_gold
-from slzo.batches.packing import Block
-from slzo.batches.sharing import chunk_by_tokens
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import check_commit
-from slzo.data.batch import Row
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
@@ -24,6 +19,7 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
+from slzo.prefix_plan import shared_prefix
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences, flat_settings
@@ -31,7 +27,6 @@ from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
-from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
@@ -107,75 +102,6 @@ def tune(
         engine=options.engine,
         cache=cache,
     )
-
-
-def plan_prefix(model: TunedModel, rows: TaskRows, held_out: bool = False) -> None:
-    """Decide which rows have their prefix states cached, and which rows are computed together; see :func:`prefix_blocks`."""
-    model.plan_prefix(prefix_blocks(rows, held_out), prompt_blocks(rows))
-
-
-def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
-    """Yield the blocks of dev and training rows, and with ``held_out`` those of held-out rows.
-
-    The blocks are the same after a resume. They include the training rows of all processes, because each process sees other rows
-    in later epochs.
-    """
-    yield from map(_block, _scored(rows, "dev", generated=False))
-    if not rows.objective.generates:
-        yield from chain.from_iterable(training_blocks(rows))
-    if held_out:
-        yield from map(_block, _scored(rows, "test", generated=False))
-
-
-def _scored(rows: TaskRows, split: str, generated: bool) -> list[list[Row]]:
-    """Return the batches in which this process scores a split: those whose answers are generated, or the others."""
-    plan = rows.eval_plan(split)
-    # batches with shared beginnings are not cached
-    return [] if plan.shares_beginnings else [batch for batch in plan.batches if bool(batch[0].prompt) == generated]
-
-
-def _block(batch: Sequence[Row]) -> Block:
-    return Block([row.encoded for row in batch])
-
-
-def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
-    """Compute the states of every row for which the cache has room; :func:`plan_prefix` comes first."""
-    for block in prefix_blocks(rows):
-        model.forward.prefix(block.pack().to(model.parts.model.device))
-
-
-def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
-    """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
-    for batch in _scored(rows, "dev", generated=True):
-        for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
-            chosen = (batch[number] for number in chunk)
-            yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
-    if rows.objective.generates:
-        for batch in chain.from_iterable(_first_epoch(rows)):
-            yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in batch])
-
-
-def training_blocks(rows: TaskRows) -> list[list[Block]]:
-    """Return the training batches of the first epoch, by process."""
-    return [[*map(_block, batches)] for batches in _first_epoch(rows)]
-
-
-def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:
-    """Return the rows of the batches of the first epoch, by process."""
-    training = rows.rows("train")
-    samplers = [rows.sampler(rank=rank) for rank in range(rows.processes.of_rows.total)]
-    return [
-        [[training[number] for number in sampler.rows_of_step(step)] for step in range(len(sampler))]
-        for sampler in samplers
-    ]
-
-
-def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:
-    """Return how processes send prefix states to each other; ``None`` if they have no states of training rows to send."""
-    part, span = rows.processes.of_rows, model.span
-    if part.total == 1 or span.start == 0 or rows.objective.generates or not model.engine.share_prefix:
-        return None
-    return SharedPrefix(model.forward, training_blocks(rows), part.rank)
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:

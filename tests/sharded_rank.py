@@ -15,7 +15,7 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
-from slzo.models.placement import named_values, placement_of
+from slzo.models.placement import placement_of
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
@@ -57,7 +57,7 @@ def seen(folder: str) -> dict[str, float | bool]:
         gathered.append(group.num_bytes)
     group.barrier()
     found["last layers stay"] = gathered[1:] == gathered[:1] * 2
-    same = [torch.equal(value, whole.get_parameter(name)) for name, value in named_values(model)]
+    same = [torch.equal(value, whole.get_parameter(name)) for name, value in placement_of(model).values(model)]
     found["values"] = all(same) and len(same) == len(list(whole.parameters()))
     found |= _loaded(model, whole)
     found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())

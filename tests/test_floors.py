@@ -36,6 +36,7 @@ ROOMS = {
     "slzo.resume": "fit",
     "slzo.trainer_options": "trainer",
     "slzo.run": "fit",
+    "slzo.prefix_plan": "training",
 }
 
 

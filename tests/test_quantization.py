@@ -16,7 +16,7 @@ from slzo.data.batch import TrainBatch
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
 from slzo.models.load import load_model
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import quantization_config
 from slzo.models.startup_check import split_and_verify
@@ -247,13 +247,11 @@ def test_what_cannot_be_dequantized_is_refused(folder):
 def test_a_quantized_head_gives_chosen_logits_too():
     model = tiny_model()
     batch = pack([random_example(random.Random(0))])
-    parts = ModelParts(model)
-    expected = needed_logits(parts, batch, token_ids=torch.tensor([5, 7]))
+    states, chosen = final_states(ModelParts(model), batch, 0, None)[0], torch.tensor([5, 7])
+    expected = ModelParts(model).head(states, chosen)
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().as_subclass(_Packed), requires_grad=False)
-    torch.testing.assert_close(
-        torch.Tensor(needed_logits(ModelParts(model), batch, token_ids=torch.tensor([5, 7]))), expected
-    )
+    torch.testing.assert_close(torch.Tensor(ModelParts(model).head(states, chosen)), expected)
 
 
 class _Packed(torch.Tensor):

@@ -31,8 +31,9 @@ from torch import Tensor, distributed
 
 from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
+from slzo.prefix_plan import plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, plan_prefix, tune
+from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, tune
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo import estimators
 from slzo.zo.optim import set_rate

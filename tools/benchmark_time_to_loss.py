@@ -28,9 +28,10 @@ from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.prefix_plan import plan_prefix
 from slzo.profiling import ProfileOptions, profile_model
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
+from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.optim import set_rate

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.models.placement import layer_barrier
+from slzo.models.placement import placement_of
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.files import output_file, replacing
@@ -35,7 +35,7 @@ class PredictionWriter(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, ZOModule):
-            layer_barrier(pl_module.parts.model)
+            placement_of(pl_module.parts.model).barrier()
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else self.output

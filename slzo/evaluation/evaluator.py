@@ -22,7 +22,7 @@ from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
-from slzo.models.placement import layer_barrier
+from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example
@@ -297,5 +297,5 @@ def score_rows(
         score.update(moved, outcome)
         if seen is not None:
             seen(moved, outcome)
-    layer_barrier(evaluator.parts.model)
+    placement_of(evaluator.parts.model).barrier()
     return {name: float(value) for name, value in score.compute().items()}

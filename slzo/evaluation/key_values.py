@@ -151,9 +151,7 @@ def check_places(parts: ModelParts) -> None:
     Raises:
         SlzoError: Some layers run on another device.
     """
-    placement = placement_of(parts.model)
-    if placement is not None and placement.elsewhere:
+    if elsewhere := placement_of(parts.model).elsewhere:
         raise SlzoError(
-            f"model.device_map: {placement.elsewhere}; answers are generated on one GPU; put the other layers on cpu "
-            "or disk"
+            f"model.device_map: {elsewhere}; answers are generated on one GPU; put the other layers on cpu or disk"
         )

@@ -19,18 +19,9 @@ from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
+from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.task_rows import TaskRows
-from slzo.training import (
-    auto_rate,
-    fill_prefix,
-    make_evaluator,
-    make_stepper,
-    measure_step,
-    plan_prefix,
-    prefix_blocks,
-    tune,
-    uses_auto,
-)
+from slzo.training import auto_rate, make_evaluator, make_stepper, measure_step, tune, uses_auto
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point

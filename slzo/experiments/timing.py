@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from slzo.data.batch import EvalBatch, Row
-from slzo.models.placement import layer_barrier
+from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training import make_evaluator, make_stepper
@@ -49,7 +49,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     passes = budget.passes
     kept = passes.test_before > 0 and not rows.generates("test")
     test, test_new = _time_scores(model, rows, "test", most, keep=kept)
-    layer_barrier(model.parts.model)  # the processes did not run the layers equally often
+    placement_of(model.parts.model).barrier()  # the processes did not run the layers equally often
     return RunTimes(
         step=step + _HOOKS_SECONDS,
         new_row=new_row,

@@ -21,7 +21,7 @@ from slzo.models.decoder_layers import layer_of
 from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_model
-from slzo.models.placement import Placement, place
+from slzo.models.placement import Placement, set_placement
 from slzo.models.shape import model_shape
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
@@ -190,7 +190,7 @@ def load_with_device_map(
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward  # left by the hooks; a copy of the module would run the original
     if places.away:
-        place(model, DevicePlacement(model, places, stored, folder))
+        set_placement(model, DevicePlacement(model, places, stored, folder))
     return model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from slzo.models.placement import named_values
+from slzo.models.placement import placement_of
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
@@ -62,7 +62,7 @@ class Fingerprint:
         """Compute the fingerprint of a model; ``tuned`` is empty."""
         method = method_of(model)
         if method is None:
-            some = {name: _sample(tensor).clone() for name, tensor in named_values(model)}
+            some = {name: _sample(tensor).clone() for name, tensor in placement_of(model).values(model)}
             dtypes = [dtype for dtype in _DTYPES if all(part.dtype in (torch.float32, dtype) for part in some.values())]
             sample = {_name(dtype): _hash((name, part.to(dtype)) for name, part in some.items()) for dtype in dtypes}
         else:  # never comparable to a plain model, whose values differ

@@ -5,7 +5,7 @@ from torch import Tensor
 from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.parts import ModelParts
-from slzo.models.placement import visit
+from slzo.models.placement import placement_of
 from slzo.models.recorded import can_run_last_tokens, keys_and_values, run_with
 
 # Queries, keys and values of the last tokens are computed twice. One layer of SmolLM2-135M takes 0.84 of the time with a share of
@@ -13,22 +13,16 @@ from slzo.models.recorded import can_run_last_tokens, keys_and_values, run_with
 _LARGEST_SHARE = 0.7
 
 
-def needed_logits(
-    parts: ModelParts, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None, token_ids: Tensor | None = None
-) -> Tensor:
-    """Run layer ``start`` and all above; return the logits at the needed positions, see :meth:`ModelParts.head`.
+def needed_logits(parts: ModelParts, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None) -> Tensor:
+    """Run layer ``start`` and all above; return the logits at the needed positions, shape (U, vocabulary), float32.
 
     Args:
         parts: The model.
         batch: The batch.
         start: The first layer.
         hidden: States that enter it, shape (T, hidden); not needed for ``start == 0``.
-        token_ids: Tokens to compute logits for, shape (K,); ``None`` for the whole vocabulary.
-
-    Returns:
-        Shape (U, K or vocabulary), float32.
     """
-    return parts.head(final_states(parts, batch, start, hidden)[0], token_ids)
+    return parts.head(final_states(parts, batch, start, hidden)[0])
 
 
 def last_layer_share(parts: ModelParts, batch: PackedBatch) -> float:
@@ -61,7 +55,7 @@ def final_states(
     last = stop - 1
     entering = hidden if start == last and hidden is not None else parts.run(tokens, start, last, hidden)
     chosen = batch.last_tokens.repeat(num_points, batch.num_tokens)
-    with visit(parts.model, last):
+    with placement_of(parts.model).visit(last):
         attention = LastTokensAttention(chosen, keys_and_values(parts, tokens, last, stop, entering), 1)
         own = batch.tokens_at(batch.last_tokens.positions, num_points)
         final = run_with(parts, own, attention.attend, last, stop, entering.index_select(0, chosen.positions))

@@ -15,8 +15,7 @@ from slzo.models.placement import placement_of
 
 def can_run_last_tokens(parts: ModelParts) -> bool:
     """Return whether layers of a model can run for some tokens, with the recorded keys and values of the others."""
-    placement = placement_of(parts.model)
-    return parts.packed and parts.virtual_tokens is None and not (placement is not None and placement.elsewhere)
+    return parts.packed and parts.virtual_tokens is None and not placement_of(parts.model).elsewhere
 
 
 def recorded(

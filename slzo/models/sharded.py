@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from slzo.models.decoder_layers import find_decoder_layers, layer_of
 from slzo.models.engine import DType
 from slzo.models.load import load_model
-from slzo.models.placement import Placement, place, placement_of
+from slzo.models.placement import Placement, placement_of, set_placement
 from slzo.models.quantization import is_plain
 from slzo.models.shard_group import MOST_IDLE, ShardGroup
 from slzo.utils.console import say
@@ -41,6 +41,7 @@ class ShardedLayers(Placement):
         SlzoError: A tensor of a layer cannot be divided.
     """
 
+    offloads = True
     num_kept = MOST_IDLE
 
     def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device) -> None:
@@ -183,7 +184,7 @@ def load_sharded(
     """
     model = load_model(name, dtype, trust_remote_code)
     placement = ShardedLayers(model, group, main)
-    place(model, placement)
+    set_placement(model, placement)
     say(f"Layers     divided over {group.world_size} processes, {placement.share:.0%} of their weights here")
     return model
 

@@ -58,7 +58,7 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
     last, final = batch.last_tokens, None
     placement = placement_of(parts.model)
     # one more pass would read or gather all weights once more, unless they stay
-    if placement is not None and placement.offloads and stop - start > placement.num_kept:
+    if placement.offloads and stop - start > placement.num_kept:
         states_after, states = recorded(parts, batch, start, stop, hidden)
         final = states_after[last.positions]
     else:

@@ -76,9 +76,8 @@ class TunedModel:
         self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             cache = PrefixCache(span.start, engine.cache_gb, engine.cache_dir)
-        placement = placement_of(parts.model)
         # weights on disk or another device should be read only once a step, so all points are evaluated together
-        self._offloads = placement is not None and placement.offloads
+        self._offloads = placement_of(parts.model).offloads
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
@@ -265,7 +264,7 @@ def _make_tunable(
     parts: ModelParts, changed_layers: Callable[[], Sequence[int]], undo: ExitStack
 ) -> tuple[ModelParts, FullPrecision | None]:
     """Move the layers that will change to the model's main device, and put them in full precision."""
-    if (placement := placement_of(parts.model)) is not None:
+    if not (placement := placement_of(parts.model)).is_here:
         layers = changed_layers()
         placement.load_layers(layers)
         undo.callback(placement.return_layers, layers)

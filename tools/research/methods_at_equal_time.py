@@ -27,17 +27,9 @@ from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
+from slzo.prefix_plan import fill_prefix, plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import (
-    adapt_rows,
-    auto_rate,
-    fill_prefix,
-    load_parts,
-    make_evaluator,
-    make_stepper,
-    plan_prefix,
-    tune,
-)
+from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
