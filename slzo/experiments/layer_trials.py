@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import DataFingerprint
 from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.fingerprint import Fingerprint
+from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
@@ -43,6 +45,8 @@ _SENSITIVITY_EPS = 1e-3
 _MEASURING = 25
 # Cost of whole-vocabulary logits and their softmax relative to the matrix product alone: COPA, both built-in models, two cores.
 _LOGITS = 2.7
+# cost of a layer's keys and values alone, as a share of the layer
+_KEYS_AND_VALUES = 0.2
 # With fewer directions the estimated standard error is unreliable.
 _LEAST_DIRECTIONS = 8
 _MAX_ERROR = 0.25
@@ -108,14 +112,15 @@ class LayerTrials(Trials):
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
-        options = self.options
+        options, batch = self.options, next(self.rows.training_batches(0)).packed
         return StepCost(
             num_layers=self.parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
             measuring=_MEASURING if options.estimator.along_directions and uses_auto(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
-            head_cost=self._head_cost(),
+            head_cost=self._head_cost(batch),
+            last_layer=min(1.0, last_layer_share(self.parts, batch) + _KEYS_AND_VALUES),
             measured=frozenset(layer for layer in self._measured if layer is not None),
             caches=options.engine.cache_gb > 0,
         )
@@ -366,12 +371,11 @@ class LayerTrials(Trials):
         risen = after > metric.largest(before, _DIVERGED, before)
         return f"the {metric.description} rose from {before:.3g} to {after:.3g}" if risen else ""
 
-    def _head_cost(self) -> float:
-        """Return the cost of a training batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
+    def _head_cost(self, batch: PackedBatch) -> float:
+        """Return the cost of a batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
         objective, parts = self.rows.objective, self.parts
         if not isinstance(objective, LogitObjective):
             return 0.0
-        batch = next(self.rows.training_batches(0)).packed
         if not objective.needs_vocabulary(batch):
             return 0.0
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
