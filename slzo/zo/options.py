@@ -64,17 +64,12 @@ class TrainingOptions:
             )
         if self.estimator.differentiates:
             object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
-        _ = self.scope_settings, self.estimator_settings  # raises if a checkpoint could not store them
+        self.flat()  # raises if a checkpoint could not store them
 
     @property
     def scope_settings(self) -> dict[str, Any]:
         """Class and arguments of the scope, primitives only."""
         return constructor_settings(self.scope, "model.scope")
-
-    @property
-    def estimator_settings(self) -> dict[str, Any]:
-        """Class and arguments of the estimator, primitives only."""
-        return constructor_settings(self.estimator, "model.estimator")
 
     @property
     def noise_seed(self) -> int:
@@ -142,28 +137,18 @@ class TrainingOptions:
 
         The base model is left out, because its fingerprint is compared.
         """
-        found = {**self.to_dict(), **asdict(self.step), "noise_seed": seed, "layer": layer}
+        found = {**self.flat(), "noise_seed": seed, "layer": layer}
         del found["model"]
         return dict(json.loads(json.dumps(found, default=str)))
 
     def flat(self) -> dict[str, Any]:
-        """Return the options of :meth:`to_dict` and the step's by dotted name, such as ``scope.rank``."""
-        described = self.to_dict()
-        return {
-            **{name: described[name] for name in ("model", "dtype", "quantization")},
-            **flat_settings("scope", described["scope"]),
-            **flat_settings("estimator", described["estimator"]),
-            **flat_settings("optimizer", described["optimizer"]),
-            **asdict(self.step),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options that the steps depend on, primitives only, for step logs and result folders."""
+        """Return the options that steps depend on by dotted name, such as ``scope.rank``, primitives only."""
         return {
             "model": self.model,
             "dtype": self.dtype,
             "quantization": self.quantization,
-            "scope": self.scope_settings,
-            "estimator": self.estimator_settings,
-            "optimizer": self.optimizer.settings,
+            **flat_settings("scope", self.scope_settings),
+            **flat_settings("estimator", constructor_settings(self.estimator, "model.estimator")),
+            **flat_settings("optimizer", self.optimizer.settings),
+            **asdict(self.step),
         }
