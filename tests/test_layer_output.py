@@ -364,6 +364,7 @@ class Linear(LayerOutput):
     """
 
     keys, counts, width, layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
+    shifts_all_tokens = False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
     def __init__(self, step=0.0, points_at_once=100, by_position=False):
@@ -409,9 +410,9 @@ def test_the_estimate_is_the_formula(rounding, at_once, calls, by_position):
 
 
 @pytest.mark.parametrize(("above", "queries"), [(0, 4), (1, 4), (2, 8), (4, 16), (20, 16)])
-def test_near_the_end_of_the_model_fewer_queries_are_enough(above, queries):
+def test_candidates_near_the_end_of_the_model_take_fewer_queries(above, queries):
     class WithDirection(Linear):
-        layers_above = above
+        layers_above, shifts_all_tokens = above, True
 
         def token_shifts(self, number, change):
             return torch.ones(1, 6, 4)
@@ -419,8 +420,11 @@ def test_near_the_end_of_the_model_fewer_queries_are_enough(above, queries):
     output = WithDirection()
     estimate_of_output(output)
     assert sum(output.calls) == 2 * (1 + queries)
+    output.shifts_all_tokens, output.calls = False, []
+    estimate_of_output(output)
+    assert sum(output.calls) == 2 * (1 + 16)
     noise_alone = Linear()
-    noise_alone.layers_above = above
+    noise_alone.layers_above, noise_alone.shifts_all_tokens = above, True
     estimate_of_output(noise_alone)
     assert sum(noise_alone.calls) == 2 * 16
 

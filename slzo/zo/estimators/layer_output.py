@@ -13,9 +13,9 @@ from slzo.zo.noise import row_noise
 
 _SCALE = 0.05
 # Noise alone: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps (SmolLM2-135M, layer 28). The fewer
-# layers are above, the more of the gradient the directions of tokens hold: at equal steps 4 queries are as good as 16 with one
-# layer above (SmolLM2 and Gemma on SST-2, SmolLM2 on COPA), and worse with 9 and 18 (SmolLM2 on SST-2). If logits of all tokens
-# are needed, a query costs more than the rest of the step, so fewer are better, and one if each answer token has its own loss.
+# layers are above, the more of the gradient the directions of all candidates hold: on SST-2, 4 queries are as good as 16 at equal
+# steps with one or two layers above (three models), and worse with 9 and 18. If logits of all tokens are needed, a query costs
+# more than the rest of the step, so fewer are better, and one if each answer token has its own loss.
 _QUERIES, _QUERIES_PER_LAYER, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 4, 1
 # With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
 _TOKENS, _TOKENS_WIDE = 8, 2
@@ -58,9 +58,9 @@ class LayerOutputPerturbation(Estimator):
 
     Args:
         queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above and
-            the head. Left out, 4 for each layer above, at least 4 and at most 16: near the end of the model the directions of
-            tokens measure most of the gradient. Without directions 16. For an objective that reads all logits itself 4, or 1
-            if it is also a sum over answer tokens.
+            the head. Left out, 16. For candidates of one token 4 for each layer above, at least 4 and at most 16: near the
+            end of the model the directions of the candidates measure most of the gradient. For an objective that reads all
+            logits itself 4, or 1 if it is also a sum over answer tokens.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
             whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
@@ -151,7 +151,9 @@ class LayerOutputPerturbation(Estimator):
 def _default_queries(output: LayerOutput, has_directions: bool) -> int:
     if output.whole_vocabulary:
         return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
-    return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.layers_above)) if has_directions else _QUERIES
+    if has_directions and output.shifts_all_tokens:
+        return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.layers_above))
+    return _QUERIES
 
 
 def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
