@@ -89,6 +89,16 @@ def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
     return EncodedExample(index, sequences, (gold,))
 
 
+def plain_logits(model, examples):
+    """Logits that predict each answer token: one candidate at a time, the model's own forward, nothing shared."""
+    rows = []
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
+        rows.append(logits[len(sequence.ids) - sequence.num_answer - 1 : -1].float())
+    return torch.cat(rows)
+
+
 def tune_layer(parts, layer):
     """Masters of a whole decoder layer."""
     return LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))

@@ -4,15 +4,17 @@ import random
 
 import pytest
 import torch
-from helpers import FAMILIES, random_example, tiny_model
-from test_parts import plain_logits
+from helpers import FAMILIES, batch_loss, plain_logits, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.batches.sharing import share_beginnings
+from slzo.models import linear
 from slzo.models.attention import packed_attention_forward
 from slzo.models.logits import final_states, needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.recorded import run_with
+from slzo.private.modules import has_onednn_linear, onednn_linear
+from slzo.zo.objectives import AnswerLikelihood
 
 pytestmark = pytest.mark.fast
 
@@ -126,3 +128,20 @@ def test_the_gradient_is_that_of_the_whole_model(rows):
         expected = torch.autograd.grad((plain * weight).sum(), weights)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.skipif(not has_onednn_linear(), reason="this build of torch has no oneDNN product")
+def test_onednn_runs_where_no_derivative_is_needed(rows, monkeypatch):
+    """Below the tuned layer, and torch's own product from there on, with the same gradient."""
+    batch, model, calls = pack(rows), tiny_model("llama"), []
+    monkeypatch.setattr(linear, "onednn_linear", lambda *args: calls.append(args) or onednn_linear(*args))
+    gradients = []
+    for onednn in (False, True):
+        tuned = tuned_layer(ModelParts(model, onednn=onednn), 2)
+        loss = batch_loss(tuned, batch, AnswerLikelihood())
+        below = len(calls)
+        gradients.append(loss.gradient()[1])
+        assert len(calls) == below
+    assert calls  # two layers below
+    for name, one in gradients[0].items():
+        assert (one - gradients[1][name]).norm() < 1e-5 * one.norm()

@@ -141,7 +141,6 @@ def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
         ("model.scope=OutlierChannels model.scope.percent=0.1", r"percent 0\.1: selects none of the 64 channels"),
         ("model.estimator=FZOO", r"model\.num_queries 1: FZOO"),
         ("model.estimator=Backprop data.objective=metric", r"data\.objective CandidateErrors: has no derivative"),
-        ("model.estimator=Backprop model.engine.onednn=true", r"model\.engine\.onednn true: has no derivative"),
         ("model.scope=PrefixTuning model.engine.packed=false", r"model\.scope PrefixTuning: needs packed"),
         ("model.scope=PrefixTuning model.scope.num_tokens=900", r"num_tokens 900: must be at most "),
     ],

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import FAMILIES, random_example, tiny_model
+from helpers import FAMILIES, plain_logits, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
@@ -16,16 +16,6 @@ from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
 
 pytestmark = pytest.mark.fast
-
-
-def plain_logits(model, examples):
-    """Logits that predict each answer token: one candidate at a time, the model's own forward, nothing shared."""
-    rows = []
-    for sequence in (sequence for example in examples for sequence in example.sequences):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
-        rows.append(logits[len(sequence.ids) - sequence.num_answer - 1 : -1].float())
-    return torch.cat(rows)
 
 
 @torch.no_grad()

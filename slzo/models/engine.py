@@ -1,6 +1,6 @@
 """Speed and memory options for computing the loss of a batch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from slzo.utils.errors import SlzoError
@@ -42,13 +42,3 @@ class Engine:
             raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
         if self.cache_gb < 0:
             raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be 0 or more; 0 switches the cache off")
-
-    def with_derivatives(self, needed_by: str) -> "Engine":
-        """Return a copy that uses only operations with derivatives.
-
-        Raises:
-            SlzoError: If an option asks for other operations.
-        """
-        if self.onednn:
-            raise SlzoError(f"model.engine.onednn true: has no derivatives, which {needed_by} needs; leave it out")
-        return replace(self, onednn=False)

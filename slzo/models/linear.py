@@ -26,10 +26,10 @@ class OneDNNLinear(StandIn):
     """Runs a float32 ``nn.Linear`` on the CPU through oneDNN and shares its weights."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the linear map; the result has shape (..., out_features)."""
+        """Apply the linear map; the result has shape (..., out_features). With autograd on, torch's own product is used."""
         linear: Any = self.replaced[0]
-        # the model may have been moved after the timing
-        apply = onednn_linear if inputs.device.type == "cpu" else F.linear
+        # oneDNN's product has no derivative, and the model may have been moved after the timing
+        apply = F.linear if torch.is_grad_enabled() or inputs.device.type != "cpu" else onednn_linear
         return apply(inputs, linear.weight, linear.bias)
 
 

@@ -92,7 +92,7 @@ class ModelParts:
         """Run float32 linear layers on the CPU through oneDNN, or not."""
         self.onednn = onednn
         self._runnable = [with_onednn(layer) for layer in self.layers] if onednn else list(self.layers)
-        self._views: dict[tuple[int, int, bool, bool], _View] = {}
+        self._views: dict[tuple[int, int, bool], _View] = {}
 
     @cached_property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:
@@ -111,7 +111,6 @@ class ModelParts:
         hidden: Tensor | None = None,
         *,
         norm: bool = True,
-        derivatives: bool = False,
     ) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
 
@@ -122,7 +121,6 @@ class ModelParts:
             hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``. For ``start == num_layers`` it is
                 the output of the last layer, and only the final norm is applied.
             norm: Apply the final norm after the last layer.
-            derivatives: Use only kernels that have derivatives. Needed for autograd if ``onednn`` is set.
 
         Returns:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
@@ -137,7 +135,7 @@ class ModelParts:
                 f"data.max_length: with a sequence of more than {longest} tokens {type(self.model).__name__} computes the "
                 f"others of its batch differently; set it to {longest} or less"
             )
-        view, inject, capture = self._view(start, stop, norm, derivatives)
+        view, inject, capture = self._view(start, stop, norm)
         if inject is not None:
             if hidden is None:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
@@ -176,16 +174,15 @@ class ModelParts:
         finally:
             precomputed.value = None
 
-    def _view(self, start: int, stop: int, norm: bool, derivatives: bool) -> _View:
+    def _view(self, start: int, stop: int, norm: bool) -> _View:
         if not 0 <= start <= stop <= self.num_layers:
             raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
-        plain = derivatives or not self.onednn
         norm = norm or stop < self.num_layers
-        if (start, stop, norm, plain) not in self._views:
+        if (start, stop, norm) not in self._views:
             inject = Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
             capture: Capture | CaptureOutput | None = None
             layers: list[nn.Module] = [Pass(layer, self._outputs[0]) for layer in self.layers]
-            layers[start:stop] = (self.layers if plain else self._runnable)[start:stop]
+            layers[start:stop] = self._runnable[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
             if stop < self.num_layers:
@@ -193,8 +190,8 @@ class ModelParts:
             elif not norm:
                 layers[-1] = capture = CaptureOutput(layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
-            self._views[start, stop, norm, plain] = (view, inject, capture)
-        return self._views[start, stop, norm, plain]
+            self._views[start, stop, norm] = (view, inject, capture)
+        return self._views[start, stop, norm]
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, Precomputed, SelectedHead | None]:
         if selected not in self._head_views:

@@ -37,15 +37,13 @@ class _Recorded(Exception):  # noqa: N818 - no error
     """Ends the forward pass of a layer as soon as its keys and values are known."""
 
 
-def keys_and_values(
-    parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor, derivatives: bool = False
-) -> KeyValues:
+def keys_and_values(parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor) -> KeyValues:
     """Return the keys and values of layers, see :meth:`ModelParts.run`. Of the last layer nothing else is computed."""
     if start == stop:
         return {}
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     if start < stop - 1:
-        hidden, below = recorded(parts, batch, start, stop - 1, hidden, derivatives=derivatives)
+        hidden, below = recorded(parts, batch, start, stop - 1, hidden)
         states.update(below)
 
     def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> NoReturn:
@@ -53,7 +51,7 @@ def keys_and_values(
         raise _Recorded
 
     with suppress(_Recorded):
-        run_with(parts, batch, attend, stop - 1, stop, hidden, derivatives=derivatives)
+        run_with(parts, batch, attend, stop - 1, stop, hidden)
     return states
 
 

@@ -98,14 +98,14 @@ def layers_vjp(
     """
     run = partial(parts.run, batch, start, stop, entering, norm=False)
     if not can_run_last_tokens(parts):
-        output, pull_back = factored_vjp(parts.model, tuned, partial(run, derivatives=True))
+        output, pull_back = factored_vjp(parts.model, tuned, run)
         return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
-        last, options = batch.last_tokens, {"norm": False, "derivatives": True}
-        attention = LastTokensAttention(last, keys_and_values(parts, batch, start, stop, entering, derivatives=True), 1)
+        last = batch.last_tokens
+        attention = LastTokensAttention(last, keys_and_values(parts, batch, start, stop, entering), 1)
         own = batch.tokens_at(last.positions)
-        at_last = run_with(parts, own, attention.attend, start, stop, entering[last.positions], **options)
+        at_last = run_with(parts, own, attention.attend, start, stop, entering[last.positions], norm=False)
         return at_last[last.number_of(batch.needed)]
 
     if stop == parts.num_layers:  # only the head reads the output, at the needed positions

@@ -62,8 +62,6 @@ class TrainingOptions:
                 f"model.eps {self.step.eps}: is a distance between weights, and {self.estimator.describe()} perturbs no weights; "
                 "leave it out, or use model.estimator SPSA"
             )
-        if self.estimator.differentiates:
-            object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
         self.flat()  # raises if a checkpoint could not store them
 
     @property

@@ -62,14 +62,12 @@ class Setting:
     Attributes:
         rows: The rows.
         parts: The model.
-        plain: The same model with kernels that have derivatives.
         layers: Layer by name: ``removing`` the outlier, ``last``, ``first`` outlier layer.
         states: States that enter the layer trained last, for the next method there.
     """
 
     rows: TaskRows
     parts: ModelParts
-    plain: ModelParts
     layers: dict[str, int]
     states: dict[int, PrefixCache] = field(default_factory=dict)
 
@@ -92,22 +90,20 @@ class Setting:
             "last": parts.num_layers - 1,
             "first": FirstOutlierLayer().select(context).layer,
         }
-        return cls(rows, parts, ModelParts(parts.model, parts.packed, onednn=False), layers)
+        return cls(rows, parts, layers)
 
 
 def train(setting: Setting, layer: int, method: str, model_name: str, seed: int, seconds: float) -> dict[str, Any]:
     """Train with each rate of a method, and return the result with the lowest dev loss."""
     estimator, scope, factors = METHODS[method]
     options = ZOModule(model_name, estimator=estimator(), scope=scope(), seed=seed).options
-    parts = setting.plain if options.estimator.differentiates else setting.parts
-    found = [_train(setting, parts, options, layer, factor, seconds) for factor in factors]
+    found = [_train(setting, options, layer, factor, seconds) for factor in factors]
     return min(found, key=lambda result: result["dev_loss"])
 
 
-def _train(
-    setting: Setting, parts: ModelParts, options: TrainingOptions, layer: int, factor: float, seconds: float
-) -> dict[str, Any]:
+def _train(setting: Setting, options: TrainingOptions, layer: int, factor: float, seconds: float) -> dict[str, Any]:
     rows = setting.rows
+    parts = setting.parts
     model = tune(parts, options, rows, layer, setting.states.get(layer))
     setting.states.clear()
     setting.states[layer] = model.forward.cache

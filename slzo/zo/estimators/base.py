@@ -220,7 +220,7 @@ class Estimator(ABC):
     """Estimates the gradient at the masters. Evaluations change the live weights; the caller restores them.
 
     Attributes:
-        differentiates: Whether the estimator differentiates the whole loss. Then the model runs without oneDNN.
+        differentiates: Whether the estimator differentiates the whole loss.
         along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise it is accurate enough
             for Adam.
         perturbs_output: Whether the estimator perturbs the output of the one tuned layer, instead of its weights.
