@@ -47,6 +47,7 @@ from slzo.training import (
     make_evaluator,
     make_stepper,
     restore,
+    restore_values,
     restored_rate,
     tune,
     uses_auto,
@@ -146,8 +147,7 @@ def _restored_model(
     if tuned is None:
         tuned = restore(parts, checkpoint, options, for_training=True)
     else:
-        tuned.check(note)
-        tuned.tensors.load(checkpoint.content["state_dict"])
+        restore_values(tuned, checkpoint, options)
     return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 

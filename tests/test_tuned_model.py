@@ -1,6 +1,7 @@
 """The core without Lightning: choose, evaluate, step, describe, restore."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from slzo.data.batch import TrainBatch
 from slzo.models import startup_check
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
+from slzo.training import restore_values
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -150,3 +152,17 @@ def test_what_cannot_be_tuned(scope, layer, message):
 
 def test_a_scope_needs_two_methods():
     assert Scope.__abstractmethods__ == {"tensors", "describe"}
+
+
+def test_values_of_a_checkpoint_that_do_not_fit_are_refused():
+    model = tuned_layer(ModelParts(tiny_model(), onednn=False), 1)
+    before = model.tensors.clone_masters()
+    values = {name: master + 1 for name, master in before.items()}
+    missing = values.pop(next(iter(before)))
+    options = SimpleNamespace(model="tiny")
+    with pytest.raises(SlzoError, match=f"ckpt_path: tensor '{next(iter(before))}' .* does not fit model 'tiny'"):
+        restore_values(model, SimpleNamespace(note=model.description(), content={"state_dict": values}), options)
+    assert all(torch.equal(master, before[name]) for name, master in model.tensors.clone_masters().items())
+    whole = {next(iter(before)): missing, **values}
+    restore_values(model, SimpleNamespace(note=model.description(), content={"state_dict": whole}), options)
+    assert all(torch.equal(master, whole[name]) for name, master in model.tensors.clone_masters().items())

@@ -18,7 +18,8 @@ class Engine:
         paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
-        onednn: Run float32 linear layers on the CPU through oneDNN; left out, a short timing decides.
+        onednn: Run float32 linear layers on the CPU through oneDNN where no derivative is needed; left out, a short timing
+            decides.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
         share_prefix: With several processes, compute these states of a row in one process and send them to the others; false on

@@ -53,7 +53,8 @@ class ModelParts:
         model: The model, in evaluation mode. Its weights are shared, not copied.
         packed: Run without padding. ``False`` pads on the right and uses the model's own attention. Models without
             transformers' attention interface are always padded.
-        onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
+        onednn: Run linear layers through oneDNN while autograd is off (see :mod:`slzo.models.linear`); ``None`` decides by timing
+            both.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
     Attributes:
