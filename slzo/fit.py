@@ -28,7 +28,7 @@ from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.prefix_plan import plan_prefix
-from slzo.profiling import profile_model
+from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
@@ -176,7 +176,7 @@ def choose_layer(
     # tune() names a wrong layer
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
-            return profile_model(parts, rows, run.profiler, "the layer is given", given)
+            return with_choice(profile_model(parts, rows, run.profiler), given, rows), given
         except SlzoError as error:
             warn(f"no outlier profile: {error}")
     return None, given
@@ -191,10 +191,14 @@ def profile_and_choose(
         SlzoError: The rule finds no layer.
     """
     assert run.profiler is not None
-    profile, choice = profile_model(parts, rows, run.profiler, _make_trials(parts, options, rows, run))
+    profile = profile_model(parts, rows, run.profiler)
+    try:
+        choice = choose(profile, run.profiler.rule, _make_trials(parts, options, rows, run), rows)
+    except SlzoError:
+        say(format_profile(profile))  # it helps to choose thresholds
+        raise
+    profile = with_choice(profile, choice, rows)
     say(format_profile(profile))
-    if choice.layer < 0:
-        raise SlzoError(choice.reason)
     return profile, choice
 
 

@@ -48,16 +48,10 @@ class ProfileOptions:
             )
 
 
-def profile_model(
-    parts: ModelParts, rows: TaskRows, options: ProfileOptions, trials: Trials | str, given: Choice | None = None
-) -> tuple[OutlierProfile, Choice]:
-    """Measure every layer on prompts, of the rows or of a text file, and choose one, unless a layer is ``given``.
+def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) -> OutlierProfile:
+    """Measure every layer on prompts, of the rows or of a text file. No layer is chosen yet.
 
-    ``trials`` runs short trainings for rules that need them; a text says why they cannot run.
-
-    Returns:
-        Profile and choice. If the rule finds no layer, its number is -1 and the reason says why. All processes get the results
-        of the first one.
+    All processes get the figures of the first one.
 
     Raises:
         SlzoError: There are too few sequences, or the output of a layer is not finite.
@@ -72,35 +66,42 @@ def profile_model(
             "rows, or give text with --profiler.text_file"
         )
     layers, passes = profile_layers(parts, batches)
-    tokenizer = rows.encoder.tokenizer
-    layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
+    layers = [replace(layer, token=str(rows.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]
     if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
-    runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
-    try:
-        choice = given or choice_of(options.rule, SelectionContext(layers, runs, reason))
-    except SlzoError as error:  # the profile is still shown: it helps to choose thresholds
-        choice = Choice(-1, str(error))
     notes = sequence_notes(options.num_sequences, num_given, sequences)
-    of_bos = None if choice.layer < 0 else bos_note(layers[choice.layer], tokenizer.bos_token_id)
-    notes += [note for note in (choice.note, of_bos) if note]
+    profile = OutlierProfile(tuple(layers), len(sequences), passes, notes=tuple(notes))
+    return OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
+
+
+def choose(profile: OutlierProfile, rule: SelectionRule, trials: Trials | str, rows: TaskRows) -> Choice:
+    """Let a rule choose a layer. All processes get the choice of the first one.
+
+    ``trials`` runs short trainings for rules that need them; a text says why they cannot run.
+
+    Raises:
+        SlzoError: The rule finds no layer.
+    """
+    runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
+    choice = choice_of(rule, SelectionContext(profile.layers, runs, reason))
+    layer, reason = rows.processes.broadcast((choice.layer, choice.reason))
+    return replace(choice, layer=layer, reason=reason)
+
+
+def with_choice(profile: OutlierProfile, choice: Choice, rows: TaskRows) -> OutlierProfile:
+    """Return the profile with a chosen layer."""
+    of_bos = bos_note(profile.layers[choice.layer], rows.encoder.tokenizer.bos_token_id)
     margin = choice.margin if choice.margin is not None and math.isfinite(choice.margin.errors) else None
-    profile = OutlierProfile(
+    return replace(
+        profile,
         dominant_layer=choice.layer,
         rule=choice.reason,
-        num_sequences=len(sequences),
-        num_forward_passes=passes,
-        layers=tuple(layers),
         title=choice.title,
         margin=None if margin is None else margin.errors,
         margin_reason="" if margin is None else margin.description,
-        notes=tuple(notes),
+        notes=(*profile.notes, *(note for note in (choice.note, of_bos) if note)),
         thresholds=choice.thresholds,
     )
-    if rows.processes.world_size > 1:  # all tune the same layer, even if rounding differs between their devices
-        profile = OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
-        choice = replace(choice, layer=profile.dominant_layer, reason=profile.rule)
-    return profile, choice
 
 
 def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:

@@ -156,7 +156,7 @@ def test_a_rule_that_does_not_tell_the_layers_apart_says_so():
 def last_lines(layers, *notes):
     choice = choose(FirstOutlierLayer(), layers)
     margin = (None, "") if choice.margin is None else (choice.margin.errors, choice.margin.description)
-    profile = OutlierProfile(choice.layer, choice.reason, 16, 1, tuple(layers), choice.title, *margin, notes)
+    profile = OutlierProfile(tuple(layers), 16, 1, choice.layer, choice.reason, choice.title, *margin, notes)
     return format_profile(profile).splitlines()[-2:]
 
 
@@ -199,7 +199,7 @@ def test_problems_with_the_prompts_are_reported():
 def test_a_profile_survives_json():
     layers = tuple(layer_statistics((1, 4), (2, 40), error=0.1))
     more = "first outlier layer", 3.5, "layer 0 is near", ("one", "two"), (("max_abs", 100.0),)
-    profile = OutlierProfile(1, "rule", 10, 1, layers, *more)
+    profile = OutlierProfile(layers, 10, 1, 1, "rule", *more)
     assert OutlierProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
 
 

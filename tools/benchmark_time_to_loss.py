@@ -29,10 +29,9 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.prefix_plan import plan_prefix
-from slzo.profiling import ProfileOptions, profile_model
+from slzo.profiling import ProfileOptions, choose, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
-from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
@@ -84,9 +83,8 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     started = time.process_time()
-    choice = profile_model(parts, rows, ProfileOptions(rule, 16, None), "")[1]
-    if choice.layer < 0:
-        raise SlzoError(choice.reason)
+    profile = profile_model(parts, rows, ProfileOptions(rule, 16, None))
+    choice = choose(profile, rule, "this benchmark times one layer", rows)
     model = tune(parts, options, rows, choice.layer)
     plan_prefix(model, rows)
     optimizer = options.optimizer.make(model.tensors.masters)

@@ -9,7 +9,7 @@ from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
-from slzo.profiling import profile_model
+from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.profile_files import format_profile
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -85,7 +85,13 @@ def sweep(
 
         def profile() -> OutlierProfile:
             assert run.profiler is not None
-            found, _ = profile_model(parts, rows, run.profiler, "a sweep trains all layers itself")
+            found = profile_model(parts, rows, run.profiler)
+            try:
+                choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
+            except SlzoError as error:
+                say(f"{format_profile(found)}\n{error}")
+                return found
+            found = with_choice(found, choice, rows)
             say(format_profile(found))
             return found
 

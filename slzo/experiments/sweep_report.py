@@ -254,13 +254,13 @@ def _mean_score(scores: Sequence[Score]) -> Score:
     return Score(round(step), round(evaluations), seconds, loss, metric)
 
 
-def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int) -> str:
+def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int | None) -> str:
     """Return two sentences: which layer has reached the lowest dev loss in the same steps, and which in the same time.
 
     Args:
         curves: The curves of each layer, one per seed.
         plan: Options of the sweep.
-        chosen: The profile's layer.
+        chosen: The layer of the profile's rule; ``None`` if it found none.
     """
     assert plan.seconds is not None
     at_steps = {
@@ -274,7 +274,7 @@ def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepP
     return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
 
 
-def _ahead(losses: Mapping[int, Sequence[float]], length: str, chosen: int) -> str:
+def _ahead(losses: Mapping[int, Sequence[float]], length: str, chosen: int | None) -> str:
     means = {layer: statistics.fmean(of_seeds) for layer, of_seeds in losses.items()}
     best = min(means, key=means.__getitem__)
     rest = ""

@@ -28,7 +28,7 @@ def profile_picture(profile: Mapping[str, Any], model: str = "", task: str = "")
     chosen, layers = int(profile["dominant_layer"]), profile["layers"]
     subject = " on ".join(part for part in (model, task) if part)
     kind = profile.get("title", "chosen layer")
-    head = f"layer {chosen} of {len(layers)}, {kind}" if chosen >= 0 else "no layer chosen"
+    head = f"layer {chosen} of {len(layers)}, {kind}"
     below = str(profile["rule"])
     title = f"{subject}: {head}" if subject else head
     figure = new_figure(8, 5, title, below if len(below) < 110 else below[:107] + "...")
@@ -36,8 +36,7 @@ def profile_picture(profile: Mapping[str, Any], model: str = "", task: str = "")
     for axis, (name, label, colour) in zip(figure.subplots(2, sharex=True), _PANELS, strict=True):
         _panel(axis, layers, name, colour)
         _threshold(axis, thresholds.get(name), PAPER[name])
-        if chosen >= 0:
-            axis.axvline(chosen, color=RED, linewidth=6, alpha=0.25, label=f"layer {chosen}")
+        axis.axvline(chosen, color=RED, linewidth=6, alpha=0.25, label=f"layer {chosen}")
         style_axis(axis, "", label)
         axis.legend(fontsize=8, frameon=False)
     axis.set_xlabel(LAYER, fontsize=9)

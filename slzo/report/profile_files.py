@@ -51,13 +51,12 @@ def format_profile(profile: OutlierProfile) -> str:
     for layer in profile.layers:
         mark = "  <- dominant" if layer.index == profile.dominant_layer else ""
         lines.append(_row(layer) + mark)
-    if profile.dominant_layer >= 0:
-        lines.append(
-            f"Dominant layer {profile.dominant_layer}: {profile.rule} ({profile.num_sequences} sequences, "
-            f"{profile.num_forward_passes} batched forward passes)"
-        )
-    else:
-        lines.append(f"No dominant layer: {profile.rule}")
+    found = (
+        "No layer chosen"
+        if profile.dominant_layer is None
+        else f"Dominant layer {profile.dominant_layer}: {profile.rule}"
+    )
+    lines.append(f"{found} ({profile.num_sequences} sequences, {profile.num_forward_passes} batched forward passes)")
     if profile.margin is not None:
         lines.append(_how_clear(profile.margin, profile.margin_reason))
     return "\n".join([*lines, *profile.notes])

@@ -63,11 +63,11 @@ class OutlierProfile:
     """Statistics of all layers, and the layer that a rule chose.
 
     Attributes:
-        dominant_layer: The chosen layer.
-        rule: The rule in words.
+        layers: Statistics of each layer.
         num_sequences: Number of sequences that the figures are averaged over.
         num_forward_passes: Number of forward passes, each over a batch.
-        layers: Statistics of each layer.
+        dominant_layer: The chosen layer; ``None`` if none is chosen.
+        rule: Why it was chosen, in words.
         title: Name of the chosen layer, for the table.
         margin: Distance, in standard errors, of the closest figure from a value that would change the choice; ``None`` if
             unknown.
@@ -76,11 +76,11 @@ class OutlierProfile:
         thresholds: Names of the figures that the rule compares with a threshold, and the thresholds.
     """
 
-    dominant_layer: int
-    rule: str
+    layers: tuple[LayerStatistics, ...]
     num_sequences: int
     num_forward_passes: int
-    layers: tuple[LayerStatistics, ...]
+    dominant_layer: int | None = None
+    rule: str = ""
     title: str = "chosen layer"
     margin: float | None = None
     margin_reason: str = ""

@@ -21,10 +21,9 @@ import torch
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
-from slzo.profiling import ProfileOptions, profile_model
+from slzo.profiling import ProfileOptions, choose, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
-from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
 from slzo.zo.selection import OutlierRemovingLayer
@@ -56,10 +55,8 @@ def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerT
     adapt_rows(rows, parts, options)
     layer = None
     if options.scope.needs_layer:
-        choice = profile_model(parts, rows, ProfileOptions(OutlierRemovingLayer(), 16, None), "")[1]
-        if choice.layer < 0:
-            raise SlzoError(choice.reason)
-        layer = choice.layer
+        profiler = ProfileOptions(OutlierRemovingLayer(), 16, None)
+        layer = choose(profile_model(parts, rows, profiler), profiler.rule, "no trials are needed", rows).layer
     trials = LayerTrials(parts, options, rows)
     return trials, layer, *trials.own_step(layer)
 
