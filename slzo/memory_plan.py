@@ -122,9 +122,8 @@ def memory_inputs(
     context = ScopeContext(parts, layer)
     layers = options.scope.changed_layers(context)
     start = min(layers, default=0)
-    differentiated = 0 if options.estimator.along_directions else parts.num_layers - start
-    if options.estimator.perturbs_output:
-        differentiated = 1
+    estimator = options.estimator
+    differentiated = parts.num_layers - start if estimator.differentiates else int(estimator.perturbs_output)
     away = num_shards > 1 or options.device_map is not None  # all queries run together, see TunedModel.queries_at_once
     tuned = tuning_bytes(
         _tensors(options.scope, context, layers),
@@ -144,7 +143,7 @@ def memory_inputs(
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
         on_cpu=device.type == "cpu",
         differentiated=differentiated,
-        records=options.estimator.perturbs_output,
+        records=estimator.perturbs_output,
     )
     if num_shards > 1:
         return replace(inputs, num_shards=num_shards, where=f"layers divided over {num_shards} processes")

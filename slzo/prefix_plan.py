@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import prompt_alone, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
-from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.batch import Row
 from slzo.task_rows import TaskRows
 from slzo.zo.shared_prefix import SharedPrefix

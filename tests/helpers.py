@@ -397,7 +397,7 @@ def cnn():
 def image_loss(model, data):
     """Masters of a whole module, and its cross-entropy on images as a function of them."""
     tuned, (x, y) = TunedTensors(dict(model.named_parameters())), data
-    return tuned, ClosureLoss(model, tuned, lambda: F.cross_entropy(model(x), y))
+    return tuned, ClosureLoss(tuned, lambda: F.cross_entropy(model(x), y))
 
 
 # ---- wheels -----------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
     model = cnn()
     tuned, _ = image_loss(model, images())
     before = flat(tuned.clone_masters())
-    request = Request(tuned, ClosureLoss(model, tuned, fails), seed=0, step=0, eps=1.0)
+    request = Request(tuned, ClosureLoss(tuned, fails), seed=0, step=0, eps=1.0)
     with pytest.raises(KeyboardInterrupt):
         take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
     assert torch.equal(flat(dict(model.named_parameters())), before)

@@ -38,7 +38,7 @@ class Quadratic(nn.Module):
 def quadratic(**options):
     model = Quadratic(**options)
     tuned = TunedTensors(dict(model.named_parameters()))
-    return model, tuned, ClosureLoss(model, tuned, model)
+    return model, tuned, ClosureLoss(tuned, model)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -125,7 +125,7 @@ def test_a_failure_while_measuring_leaves_the_weights():
         return model()
 
     with pytest.raises(KeyboardInterrupt):
-        AutoStep.measure(tuned, ClosureLoss(model, tuned, fails), 0)
+        AutoStep.measure(tuned, ClosureLoss(tuned, fails), 0)
     assert not model.weight.any()
 
 
@@ -264,17 +264,17 @@ def test_numbers_only_and_back():
     ],
 )
 def test_a_loss_that_no_step_can_be_measured_from_is_an_error(eps, value, message):
-    model, tuned, _ = quadratic()
+    _, tuned, _ = quadratic()
     calls = []
-    constant = ClosureLoss(model, tuned, lambda: calls.append(0) or torch.tensor(value))
+    constant = ClosureLoss(tuned, lambda: calls.append(0) or torch.tensor(value))
     with pytest.raises(SlzoError, match=message):
         AutoStep.measure(tuned, constant, 0, eps)
     assert len(calls) <= 40
 
 
 def test_a_metric_that_no_direction_changes_is_named():
-    model, tuned, _ = quadratic()
-    constant = ClosureLoss(model, tuned, lambda: torch.tensor(0.5))
+    _, tuned, _ = quadratic()
+    constant = ClosureLoss(tuned, lambda: torch.tensor(0.5))
     with pytest.raises(SlzoError, match=r"model\.eps 1: no direction changes the metric of 0\.5; use more rows"):
         AutoStep.measure(tuned, constant, 0, smooth=False)
 
@@ -282,7 +282,7 @@ def test_a_metric_that_no_direction_changes_is_named():
 def test_an_eps_that_overflows_is_made_smaller():
     """Where a weight moves by 3e-4 the loss is infinite, as it is at the first guess."""
     model, tuned, _ = quadratic(scale=1e3)
-    loss = ClosureLoss(model, tuned, lambda: model() if model.weight.abs().max() < 3e-4 else torch.tensor(math.inf))
+    loss = ClosureLoss(tuned, lambda: model() if model.weight.abs().max() < 3e-4 else torch.tensor(math.inf))
     assert 0 < AutoStep.measure(tuned, loss, 0).eps < 1e-4
 
 
@@ -334,7 +334,7 @@ def test_the_losses_do_not_depend_on_the_scale_of_the_weights(make):
     for factor in (1.0, 100.0, 0.01):
         model = Rescaled(cnn(), factor)
         tuned = TunedTensors(dict(model.module.named_parameters()))
-        loss = ClosureLoss(model, tuned, lambda m=model: F.cross_entropy(m(x), y))
+        loss = ClosureLoss(tuned, lambda m=model: F.cross_entropy(m(x), y))
         extra = {"eps": 1e-15} if make is torch.optim.Adam else {}  # Adam's own eps is of the gradient's scale
         found.append(train(tuned, loss, make, 40, **extra))
     for other in found[1:]:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import torch
 from helpers import (
@@ -45,7 +46,9 @@ def test_losses_equal_the_plain_computation(family, examples, one_token_examples
                 for grouped, paired in itertools.product((True, False), repeat=2):
                     forward = layer_forward(parts, LAYER, candidate_logits=paired, paired=paired)
                     forward.cache = filling.cache
-                    batch = pack(rows, share_prompts=shared, group_lengths=grouped)
+                    batch = pack(rows, share_prompts=shared)
+                    if not grouped:
+                        batch = replace(batch, layout=batch.layout.in_one_group())
                     hidden = forward.prefix(batch, keep=warm)
                     for objective, losses in zip(OBJECTIVES, expected, strict=True):
                         sums = forward.losses(batch, hidden, tuned, points, objective)
@@ -64,8 +67,10 @@ def train(plain, steps=50):
     curve = []
     for step in range(steps):
         picked = [rows[(8 * step + i) % len(rows)] for i in range(8)]
-        batch = TrainBatch(pack(picked, share_prompts=not plain, group_lengths=not plain), ())
-        curve.append(stepper.step(batch, step, optimizer).estimate.loss)
+        packed = pack(picked, share_prompts=not plain)
+        if plain:
+            packed = replace(packed, layout=packed.layout.in_one_group())
+        curve.append(stepper.step(TrainBatch(packed, ()), step, optimizer).estimate.loss)
     return torch.tensor(curve)
 
 

@@ -42,8 +42,8 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     monkeypatch.setattr(factored, "_LARGEST_SHARE", 1e9)
     module, tuned = tuned_uses()
     inputs = torch.randn(2, 3, 4)
-    output, expected = vjp(module, tuned, lambda: module(inputs))
-    found_output, pull_back = factored_vjp(module, tuned, lambda: module(inputs))
+    output, expected = vjp(tuned, lambda: module(inputs))
+    found_output, pull_back = factored_vjp(tuned, lambda: module(inputs))
     assert torch.equal(found_output, output)
     gradient = torch.randn_like(output)
     found = pull_back(gradient)
@@ -90,7 +90,7 @@ def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
     module = nn.Linear(60, 40, bias=False)
     tuned = TunedTensors({"weight": module.weight})
     inputs = torch.randn(number, 60)
-    _, pull_back = factored_vjp(module, tuned, lambda: module(inputs))
+    _, pull_back = factored_vjp(tuned, lambda: module(inputs))
     sizes = []
 
     def sum_rows(tensor):
@@ -124,7 +124,7 @@ def test_processes_may_use_other_weights(uses, rows):
     inputs = [torch.randn(number, 16) for number in rows]
 
     def derivative(function, rank):
-        output, pull_back = function(module, tuned, lambda: module(inputs[rank], uses[rank]))
+        output, pull_back = function(tuned, lambda: module(inputs[rank], uses[rank]))
         return pull_back(torch.ones_like(output))
 
     def run(processes):
@@ -147,7 +147,7 @@ def test_factors_of_many_parts_are_multiplied():
     for _ in range(5):
         inputs = torch.randn(1, 16)
         for found in (factored_vjp, vjp):
-            output, pull_back = found(module, tuned, lambda inputs=inputs: module(inputs))
+            output, pull_back = found(tuned, lambda inputs=inputs: module(inputs))
             own = pull_back(torch.ones_like(output))
             if found is vjp:
                 total += own["weight"]

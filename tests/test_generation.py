@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import VOCABULARY, each_family, tiny_model
 
+from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
+from slzo.batches.sharing import share_beginnings
 from slzo.evaluation.decoding import generate
 from slzo.evaluation.generation import answer_text, ends_with, generate_plainly, stop_tokens
 from slzo.models.logits import needed_logits

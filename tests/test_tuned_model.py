@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import described, random_example, tiny_model, tuned_layer
 
-from slzo.batches.packing import pack
+from slzo.batches.packing import Block, pack
 from slzo.data.batch import TrainBatch
 from slzo.models import startup_check
 from slzo.models.parts import ModelParts
@@ -87,6 +87,17 @@ def test_states_of_another_layer_are_not_taken_over():
     other = tuned_layer(parts, 2, cache=first.forward.cache)
     assert batch.example_index[0] not in other.forward.cache
     assert batch.example_index[0] in first.forward.cache
+
+
+def test_a_plan_without_prompts_runs_nothing():
+    """So tasks that generate nothing run with layers on another GPU, where answers cannot be generated."""
+    parts, calls = ModelParts(tiny_model(), onednn=False), []
+    model = tuned_layer(parts, 2)
+    parts.layers[0].register_forward_hook(lambda *_: calls.append(0))
+    model.plan_prefix([])
+    assert not calls
+    model.plan_prefix([], [Block([random_example(random.Random(0), 0, 6, (1,))])])
+    assert calls
 
 
 def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):

@@ -130,12 +130,11 @@ def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups
 
 
-def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
-    """Return the layout of sequences of packed positions, in groups of similar length if ``grouped``, else in one group."""
+def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int) -> PackedLayout:
+    """Return the layout of sequences of packed positions, in groups of similar length."""
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
-    members = group_by_length(sequences) if grouped else [list(range(len(sequences)))]
-    for numbers in members:
+    for numbers in group_by_length(sequences):
         width = max(len(sequences[n]) for n in numbers)
         index = torch.zeros(len(numbers), width, dtype=torch.int64)
         mask = torch.zeros(len(numbers), width, dtype=torch.bool)

@@ -6,12 +6,12 @@ Shapes: ``T`` tokens in the batch, ``B`` examples, ``C`` candidates, ``U`` posit
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.last_tokens import LastTokens
 from slzo.batches.layout import Movable, PackedLayout, build_layout
@@ -42,6 +42,7 @@ class PackedBatch(TokenBatch):
     """A batch with the indices that scoring needs.
 
     Attributes beyond those of :class:`TokenBatch`:
+        examples: The examples, length B.
         example_index: Cache key of each example, length B.
         example_tokens: Number of packed tokens of each example, length B, in order. They sum to T.
         example_needed: Number of positions in ``needed`` of each example, length B, in order. They sum to U.
@@ -63,6 +64,7 @@ class PackedBatch(TokenBatch):
             of ``source`` too.
     """
 
+    examples: tuple[EncodedExample, ...]
     example_index: tuple[int, ...]
     example_tokens: tuple[int, ...]
     example_needed: tuple[int, ...]
@@ -102,60 +104,19 @@ class PackedBatch(TokenBatch):
         """Return tokens and layout of ``times`` copies of the batch in one packed row."""
         return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
 
-    def select(self, numbers: Sequence[int]) -> TokenBatch:
-        """Return tokens and layout of some examples, given by their numbers in the batch, in rising order."""
-        if self.source is not None:
-            return self.source.select(numbers).to(self.input_ids.device)
-        starts = [0, *accumulate(self.example_tokens)]
-        spans = [range(starts[number], starts[number + 1]) for number in numbers]
-        kept = torch.tensor([position for span in spans for position in span])
-        new_positions = torch.full_like(self.input_ids, -1)
-        new_positions[kept] = torch.arange(len(kept))
-        moved = new_positions.tolist()
-        chosen = [[moved[p] for p in positions] for positions in self.layout.sequences() if moved[positions[0]] >= 0]
-        layout = build_layout(chosen, len(kept), grouped=True)
-        return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
+    def select(self, numbers: Sequence[int]) -> "PackedBatch":
+        """Return the batch of some of the examples, given by their numbers in the batch."""
+        part = pack([self.examples[number] for number in numbers])
+        if self.choice_ids is None:  # the parts have no choices that the batch does not have
+            part = replace(part, choice_ids=None, token_choice=None)
+        return replace(part, most_candidates=self.most_candidates).to(self.input_ids.device)
 
     def cut(self, max_tokens: int | None) -> tuple["PackedBatch", ...]:
         """Cut the batch, in order, into parts of at most ``max_tokens`` tokens. A longer example is a separate part."""
         if max_tokens is None or self.num_tokens <= max_tokens or self.num_examples == 1:
             return (self,)
-        if self.source is not None:
-            return tuple(part.to(self.input_ids.device) for part in self.source.cut(max_tokens))
-        bounds, used = [0], 0
-        for number, size in enumerate(self.example_tokens):
-            if used and used + size > max_tokens:
-                bounds.append(number)
-                used = 0
-            used += size
-        bounds.append(self.num_examples)
-        examples = [range(first, stop) for first, stop in pairwise(bounds)]
-        tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
-        # everything is in the order of the examples, so each part is a slice
-        candidates = torch.searchsorted(self.candidate_example, torch.tensor(bounds)).tolist()
-        answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates)).tolist()
-        needed = torch.searchsorted(self.needed, torch.tensor(tokens)).tolist()
-        return tuple(
-            replace(
-                self,
-                **vars(self.select(numbers)),
-                example_index=self.example_index[numbers.start : numbers.stop],
-                example_tokens=self.example_tokens[numbers.start : numbers.stop],
-                example_needed=self.example_needed[numbers.start : numbers.stop],
-                needed=self.needed[needed[n] : needed[n + 1]] - tokens[n],
-                needed_example=self.needed_example[needed[n] : needed[n + 1]] - numbers.start,
-                token_needed=self.token_needed[answers[n] : answers[n + 1]] - needed[n],
-                token_id=self.token_id[answers[n] : answers[n + 1]],
-                token_candidate=self.token_candidate[answers[n] : answers[n + 1]] - candidates[n],
-                candidate_length=self.candidate_length[candidates[n] : candidates[n + 1]],
-                candidate_example=self.candidate_example[candidates[n] : candidates[n + 1]] - numbers.start,
-                candidate_slot=self.candidate_slot[candidates[n] : candidates[n + 1]],
-                gold=self.gold[numbers.start : numbers.stop],
-                right=self.right[candidates[n] : candidates[n + 1]],
-                token_choice=None if self.token_choice is None else self.token_choice[answers[n] : answers[n + 1]],
-            )
-            for n, numbers in enumerate(examples)
-        )
+        sizes = [range(size) for size in self.example_tokens]
+        return tuple(map(self.select, chunk_by_tokens(sizes, max_tokens, share=False)))
 
     @property
     def num_examples(self) -> int:
@@ -178,13 +139,12 @@ def _num_shared(example: EncodedExample) -> int:
     return limit
 
 
-def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, group_lengths: bool = True) -> PackedBatch:
+def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True) -> PackedBatch:
     """Create a batch without padding.
 
     Args:
         examples: The examples, in the order of the batch.
         share_prompts: Store a prompt once for all its candidates. ``False``, for comparison, gives each candidate its own copy.
-        group_lengths: Group sequences of similar length for attention. ``False`` pads all to the longest one.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -228,7 +188,8 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     return PackedBatch(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
-        layout=build_layout(sequences, len(ids), group_lengths),
+        layout=build_layout(sequences, len(ids)),
+        examples=tuple(examples),
         example_index=tuple(example.index for example in examples),
         example_tokens=tuple(example_tokens),
         example_needed=tuple(example_needed),

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, pack
-from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
+from slzo.batches.sharing import share_beginnings
 from slzo.tasks.base import Example
 
 # Rows share common beginnings if that saves at least this fraction of the tokens.

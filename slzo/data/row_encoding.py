@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, pack
-from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.batch import Row
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
 from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.batches.sharing import chunk_by_tokens, share_beginnings
+from slzo.batches.sharing import share_beginnings
 from slzo.evaluation.generation import Ended, generate_padded
 from slzo.evaluation.key_values import Buffer, NewTokens, check_places
 from slzo.evaluation.prompt_states import PromptStates

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.evaluation.key_values import check_places
 from slzo.models.attention import KeyValues
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -52,7 +51,6 @@ class PromptStates:
         return wide[:, :start], states
 
     def _run(self, batch: TokenBatch) -> Tensor:
-        check_places(self.parts)
         hidden, states = recorded(self.parts, batch, 0, self.cache.start, None)
         pieces = [state.transpose(0, 1).flatten(1) for layer, _, _ in self._columns for state in states[layer]]
         return torch.cat([hidden, *pieces], dim=1)
@@ -61,7 +59,6 @@ class PromptStates:
     def _columns(self) -> list[tuple[nn.Module, int, tuple[int, int]]]:
         """Attention layers with their number of key-value heads and of columns for keys and for values."""
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
-        check_places(self.parts)
         with torch.no_grad():
             _, states = recorded(self.parts, probe, 0, self.cache.start, None)
         return [

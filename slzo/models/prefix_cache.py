@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch, TokenBatch
-from slzo.batches.sharing import chunk_by_tokens
 from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -118,12 +117,12 @@ class PrefixCache:
             for block in blocks.values():
                 if block.keys != keys:  # otherwise the batch is the block, and is computed below
                     packed = block.pack().to(device)
-                    states = self._run(run, packed, range(packed.num_examples), max_tokens)
+                    states = _run(run, packed, max_tokens)
                     self.put(packed.example_index, packed.example_tokens, states)
         missing = [number for number, key in enumerate(keys) if key not in self]
         if not missing:
             return self.gather(keys, {}, device)
-        fresh = self._run(run, batch, missing, max_tokens)
+        fresh = _run(run, batch if len(missing) == batch.num_examples else batch.select(missing), max_tokens)
         lengths = [batch.example_tokens[number] for number in missing]
         if keep:
             self.put([keys[number] for number in missing], lengths, fresh)
@@ -131,24 +130,6 @@ class PrefixCache:
             return fresh
         new = dict(zip(missing, fresh.split(lengths), strict=True))
         return self.gather(keys, new, device)
-
-    def _run(
-        self,
-        run: Callable[[TokenBatch], Tensor],
-        batch: PackedBatch,
-        numbers: Sequence[int],
-        max_tokens: int | None,
-    ) -> Tensor:
-        """Compute the states of some examples of a batch, shape (T, hidden)."""
-        chunks: Sequence[Sequence[int]] = [range(len(numbers))]
-        if max_tokens is not None:
-            sizes = [range(batch.example_tokens[number]) for number in numbers]
-            chunks = chunk_by_tokens(sizes, max_tokens, share=False)
-        states = []
-        for chunk in chunks:
-            is_whole = len(chunk) == batch.num_examples
-            states.append(run(batch if is_whole else batch.select([numbers[position] for position in chunk])))
-        return states[0] if len(states) == 1 else torch.cat(states)
 
     def gather(self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device) -> Tensor:
         """Concatenate the states of examples, shape (T, hidden); ``new`` holds uncached ones by their position in ``keys``."""
@@ -206,6 +187,12 @@ class PrefixCache:
         if self.directory is not None:
             return _file_block(self.directory, size, dtype)
         return torch.empty(size, dtype=dtype, pin_memory=pinned)  # copies from pinned memory are asynchronous
+
+
+def _run(run: Callable[[TokenBatch], Tensor], batch: PackedBatch, max_tokens: int | None) -> Tensor:
+    """Compute the states of a batch in parts, shape (T, hidden)."""
+    states = [run(part) for part in batch.cut(max_tokens)]
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:

@@ -165,8 +165,7 @@ def load_exported(source: Source) -> PreTrainedModel:
     facts = read_json(folder / FACTS_FILE, _EXPORT_AGAIN)
     if (folder / "config.json").is_file():
         return _load(str(folder), facts, source)
-    model = _load(source.base or _base_name(folder, facts), facts, source)
-    Fingerprint.of(model).check(facts.get("fingerprint", {}))
+    model = _base(source.base or _base_name(folder, facts), facts, source)
     if (folder / DELTA_FILE).is_file():
         swap(model, read_delta(folder))
         return model
@@ -206,13 +205,14 @@ def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> 
 
 
 def _base(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:
-    """Load the base model of an exported folder; check that it is the original one unless the user gave another copy."""
+    """Load the base model of an exported folder, and check that it is the original one."""
     try:
         model = _load(name, facts, source)
     except SlzoError as error:
+        if source.base is not None:
+            raise
         raise SlzoError(f"{error}; or give the base model of {source.path!r} with --base") from error
-    if source.base is None:
-        Fingerprint.of(model).check(facts.get("fingerprint", {}))
+    Fingerprint.of(model).check(facts.get("fingerprint", {}))
     return model
 
 
@@ -236,7 +236,7 @@ def _with_tensors(model: PreTrainedModel, tuned: Mapping[str, Tensor], tokenizer
 
 def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
     """Return the ``PeftModel`` of an adapter."""
-    peft = import_peft("adapter")
+    peft = import_peft(f"ckpt_path {source.path!r}")
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -1,12 +1,13 @@
-"""A loss for the estimators, made from any torch module and a closure that evaluates it."""
+"""A loss for the estimators, made from a closure that evaluates any torch module."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from slzo.zo.derivatives import vjp
+from slzo.utils.errors import SlzoError
+from slzo.zo.derivatives import live_vjp
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
 
@@ -16,12 +17,11 @@ class ClosureLoss(Loss):
     """The loss of one batch on any ``torch.nn.Module``.
 
     Attributes:
-        module: The module to tune. It must compute the same function at each call: no dropout, no running statistics.
-        tuned: Masters of some of its parameters.
-        closure: Evaluates the batch with the current weights and returns the mean loss, a 0-dimensional tensor.
+        tuned: Masters of some of the module's parameters.
+        closure: Evaluates the batch with the current weights and returns the mean loss, a 0-dimensional tensor. It must compute
+            the same function at each call: no dropout, no running statistics.
     """
 
-    module: nn.Module
     tuned: TunedTensors
     closure: Callable[[], Tensor]
 
@@ -34,6 +34,10 @@ class ClosureLoss(Loss):
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Direction]:
-        loss, pull_back = vjp(self.module, self.tuned, self.closure)
+        loss, pull_back = live_vjp(self.tuned, self.closure)
         gradient = pull_back(torch.ones_like(loss))
-        return float(loss), gradient
+        if not gradient:
+            raise SlzoError(
+                "the loss depends on no tuned tensor, so there is no gradient; tune tensors that the closure uses"
+            )
+        return float(loss), self.tuned.with_zeros(self.tuned.pull_back(gradient))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
@@ -136,20 +136,19 @@ def _most_inputs(tensor: TunedTensor) -> int:
 
 
 def factored_vjp(
-    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
+    tuned: TunedTensors, function: Callable[[], Tensor]
 ) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
     """Like :func:`slzo.zo.derivatives.vjp`, but the gradients of linear maps' weights are returned as factors.
 
     If ``function`` applies such a weight to many inputs, or also uses it in another way, the gradient of that use is whole.
     """
-    kept = _KeptFactors({name: _most_inputs(tensor) for name, tensor in tuned.items()})
+    kept = _KeptFactors(tuned)
 
-    def keeping(views: Mapping[str, Tensor]) -> Tensor:
-        kept.names = {id(view): name for name, view in views.items()}
+    def keeping() -> Tensor:
         with kept:
             return function()
 
-    output, pull_back = live_vjp(module, tuned, keeping)
+    output, pull_back = live_vjp(tuned, keeping)
 
     def factored(gradient: Tensor) -> FactoredGradient:
         whole = tuned.pull_back(pull_back(gradient))
@@ -162,17 +161,16 @@ class _KeptFactors(TorchFunctionMode):
     """Keeps the factors of tuned weights' gradients in the backward pass.
 
     Args:
-        most_inputs: Largest number of inputs of which factors are kept, by name.
+        tuned: The masters.
 
     Attributes:
-        names: Name of each tuned tensor by the ``id`` of the tensor that the module uses.
         factors: Factors by name.
     """
 
-    def __init__(self, most_inputs: Mapping[str, int]) -> None:
+    def __init__(self, tuned: TunedTensors) -> None:
         super().__init__()
-        self._most_inputs = most_inputs
-        self.names: dict[int, str] = {}
+        self._names = {id(tensor.live): name for name, tensor in tuned.items()}
+        self._most_inputs = {name: _most_inputs(tensor) for name, tensor in tuned.items()}
         self.factors: dict[str, list[Factors]] = {}
 
     def __torch_function__(
@@ -180,7 +178,7 @@ class _KeptFactors(TorchFunctionMode):
     ) -> Any:
         """Call ``func``; if it is ``linear`` with a tuned weight, as :class:`_Linear`."""
         kwargs = kwargs or {}
-        name = self.names.get(id(args[1])) if func is linear and len(args) > 1 else None
+        name = self._names.get(id(args[1])) if func is linear and len(args) > 1 else None
         if name is None or args[0].dim() < 2 or args[1].dim() != 2:
             return func(*args, **kwargs)
         inputs, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")

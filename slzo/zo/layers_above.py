@@ -98,7 +98,7 @@ def layers_vjp(
     """
     run = partial(parts.run, batch, start, stop, entering, norm=False)
     if not can_run_last_tokens(parts):
-        output, pull_back = factored_vjp(parts.model, tuned, run)
+        output, pull_back = factored_vjp(tuned, run)
         return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
@@ -109,6 +109,6 @@ def layers_vjp(
         return at_last[last.number_of(batch.needed)]
 
     if stop == parts.num_layers:  # only the head reads the output, at the needed positions
-        found, pull_back = factored_vjp(parts.model, tuned, at_needed)
+        found, pull_back = factored_vjp(tuned, at_needed)
         return torch.zeros_like(entering).index_copy_(0, batch.needed, found), pull_back
-    return run(), lambda gradient: factored_vjp(parts.model, tuned, at_needed)[1](gradient)
+    return run(), lambda gradient: factored_vjp(tuned, at_needed)[1](gradient)

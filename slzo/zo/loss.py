@@ -145,7 +145,7 @@ class BatchLogitLoss(_SummedLoss):
         gradient: dict[str, Tensor] = {}
         for piece, states in self._pieces():
             run = partial(forward.loss, piece, states, self.objective)
-            found, pull_back = vjp(forward.parts.model, context.tuned, run)
+            found, pull_back = vjp(context.tuned, run)
             sums += found
             for name, own in pull_back(of_total).items():
                 gradient[name] = gradient[name].add_(own) if name in gradient else own

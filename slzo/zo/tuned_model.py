@@ -232,7 +232,8 @@ class TunedModel:
         width = model.config.get_text_config(decoder=True).hidden_size
         cache.plan(blocks, width * model.dtype.itemsize)
         if self.prompt_states is not None:
-            self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes)
+            prompts = list(prompts)
+            self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes if prompts else 0)
 
     def clear_prefix(self) -> None:
         """Drop all cached states and their plan. Their keys are valid for one data module only."""

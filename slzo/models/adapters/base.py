@@ -58,12 +58,10 @@ class Adapter(ABC):
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 
-def import_peft(scope: str) -> Any:
-    """Import peft; raise an SlzoError that says how to install it if it is missing."""
+def import_peft(option: str) -> Any:
+    """Import peft; raise an SlzoError that names the option and says how to install it if it is missing."""
     try:
         import peft
     except ImportError as error:
-        raise SlzoError(
-            f"model.scope {scope}: needs peft, which is not installed; run: pip install 'slzo[peft]'"
-        ) from error
+        raise SlzoError(f"{option}: needs peft, which is not installed; run: pip install 'slzo[peft]'") from error
     return peft

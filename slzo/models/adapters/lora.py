@@ -39,7 +39,7 @@ class LoRAMatrices(Adapter):
     seed: int = 0
 
     def inject(self, model: PreTrainedModel) -> None:
-        peft = import_peft("LoRA")
+        peft = import_peft("model.scope LoRA")
         try:
             config = peft.LoraConfig(
                 r=self.rank,

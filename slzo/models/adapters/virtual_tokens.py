@@ -33,7 +33,7 @@ class PrefixTokens(Adapter):
 
     @torch.no_grad()
     def inject(self, model: PreTrainedModel) -> VirtualTokens:
-        peft = import_peft("PrefixTuning")
+        peft = import_peft("model.scope PrefixTuning")
         ids = torch.tensor([self.first_tokens], device=model.device)
         cache = model(input_ids=ids, use_cache=True).past_key_values
         layers = getattr(cache, "layers", ())
