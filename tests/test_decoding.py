@@ -9,7 +9,7 @@ from helpers import VOCABULARY, each_family, tiny_model, tuned_layer
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, generate
+from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
@@ -45,12 +45,12 @@ def plain_answers(family, model, tuned, point, prompts, stops):
     return answers
 
 
-def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, **options):
+def joint_answers(tuned_model, points, prompts, prompt_of, stops, budget=10_000, **options):
     options = {"max_new_tokens": NEW_TOKENS, "prefill_tokens": budget, **options}
     span = tuned_model.span
     with live_points(tuned_model.tensors, points) as write:
-        varied = VariedLayers(span.start, span.stop, write)
-        return generate(tuned_model.parts, prompts, stops, wanted=wanted, varied=varied, **options)[0]
+        varied = VariedLayers(span.start, span.stop, len(points), write)
+        return generate(tuned_model.parts, prompts, stops, prompt_of=prompt_of, varied=varied, **options)[0]
 
 
 @torch.no_grad()
@@ -65,11 +65,10 @@ def test_answers_at_points_are_those_of_plain_generation(family):
     stops = {plain_answers(family, model, tuned, points[0], prompts[:1], set())[0][3]}
     expected = [plain_answers(family, model, tuned, point, prompts, stops) for point in points]
     for budget in (1, 10_000):
-        # not every point has every row, and one is asked for twice
-        wanted = [AnswerRequest(n, p) for p in range(len(points)) for n in range(len(prompts)) if (n + p) % 5]
-        wanted.append(AnswerRequest(1, 0))
-        found = joint_answers(tuned_model, points, prompts, wanted, stops, budget)
-        assert found == [expected[want.point][want.prompt] for want in wanted]
+        # one prompt is not asked for, and one is asked for twice
+        prompt_of = [*range(1, len(prompts)), 1]
+        found = joint_answers(tuned_model, points, prompts, prompt_of, stops, budget)
+        assert found == [of_point[prompt] for of_point in expected for prompt in prompt_of]
     # answers part, some of them after the first token, and some rows end early
     pairs = [(one[n], two[n]) for one, two in combinations(expected, 2) for n in range(len(prompts))]
     assert any(one != two and one[:1] == two[:1] for one, two in pairs)
@@ -98,14 +97,15 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
     tuned_model = tuned_layer(ModelParts(tiny_model(family), onednn=False), 2)
     z = tuned_model.tensors.draw(0, 0, 0)
     points = [Point(z, EPS), Point(z, -EPS)]
-    wanted = [AnswerRequest(n, p) for p in range(2) for n in range(len(prompts))]
-    joint_answers(tuned_model, points, prompts, wanted[:1], set())  # looks at what layers return
+    every = range(len(prompts))
+    joint_answers(tuned_model, points, prompts, every[:1], set())  # looks at what layers return
     below, above = Counting(tuned_model.parts, 1), Counting(tuned_model.parts, 3)
-    plain = joint_answers(tuned_model, points, prompts, wanted, set())
+    plain = joint_answers(tuned_model, points, prompts, every, set())
     tokens = sum(map(len, prompts))
     shared = tokens - 5  # the beginning that two prompts have in common comes once
     decoded = 2 * len(prompts) * (NEW_TOKENS - 1)
-    histories = {(w.prompt, *answer[:n]) for w, answer in zip(wanted, plain, strict=True) for n in range(1, NEW_TOKENS)}
+    pairs = zip([*every, *every], plain, strict=True)
+    histories = {(prompt, *answer[:n]) for prompt, answer in pairs for n in range(1, NEW_TOKENS)}
     assert len(prompts) * (NEW_TOKENS - 1) < len(histories) < decoded
     assert (below.take(), above.take()) == (shared + len(histories), 2 * shared + decoded)
 
@@ -117,7 +117,7 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
     below.take()
     last = len(prompts[-1])
     for run in (tokens, last):  # all, and only what is not kept
-        assert joint_answers(tuned_model, points, prompts, wanted, set(), kept=CachedPrompts(states, keys)) == plain
+        assert joint_answers(tuned_model, points, prompts, every, set(), kept=CachedPrompts(states, keys)) == plain
         assert (below.take(), above.count > 0) == (run + len(histories), True)
     assert states.cache.num_bytes == block.num_tokens * states.token_bytes
     # nothing is left if the primary cache uses the whole budget
@@ -137,8 +137,7 @@ def test_sampled_answers_are_those_of_one_point_after_the_other():
     # two samples of each prompt, with the same random numbers at both points
     rows = [n for n in range(len(prompts)) for _ in range(2)]
     keys = [sample_key(0, 3, str(n), number % 2) for number, n in enumerate(rows)]
-    wanted = [AnswerRequest(n, p) for p in range(2) for n in rows]
-    found = joint_answers(tuned_model, points, prompts, wanted, stops, sampling=Sampling(2.0, (*keys, *keys)))
+    found = joint_answers(tuned_model, points, prompts, rows, stops, sampling=Sampling(2.0, (*keys, *keys)))
     expected = []
     for point in points:
         tuned_model.tensors.write(point.direction, point.scale)

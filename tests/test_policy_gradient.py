@@ -288,8 +288,8 @@ def test_the_tokens_of_an_answer_have_the_stop_token_that_ended_it(packed):
     assert not all(ended)
     found = [evaluator.answers(repeated, Sampling(TEMPERATURE, keys))]
     if packed:
-        found += evaluator.answers_at_points(
-            [repeated], VariedLayers(2, 3, lambda _: None), Sampling(TEMPERATURE, keys)
+        found.append(
+            evaluator.answers_at_points(repeated, VariedLayers(2, 3, 1, lambda _: None), Sampling(TEMPERATURE, keys))
         )
     for answers in found:
         assert [answer.tokens for answer in answers] == expected

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, generate
+from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
@@ -72,16 +72,14 @@ class Step:
         """Generate as slzo does; the answers at the first point come first."""
         tuned, span = self.tuned_model, self.tuned_model.span
         states = tuned.prompt_states
-        wanted = [AnswerRequest(prompt, point) for point in range(len(points)) for prompt in range(len(prompts))]
         with live_points(tuned.tensors, points) as write:
             return generate(
                 self.parts,
                 prompts,
                 set(),
-                wanted=wanted,
                 max_new_tokens=self.args.new_tokens,
                 prefill_tokens=768,
-                varied=VariedLayers(span.start, span.stop, write),
+                varied=VariedLayers(span.start, span.stop, len(points), write),
                 kept=None if states is None else CachedPrompts(states, keys),
             )[0]
 

@@ -33,13 +33,6 @@ from slzo.models.recorded import recorded, run_with
 from slzo.tasks.base import MAX_NEW_TOKENS
 
 
-class AnswerRequest(NamedTuple):
-    """One answer to generate: the number of its prompt, and the number of its point."""
-
-    prompt: int
-    point: int = 0
-
-
 @dataclass(frozen=True)
 class VariedLayers:
     """Layers whose weights differ from point to point.
@@ -47,11 +40,13 @@ class VariedLayers:
     Attributes:
         start: First layer.
         stop: One past the last layer.
+        num_points: Number of points.
         write: Makes the weights of a point live.
     """
 
     start: int
     stop: int
+    num_points: int
     write: Callable[[int], None]
 
 
@@ -141,10 +136,10 @@ class _Stage:
 class _Histories:
     """Histories of the answers in the layers below the varied ones; a prompt's first history has the number of the prompt."""
 
-    def __init__(self, stage: _Stage, wanted: Sequence[AnswerRequest]) -> None:
+    def __init__(self, stage: _Stage, prompt_of: Sequence[int]) -> None:
         self.stage = stage
-        self._history_of = {answer: want.prompt for answer, want in enumerate(wanted)}
-        self._next = max(self._history_of.values()) + 1
+        self._history_of = dict(enumerate(prompt_of))
+        self._next = max(prompt_of) + 1
 
     def advance(self, tokens: Mapping[int, int], order: Sequence[int]) -> Tensor:
         """Run one more token of each answer; return the states of the answers in ``order``, shape (answers, hidden)."""
@@ -175,11 +170,14 @@ def _pick_rows(hidden: Tensor, rows: Sequence[int], order: Sequence[int]) -> Ten
 
 @dataclass
 class _Decoder:
-    """The model in stages: the layers below the varied ones, the varied layers once per point, and the layers above."""
+    """The model in stages: the layers below the varied ones, the varied layers once per point, and the layers above.
+
+    ``prompt_of`` has the number of each answer's prompt, those of one point after the other.
+    """
 
     parts: ModelParts
     prompts: Sequence[Sequence[int]]
-    wanted: Sequence[AnswerRequest]
+    prompt_of: Sequence[int]
     num_new: int
     max_tokens: int
     varied: VariedLayers | None
@@ -193,29 +191,37 @@ class _Decoder:
         parts, varied, kept, last = self.parts, self.varied, self.kept, self.parts.num_layers
         start = varied.start if varied is not None else 0 if kept is None else kept.states.cache.start
         stop = start if varied is None else varied.stop
-        lengths = {answer: len(self.prompts[want.prompt]) for answer, want in enumerate(self.wanted)}
+        lengths = [len(self.prompts[prompt]) for prompt in self.prompt_of]
         if start > 0:
-            of_prompts = {want.prompt: len(self.prompts[want.prompt]) for want in self.wanted}
-            self.below = _Histories(_Stage(parts, 0, start, of_prompts, self.num_new), self.wanted)
+            of_prompts = dict(zip(self.prompt_of, lengths, strict=True))
+            self.below = _Histories(_Stage(parts, 0, start, of_prompts, self.num_new), self.prompt_of)
         if varied is not None:
-            for point in sorted({want.point for want in self.wanted}):
-                of_point = {answer: lengths[answer] for answer, want in enumerate(self.wanted) if want.point == point}
+            for point, answers in enumerate(self._answers_by_point):
+                of_point = {answer: lengths[answer] for answer in answers}
                 self.points[point] = _Stage(parts, start, stop, of_point, self.num_new)
         if stop < last:
-            self.above = _Stage(parts, stop, last, lengths, self.num_new)
+            self.above = _Stage(parts, stop, last, dict(enumerate(lengths)), self.num_new)
 
-    def chunks(self) -> Iterator[tuple[list[int], list[int], bool]]:
-        """Yield prompts that run together, the points that need them, and whether their states are or will be cached."""
-        points: dict[int, set[int]] = {}
-        for prompt, point in self.wanted:
-            points.setdefault(prompt, set()).add(point)
-        keys = {prompt: (sorted(own), self._is_cached(prompt)) for prompt, own in points.items()}
-        order = sorted(keys, key=lambda prompt: (keys[prompt], tuple(self.prompts[prompt])))
-        for (at_points, cached), group in groupby(order, key=keys.__getitem__):
+    @property
+    def num_points(self) -> int:
+        """Number of points; 1 if no layers are varied."""
+        return 1 if self.varied is None else self.varied.num_points
+
+    @property
+    def _answers_by_point(self) -> list[range]:
+        """Numbers of the answers of each point."""
+        count = len(self.prompt_of) // self.num_points
+        return [range(point * count, (point + 1) * count) for point in range(self.num_points)]
+
+    def chunks(self) -> Iterator[tuple[list[int], bool]]:
+        """Yield prompts that run together, and whether their states are or will be cached."""
+        is_cached = {prompt: self._is_cached(prompt) for prompt in self.prompt_of}
+        order = sorted(is_cached, key=lambda prompt: (is_cached[prompt], tuple(self.prompts[prompt])))
+        max_tokens = max(1, self.max_tokens // self.num_points)
+        for cached, group in groupby(order, key=is_cached.__getitem__):
             rows = list(group)
-            max_tokens = max(1, self.max_tokens // len(at_points))
             for chunk in chunk_by_tokens([self.prompts[row] for row in rows], max_tokens):
-                yield [rows[number] for number in chunk], at_points, cached
+                yield [rows[number] for number in chunk], cached
 
     def _is_cached(self, prompt: int) -> bool:
         if self.kept is None:
@@ -224,7 +230,7 @@ class _Decoder:
         return key in cache or (self.kept.keep and cache.wants(key))
 
     def prefill(
-        self, rows: list[int], points: list[int], cached: bool, gold: Sequence[EncodedExample] | None
+        self, rows: list[int], cached: bool, gold: Sequence[EncodedExample] | None
     ) -> tuple[_Logits, LossSum | None]:
         """Run prompts; return the logits of each answer's first token, and the loss of the gold answers."""
         keys = rows if self.kept is None else [self.kept.keys[row] for row in rows]
@@ -249,37 +255,37 @@ class _Decoder:
             hidden = self.below.stage.prefill(batch, None, positions)
         if self.entering is not None and hidden is not None:
             self.entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
-        final, answers = self._prefill_above(batch, hidden, positions, points)
-        needed = torch.cat([batch.needed + copy * batch.num_tokens for copy in range(len(points))])
+        final, answers = self._prefill_above(batch, hidden, positions)
+        needed = torch.cat([batch.needed + point * batch.num_tokens for point in range(self.num_points)])
         logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
         loss = None if gold is None else answer_loss(logits[0], batch)
         first = torch.cat([of_point.index_select(0, last) for of_point in logits])
         place = {row: number for number, row in enumerate(rows)}
-        chosen = [copy * len(rows) + place[row] for copy, row in answers.values()]
+        chosen = [point * len(rows) + place[row] for point, row in answers.values()]
         return _Logits(list(answers), first.index_select(0, torch.tensor(chosen, device=device))), loss
 
     def _prefill_above(
-        self, batch: PackedBatch, hidden: Tensor | None, positions: Mapping[int, Tensor], points: list[int]
+        self, batch: PackedBatch, hidden: Tensor | None, positions: Mapping[int, Tensor]
     ) -> tuple[Tensor, dict[int, tuple[int, int]]]:
-        """Return the final states, one point after the other, and for each answer the place of its point and its prompt."""
-        copy_of = {point: copy for copy, point in enumerate(points)}
+        """Return the final states, one point after the other, and for each answer its point and its prompt."""
         answers = {
-            answer: (copy_of[want.point], want.prompt)
-            for answer, want in enumerate(self.wanted)
-            if want.prompt in positions and want.point in copy_of
+            answer: (point, self.prompt_of[answer])
+            for point, of_point in enumerate(self._answers_by_point)
+            for answer in of_point
+            if self.prompt_of[answer] in positions
         }
         if self.points:
             outputs = []
-            for copy, point in enumerate(points):
+            for point, stage in self.points.items():
                 self._write(point)
-                of_point = {answer: positions[row] for answer, (number, row) in answers.items() if number == copy}
-                outputs.append(self.points[point].prefill(batch, hidden, of_point))
+                own = {answer: positions[row] for answer, (at, row) in answers.items() if at == point}
+                outputs.append(stage.prefill(batch, hidden, own))
             hidden = torch.cat(outputs)
         if self.above is None:
             assert hidden is not None
             return hidden, answers
-        of_copies = {answer: positions[row] + copy * batch.num_tokens for answer, (copy, row) in answers.items()}
-        copies = batch.repeat(len(points)) if len(points) > 1 else batch
+        of_copies = {answer: positions[row] + point * batch.num_tokens for answer, (point, row) in answers.items()}
+        copies = batch.repeat(self.num_points) if self.num_points > 1 else batch
         return self.above.prefill(copies, hidden, of_copies), answers
 
     def advance(self, tokens: Mapping[int, int]) -> _Logits:
@@ -319,7 +325,7 @@ class _Decoder:
 
 
 class Decoded(NamedTuple):
-    """Generated answers.
+    """Generated answers, those of one point after the other.
 
     Attributes:
         answers: Tokens of each answer, without the stop token.
@@ -338,7 +344,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     stops: set[int],
     *,
-    wanted: Sequence[AnswerRequest] | None = None,
+    prompt_of: Sequence[int] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     prefill_tokens: int = 1024,
     ended: Ended | None = None,
@@ -354,7 +360,8 @@ def generate(
         parts: The model. If it is not packed, only one answer to each prompt with the live weights can be generated.
         prompts: Token ids of each prompt, at least one id each.
         stops: Tokens that end an answer, see :func:`slzo.evaluation.generation.stop_tokens`.
-        wanted: The answers to generate; the same prompt may occur several times. ``None`` for one answer to each prompt.
+        prompt_of: Number of the prompt of each answer at a point. The same prompt may occur several times. ``None`` for one
+            answer to each prompt.
         max_new_tokens: Longest answer, in tokens, >= 1.
         prefill_tokens: Prompt tokens per forward pass, summed over the points.
         ended: Function that says whether an answer's tokens so far end it.
@@ -369,18 +376,19 @@ def generate(
         loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
         made = generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
         return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
-    if wanted is None:
-        wanted = [AnswerRequest(prompt) for prompt in range(len(prompts))]
-    answers: list[list[int]] = [[] for _ in wanted]
-    ends: list[int | None] = [None] * len(wanted)
-    if not wanted:
+    prompt_of = list(range(len(prompts)) if prompt_of is None else prompt_of) * (
+        1 if varied is None else varied.num_points
+    )
+    answers: list[list[int]] = [[] for _ in prompt_of]
+    ends: list[int | None] = [None] * len(prompt_of)
+    if not prompt_of:
         return Decoded(answers, ends, None)
     losses: list[LossSum] = []
     tokens: dict[int, int] = {}
     check_places(parts)
-    decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept, entering)
-    for rows, points, cached in decoder.chunks():
-        logits, loss = decoder.prefill(rows, points, cached, gold)
+    decoder = _Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept, entering)
+    for rows, cached in decoder.chunks():
+        logits, loss = decoder.prefill(rows, cached, gold)
         tokens |= logits.tokens(0, sampling)
         if loss is not None:
             losses.append(loss)

@@ -15,7 +15,7 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, EnteringStates, VariedLayers, generate
+from slzo.evaluation.decoding import CachedPrompts, EnteringStates, VariedLayers, generate
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
@@ -100,45 +100,27 @@ class Evaluator:
         return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], sampling=sampling)[0]
 
     def answers_at_points(
-        self, rows: Sequence[Sequence[Row]], varied: VariedLayers, sampling: Sampling | None = None
-    ) -> list[list[Answer]]:
-        """Generate answers to the rows of each of several points, all together.
-
-        ``sampling`` has one key per answer, one point after the other; ``None`` takes the most likely tokens.
-        """
-        remaining = iter(self._decode(rows, varied, sampling))
-        return [[next(remaining) for _ in of_point] for of_point in rows]
-
-    def answers_with_states(
-        self, rows: Sequence[Row], samples: int, varied: VariedLayers, sampling: Sampling | None = None
-    ) -> tuple[list[Answer], list[Tensor] | None]:
-        """Generate ``samples`` answers to each of different rows, and return the states that enter the first varied layer.
-
-        Returns:
-            The answers, those to a row one after the other, and for each row the states of its prompt and, after them, of each
-            answer's tokens but the last; ``None`` if there is no layer below.
-        """
-        entering = EnteringStates()
-        answers = self._decode([[row for row in rows for _ in range(samples)]], varied, sampling, entering)
-        if varied.start == 0:
-            return answers, None
-        return answers, [
-            entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
-        ]
-
-    def _decode(
         self,
-        rows: Sequence[Sequence[Row]],
+        rows: Sequence[Row],
         varied: VariedLayers,
-        sampling: Sampling | None,
+        sampling: Sampling | None = None,
         entering: EnteringStates | None = None,
     ) -> list[Answer]:
-        distinct = {row.encoded.index: row for of_point in rows for row in of_point}
+        """Generate answers to the rows at several points, all together; return those of one point after the other.
+
+        ``sampling`` has one key per answer; ``None`` takes the most likely tokens. For ``entering`` see :func:`generate`; its
+        prompts are the different rows, in order.
+        """
+        distinct = {row.encoded.index: row for row in rows}
         place = {index: number for number, index in enumerate(distinct)}
-        wanted = [AnswerRequest(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own]
-        keys = [prompt_key(index) for index in distinct]
         return self._generate(
-            list(distinct.values()), keys, keep=True, sampling=sampling, wanted=wanted, varied=varied, entering=entering
+            list(distinct.values()),
+            [prompt_key(index) for index in distinct],
+            keep=True,
+            sampling=sampling,
+            prompt_of=[place[row.encoded.index] for row in rows],
+            varied=varied,
+            entering=entering,
         )[0]
 
     def _generate(
@@ -148,7 +130,7 @@ class Evaluator:
         *,
         keep: bool = False,
         sampling: Sampling | None = None,
-        wanted: Sequence[AnswerRequest] | None = None,
+        prompt_of: Sequence[int] | None = None,
         varied: VariedLayers | None = None,
         entering: EnteringStates | None = None,
         gold: Sequence[EncodedExample] | None = None,
@@ -164,7 +146,7 @@ class Evaluator:
             ended=ends_with(tokenizer, stop),
             sampling=sampling,
             kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
-            wanted=wanted,
+            prompt_of=prompt_of,
             varied=varied,
             entering=entering,
             gold=gold,

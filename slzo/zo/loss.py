@@ -12,7 +12,7 @@ from torch import Tensor
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
-from slzo.evaluation.decoding import VariedLayers
+from slzo.evaluation.decoding import EnteringStates, VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
@@ -50,12 +50,10 @@ class LossContext:
     seed: int = 0
     step: int = 0
 
-    def answers(
-        self, points: Sequence[Point], rows: Sequence[Sequence[Row]], sampling: Sampling | None = None
-    ) -> list[list[Answer]]:
-        """Generate answers to the rows of each point. The live weights stay at one of the points.
+    def answers(self, points: Sequence[Point], rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
+        """Generate answers to the rows, at one point after the other. The live weights stay at one of the points.
 
-        ``sampling`` has one key for each answer, ordered by point; ``None`` decodes greedily.
+        ``sampling`` has one key for each answer; ``None`` decodes greedily.
 
         Raises:
             SlzoError: There is no evaluator.
@@ -65,13 +63,13 @@ class LossContext:
         span = self.forward.span
         if self.forward.decodes_together:
             with live_points(self.tuned, points) as write:
-                return self.evaluator.answers_at_points(rows, VariedLayers(span.start, span.stop, write), sampling)
-        found: list[list[Answer]] = []
-        for point, own in zip(points, rows, strict=True):
+                varied = VariedLayers(span.start, span.stop, len(points), write)
+                return self.evaluator.answers_at_points(rows, varied, sampling)
+        found: list[Answer] = []
+        for point in points:
             self.tuned.write(point.direction, point.scale)
-            done = sum(map(len, found))
-            keys = None if sampling is None else sampling.of(range(done, done + len(own)))
-            found.append(self.evaluator.answers(own, keys))
+            keys = None if sampling is None else sampling.of(range(len(found), len(found) + len(rows)))
+            found += self.evaluator.answers(rows, keys)
         return found
 
     def sampled_answers(
@@ -85,18 +83,18 @@ class LossContext:
             sampling: One key for each answer.
 
         Returns:
-            The answers, and the states of each row that enter the tuned layer, see :meth:`Evaluator.answers_with_states`;
-            ``None`` if they were not kept.
+            The answers, and the states of each row that enter the tuned layer: of its prompt and, after them, of each answer's
+            tokens but the last. ``None`` if they were not kept.
         """
-        forward = self.forward
-        if (
-            self.evaluator is None
-            or not forward.decodes_together
-            or len({row.encoded.index for row in rows}) < len(rows)
-        ):
-            return self.answers([Point({}, 0.0)], [repeated], sampling)[0], None
-        varied = VariedLayers(forward.span.start, forward.span.stop, lambda _: None)
-        return self.evaluator.answers_with_states(rows, len(repeated) // len(rows), varied, sampling)
+        span, samples = self.forward.span, len(repeated) // len(rows)
+        differ = len({row.encoded.index for row in rows}) == len(rows)
+        if self.evaluator is None or not self.forward.decodes_together or span.start == 0 or not differ:
+            return self.answers([Point({}, 0.0)], repeated, sampling), None
+        entering, varied = EnteringStates(), VariedLayers(span.start, span.stop, 1, lambda _: None)
+        answers = self.evaluator.answers_at_points(repeated, varied, sampling, entering)
+        return answers, [
+            entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
+        ]
 
 
 @dataclass
@@ -206,8 +204,7 @@ class BatchAnswerLoss(_SummedLoss):
         context, batch, samples = self.context, self.batch, self.at_points.samples
         rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
         keys = None if sampling is None else Sampling(sampling.temperature, sampling.keys * len(points))
-        answers = context.answers(points, [rows] * len(points), keys)
-        losses = self.losses([answer for own in answers for answer in own], rows * len(points))
+        losses = self.losses(context.answers(points, rows, keys), rows * len(points))
         totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
         weights = [float(len(batch.rows))] * len(points)
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
