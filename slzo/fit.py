@@ -82,7 +82,7 @@ def prepare(
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
-    options.check_rows(rows)
+    options.check_objective(rows.objective)
     checkpoint, plan = run.checkpoint, None
     if checkpoint is not None:
         checkpoint.check_resumable(options.optimizer.classes)
@@ -213,7 +213,6 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
         )
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
-    options.check_rows(rows)
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
 
 

@@ -83,7 +83,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
             optimizer=OptimizerChoice.of(partial(default_optimizer(False), lr=AUTO_LR)),
             step=StepOptions(),
         )
-        changed.check_rows(rows)
+        changed.check_objective(rows.objective)
     except SlzoError:
         return None
     return changed

@@ -1,6 +1,7 @@
 """Profiles the activations of a model's layers and lets a rule choose the layer to tune."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,17 +12,12 @@ from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.profile import (
-    MIN_SEQUENCES,
-    OutlierProfile,
-    bos_note,
-    has_too_few_distinct,
-    profile_layers,
-    sequence_notes,
-    usable_sequences,
-)
+from slzo.zo.profile import LayerStatistics, OutlierProfile, format_figure, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 from slzo.zo.trial import Trials
+
+MIN_SEQUENCES = 10
+"""Smallest number of sequences for a reliable average."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,12 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
             f"profiler: only {len(sequences)} sequences{longer} to profile, at least {MIN_SEQUENCES} are needed; use more "
             "rows, or give text with --profiler.text_file"
         )
-    layers, passes = profile_layers(parts, batches)
+    layers = profile_layers(parts, batches)
     layers = [replace(layer, token=str(rows.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]
     if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     notes = sequence_notes(options.num_sequences, num_given, sequences)
-    profile = OutlierProfile(tuple(layers), len(sequences), passes, notes=tuple(notes))
+    profile = OutlierProfile(tuple(layers), len(sequences), len(batches), notes=tuple(notes))
     return OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
 
 
@@ -102,6 +98,43 @@ def with_choice(profile: OutlierProfile, choice: Choice, rows: TaskRows) -> Outl
         notes=(*profile.notes, *(note for note in (choice.note, of_bos) if note)),
         thresholds=choice.thresholds,
     )
+
+
+def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
+    """Return remarks on problems with the prompts and how they were handled, one line each.
+
+    Args:
+        asked: Requested number of sequences.
+        given: Number of sequences that were available.
+        sequences: Token ids of the sequences that the figures are averaged over.
+    """
+    notes = []
+    if given < asked:
+        notes.append(f"Averaged over all {given} sequences; {asked} were requested (profiler.num_sequences).")
+    if len(sequences) < given:
+        notes.append(f"Left out {given - len(sequences)} of {given} sequences, which have only one token.")
+    if has_too_few_distinct(sequences):
+        distinct = len(set(sequences))
+        found = f"All {len(sequences)} prompts are equal" if distinct == 1 else f"Only {distinct} prompts are different"
+        notes.append(
+            f"{found}: standard errors would be meaningless and are left out; give more prompts (--profiler.text_file FILE)."
+        )
+    return notes
+
+
+def has_too_few_distinct(sequences: Sequence[tuple[int, ...]]) -> bool:
+    """Return whether fewer than 10 sequences are different, so that their spread says nothing about other prompts."""
+    return len(set(sequences)) < MIN_SEQUENCES
+
+
+def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
+    """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
+    if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
+        return None
+    rest = ""
+    if layer.rest_max_abs is not None and layer.rest_ratio is not None:
+        rest = f": without it max {format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}"
+    return f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt{rest}."
 
 
 def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:

@@ -104,7 +104,7 @@ class ZOTrainer(Trainer):
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
-            model.options.check_rows(datamodule)
+            model.options.check_objective(datamodule.objective)
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, to_continue=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.step)

@@ -230,27 +230,27 @@ def test_generated_answers_may_have_every_estimator(objective, estimator):
     """But only points can be divided over processes."""
     rows = SimpleNamespace(objective=objective)
     given = {} if estimator is None else {"estimator": estimator}
-    ZOModule(**given).options.check_rows(rows)
+    ZOModule(**given).options.check_objective(rows.objective)
     if estimator is not None and estimator.differentiates:
         error = slzo_error(partial(ZOModule, **given, parallel="directions"))
         assert error.startswith(f"model.parallel directions: {estimator.describe()} differentiates and has no points")
         return
     options = ZOModule(**given, parallel="directions").options
     if isinstance(estimator, SPSA):
-        options.check_rows(rows)
+        options.check_objective(rows.objective)
     else:
-        error = slzo_error(options.check_rows, rows)
+        error = slzo_error(options.check_objective, rows.objective)
         assert error.startswith(f"model.parallel directions: with {options.estimator.describe()} every process would")
     rows.objective = CandidateCrossEntropy()
-    options.check_rows(rows)
+    options.check_objective(rows.objective)
 
 
 def test_errors_of_candidates_have_no_derivative():
     estimator = Backprop()
     rows = SimpleNamespace(objective=CandidateErrors())
-    error = slzo_error(ZOModule(estimator=estimator).options.check_rows, rows)
+    error = slzo_error(ZOModule(estimator=estimator).options.check_objective, rows.objective)
     assert error.startswith(f"data.objective CandidateErrors: has no derivative, which {estimator.describe()} needs")
-    ZOModule().options.check_rows(rows)
+    ZOModule().options.check_objective(rows.objective)
 
 
 @pytest.mark.parametrize(

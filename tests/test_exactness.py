@@ -60,8 +60,9 @@ def train(plain, steps=50):
     generator = random.Random(7)
     rows = [random_example(generator, i, 4 + i % 9, (1, 1), i % 2) for i in range(40)]
     parts = ModelParts(tiny_model("llama", scale=1.5), packed=not plain, onednn=False if plain else None)
-    engine = Engine(candidate_logits=not plain, paired=not plain, cache_gb=0 if plain else 1)
+    engine = Engine(paired=not plain, cache_gb=0 if plain else 1)
     model = tuned_layer(parts, LAYER, engine=engine)
+    model.forward.candidate_logits = not plain
     optimizer = torch.optim.SGD(model.tensors.masters, lr=3e-4)
     stepper = Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions(EPS))
     curve = []

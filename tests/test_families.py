@@ -201,7 +201,7 @@ def test_a_mixture_of_experts_is_tuned_and_its_router_stays(one_token_examples):
     moved = {name for name, tensor in parts.model.named_parameters() if not torch.equal(tensor, before[name])}
     assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= moved
     assert all(name.startswith("model.layers.1.") and "mlp.gate" not in name for name in moved)
-    statistics, _ = profile_layers(parts, [pack(one_token_examples)])
+    statistics = profile_layers(parts, [pack(one_token_examples)])
     assert len(statistics) == parts.num_layers
 
 

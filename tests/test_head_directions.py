@@ -62,7 +62,7 @@ def test_the_gain_is_the_weight_of_the_norm(family, examples):
     model = varied(family)
     weight = model.get_submodule(NORMS[family]).weight
     expected = 1 + weight if family == "gemma3_text" else weight
-    norm = FinalNorm.of(ModelParts(model), pack(examples))
+    norm = FinalNorm.of(ModelParts(model))
     torch.testing.assert_close(norm.gain, expected.detach(), rtol=1e-4, atol=1e-4)
     assert norm.centers == (family in ("gpt2", "gpt_neox"))
 
@@ -90,7 +90,7 @@ def test_directions_are_orthonormal_and_orthogonal_to_the_state(examples):
     tokens = torch.randint(VOCABULARY, (len(states), 4), generator=generator)
     tokens[0] = tokens[0, 0]  # a position without a difference
     tokens[1, 2:] = tokens[1, 1]  # and one with a single one
-    norm = FinalNorm.of(ModelParts(model), batch)
+    norm = FinalNorm.of(ModelParts(model))
     directions, sensitivity = head_directions(model.lm_head.weight, norm, states, tokens)
     found = directions.permute(1, 0, 2)
     inner = found @ found.transpose(1, 2)

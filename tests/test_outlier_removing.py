@@ -80,7 +80,7 @@ def test_a_planted_fall_is_found():
     model = tiny_model("llama", scale=1.0)
     model.model.layers[1].mlp.down_proj.weight[13] *= 1e7
     model.model.layers[3].register_forward_hook(lambda module, inputs, out: out * 1e-4)
-    layers, _ = profile_layers(ModelParts(model), [pack(random_prompts())])
+    layers = profile_layers(ModelParts(model), [pack(random_prompts())])
     assert choose(RULE, layers).layer == 3
 
 
@@ -180,7 +180,7 @@ def test_every_source_of_prompts_gives_the_same_layer(model, source, loaded):
         prompt_alone(number, encoder.encode_prompt(Example(str(number), text, ()), max_new_tokens=1))
         for number, text in enumerate(texts)
     ]
-    layers, _ = profile_layers(parts, [pack(encoded[start : start + 16]) for start in range(0, len(encoded), 16)])
+    layers = profile_layers(parts, [pack(encoded[start : start + 16]) for start in range(0, len(encoded), 16)])
     choice = choose(RULE, layers)
     assert choice.layer == ANSWERS[model]
     assert choice.margin.errors > 1

@@ -11,9 +11,10 @@ from helpers import choose, layer_statistics, random_example, random_prompts, ti
 
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
+from slzo.profiling import bos_note, sequence_notes
 from slzo.report.profile_files import format_profile
 from slzo.utils.errors import SlzoError
-from slzo.zo.profile import OutlierProfile, bos_note, profile_layers, sequence_notes, usable_sequences
+from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump
 
 pytestmark = pytest.mark.fast
@@ -28,17 +29,17 @@ def with_outlier(layer, channel):
 
 def test_a_planted_outlier_layer_is_found_with_its_channel():
     parts, prompts = ModelParts(with_outlier(2, 13)), random_prompts()
-    layers, passes = profile_layers(parts, [pack(prompts)])
+    layers = profile_layers(parts, [pack(prompts)])
     assert choose(FirstOutlierLayer(), layers).layer == choose(MaxRatioJump(), layers).layer == 2
-    assert (layers[2].channel, layers[2].same_channel, passes) == (13, 1, 1)
-    positions = [profile_layers(parts, [pack([prompt])])[0][2].position for prompt in prompts]
+    assert (layers[2].channel, layers[2].same_channel) == (13, 1)
+    positions = [profile_layers(parts, [pack([prompt])])[2].position for prompt in prompts]
     assert layers[2].same_position == positions.count(layers[2].position) / len(positions)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_statistics_equal_a_plain_computation(packed):
     model, examples = with_outlier(1, 5), random_prompts()
-    layers, _ = profile_layers(ModelParts(model, packed), [pack(examples[:7]), pack(examples[7:])])
+    layers = profile_layers(ModelParts(model, packed), [pack(examples[:7]), pack(examples[7:])])
     plain = tiny_model("llama", scale=1.0)
     plain.load_state_dict(model.state_dict())
     for index, got in enumerate(layers):
@@ -67,7 +68,7 @@ def test_sequences_of_one_token_are_left_out():
     parts = ModelParts(tiny_model("llama", scale=1.0))
     batches = [pack([*short, *long])]
     assert [len(ids) for ids in usable_sequences(batches)] == [len(e.sequences[0].ids) - 1 for e in long]
-    mixed, only = profile_layers(parts, batches)[0], profile_layers(parts, [pack(long)])[0]
+    mixed, only = profile_layers(parts, batches), profile_layers(parts, [pack(long)])
     assert [layer.ratio for layer in mixed] == pytest.approx([layer.ratio for layer in only], rel=1e-4)
 
 

@@ -66,6 +66,7 @@ class SlzoStep:
         layer: int,
         objective: LogitObjective,
         share_prompts: bool = True,
+        candidate_logits: bool = True,
         estimator: Estimator | None = None,
         **engine: Any,
     ) -> None:
@@ -73,6 +74,7 @@ class SlzoStep:
         self.share_prompts = share_prompts
         self.model = TunedModel.from_scope(parts, LayerScope(), layer, engine=Engine(**engine))
         self.parts, self.forward, self.tuned = parts, self.model.forward, self.model.tensors
+        self.forward.candidate_logits = candidate_logits
         estimator = SPSA() if estimator is None else estimator
         self.stepper = Stepper(self.model, objective, estimator, StepOptions(EPS))
         optimizer = torch.optim.SGD if estimator.along_directions else torch.optim.AdamW

@@ -17,7 +17,7 @@ def plan(app: App) -> None:
     """
     rows, device = app.set_up_rows(), app.device
     options, steps, free = app.model.options, app.trainer.max_steps, free_bytes(device)
-    options.check_rows(rows)
+    options.check_objective(rows.objective)
     shards = app.trainer.world_size if isinstance(app.trainer.strategy, ShardedStrategy) else 1
     say(format_plan(memory_inputs(options, rows, steps, device, shards), free))
     if shards == 1 and (compared := format_first_order(options, rows, steps, device, free)):

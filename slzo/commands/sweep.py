@@ -72,7 +72,7 @@ def sweep(
     )
     with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
-        options.check_rows(rows)
+        options.check_objective(rows.objective)
         trials, run = LayerTrials(parts, options, rows), app.run_context()
         if finds_rates or steps:
             _check_dev_rows(rows)

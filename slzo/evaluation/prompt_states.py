@@ -28,11 +28,8 @@ class PromptStates:
     @property
     def token_bytes(self) -> int:
         """Size of one token's states in the cache, in bytes."""
-        model = self.parts.model
-        width = model.config.get_text_config(decoder=True).hidden_size + sum(
-            sum(sizes) for _, _, sizes in self._columns
-        )
-        return int(width) * model.dtype.itemsize
+        columns = self.parts.width + sum(sum(sizes) for _, _, sizes in self._columns)
+        return columns * self.parts.model.dtype.itemsize
 
     def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:
         """Return the states that enter the layer, shape (T, hidden), and the keys and values below it.

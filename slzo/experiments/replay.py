@@ -47,7 +47,7 @@ def replay_run(
     folder = Path(run).expanduser()
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
-    options.check_rows(rows)
+    options.check_objective(rows.objective)
     if not options.estimator.uses_points:
         raise SlzoError(
             f"model.estimator {options.estimator.describe()}: uses a derivative, so there is no log of losses; use a checkpoint"

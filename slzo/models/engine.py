@@ -14,7 +14,6 @@ class Engine:
 
     Args:
         packed: Run batches without padding.
-        candidate_logits: Compute only the candidates' logits where the objective allows it.
         paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
@@ -30,7 +29,6 @@ class Engine:
     """
 
     packed: bool = True
-    candidate_logits: bool = True
     paired: bool | None = None
     queries_at_once: int = 1
     onednn: bool | None = None

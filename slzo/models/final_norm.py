@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from slzo.batches.packing import PackedBatch
+from slzo.batches.encoded import prompt_alone
+from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 
 # A constant state that leaves less than this share of the gain has been removed as a mean.
@@ -27,17 +28,17 @@ class FinalNorm:
     centers: bool
 
     @classmethod
-    def of(cls, parts: ModelParts, batch: PackedBatch) -> Self:
-        """Measure the norm of a model, with any batch.
+    def of(cls, parts: ModelParts) -> Self:
+        """Measure the norm of a model.
 
         A vector of alternating signs has mean 0 and size 1, so a norm leaves only its gain and its bias; the bias is the same
         for the opposite vector. A constant vector is lost by a norm that subtracts the mean.
         """
-        ones = torch.ones(parts.model.get_output_embeddings().weight.shape[1], device=batch.needed.device)
+        ones = torch.ones(parts.model.get_output_embeddings().weight.shape[1], device=parts.model.device)
         signs = ones.clone()
         signs[1::2] = -1
-        gain = _odd_part(parts, batch, signs) * signs
-        return cls(gain, bool(_odd_part(parts, batch, ones).norm() < _LEAST_SHARE * gain.norm()))
+        gain = _odd_part(parts, signs) * signs
+        return cls(gain, bool(_odd_part(parts, ones).norm() < _LEAST_SHARE * gain.norm()))
 
     def tangent(self, differences: Tensor, states: Tensor) -> Tensor:
         """Return the parts of differences between rows of the head along which the norm lets a state move.
@@ -53,8 +54,8 @@ class FinalNorm:
         return found - (found * along).sum(dim=2, keepdim=True) * along
 
 
-def _odd_part(parts: ModelParts, batch: PackedBatch, state: Tensor) -> Tensor:
-    states = state.to(parts.model.dtype).expand(batch.num_tokens, -1)
-    last = parts.num_layers
-    up, down = (parts.run(batch, last, last, each)[0].float() for each in (states, -states))
+def _odd_part(parts: ModelParts, state: Tensor) -> Tensor:
+    token = pack([prompt_alone(0, (0,))]).to(parts.model.device)
+    states, last = state.to(parts.model.dtype)[None], parts.num_layers
+    up, down = (parts.run(token, last, last, each)[0].float() for each in (states, -states))
     return (up - down) / 2

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from slzo.batches.packing import PackedBatch
+from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
@@ -48,15 +48,46 @@ def final_states(
     Returns:
         Shape (N, U, hidden).
     """
-    tokens, stop = batch if num_points == 1 else batch.repeat(num_points), parts.num_layers
+    tokens, stop = _repeated(batch, num_points), parts.num_layers
     if start == stop or last_layer_share(parts, batch) == 1:
         final = parts.run(tokens, start, stop, hidden).unflatten(0, (num_points, -1))
         return final.index_select(1, batch.needed)
     last = stop - 1
     entering = hidden if start == last and hidden is not None else parts.run(tokens, start, last, hidden)
-    chosen = batch.last_tokens.repeat(num_points, batch.num_tokens)
     with placement_of(parts.model).visit(last):
-        attention = LastTokensAttention(chosen, keys_and_values(parts, tokens, last, stop, entering), 1)
-        own = batch.tokens_at(batch.last_tokens.positions, num_points)
-        final = run_with(parts, own, attention.attend, last, stop, entering.index_select(0, chosen.positions))
-    return final.unflatten(0, (num_points, -1)).index_select(1, batch.last_tokens.number_of(batch.needed))
+        return states_at_needed(parts, batch, last, stop, entering, num_points)
+
+
+def states_at_needed(
+    parts: ModelParts,
+    batch: PackedBatch,
+    start: int,
+    stop: int,
+    hidden: Tensor,
+    num_points: int = 1,
+    norm: bool = True,
+) -> Tensor:
+    """Run layers for the last tokens of each sequence, to which the others contribute keys and values.
+
+    Args:
+        parts: A model for which :func:`can_run_last_tokens` is true.
+        batch: The batch.
+        start: The first layer.
+        stop: One past the last layer.
+        hidden: States that enter the first layer at N points, one after the other, shape (N T, hidden).
+        num_points: N.
+        norm: Whether the final norm follows the last layer of the model.
+
+    Returns:
+        The states after the layers at the needed positions, shape (N, U, hidden).
+    """
+    last = batch.last_tokens
+    chosen = last.repeat(num_points, batch.num_tokens)
+    states = keys_and_values(parts, _repeated(batch, num_points), start, stop, hidden)
+    attend, own = LastTokensAttention(chosen, states, 1).attend, batch.tokens_at(last.positions, num_points)
+    after = run_with(parts, own, attend, start, stop, hidden.index_select(0, chosen.positions), norm)
+    return after.unflatten(0, (num_points, -1)).index_select(1, last.number_of(batch.needed))
+
+
+def _repeated(batch: PackedBatch, times: int) -> TokenBatch:
+    return batch if times == 1 else batch.repeat(times)

@@ -89,6 +89,11 @@ class ModelParts:
             parts._outputs = self._outputs
         return parts
 
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
     def use_onednn(self, onednn: bool) -> None:
         """Run float32 linear layers on the CPU through oneDNN, or not."""
         self.onednn = onednn

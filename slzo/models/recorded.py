@@ -19,9 +19,9 @@ def can_run_last_tokens(parts: ModelParts) -> bool:
 
 
 def recorded(
-    parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None, **options: bool
+    parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None
 ) -> tuple[Tensor, KeyValues]:
-    """Run layers; return the states after them, and their keys and values. For the options see :meth:`ModelParts.run`."""
+    """Run layers, see :meth:`ModelParts.run`; return the states after them, and their keys and values."""
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def attend(
@@ -30,7 +30,7 @@ def recorded(
         states[layer] = (key[0], value[0])
         return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
 
-    return run_with(parts, batch, attend, start, stop, hidden, **options), states
+    return run_with(parts, batch, attend, start, stop, hidden), states
 
 
 class _Recorded(Exception):  # noqa: N818 - no error
@@ -62,9 +62,9 @@ def run_with(
     start: int,
     stop: int,
     hidden: Tensor | None,
-    **options: bool,
+    norm: bool = True,
 ) -> Tensor:
-    """Run layers with the attention ``attend``; for the options see :meth:`ModelParts.run`."""
+    """Run layers with the attention ``attend``, see :meth:`ModelParts.run`."""
     # the model only passes the layout on to the attention, so the function can take its place
     tokens = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
-    return parts.run(tokens, start, stop, hidden, **options)
+    return parts.run(tokens, start, stop, hidden, norm=norm)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point
-from slzo.zo.optim import gradient_power
+from slzo.zo.optim import rate_rule
 from slzo.zo.tuned import TunedTensors
 
 # The first step should lower the loss by this share of it, if the loss were linear. Similar shares came within 3% of the best of
@@ -213,9 +213,9 @@ class AutoStep(AutoRate):
         Raises:
             SlzoError: No rate is known for this optimizer.
         """
-        power, share = gradient_power(optimizer)
-        power = 0 if estimator.normalizes else power
-        return share / self.decay * self._undecayed_rate() * (self.slope if power == 0 else 1.0)
+        normalizes, share = rate_rule(optimizer)
+        slope = self.slope if normalizes or estimator.normalizes else 1.0
+        return share / self.decay * self._undecayed_rate() * slope
 
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the measurement in one line, with the expected gain of the first step if this sets the rate."""

@@ -1,7 +1,8 @@
 """The loss of a batch: the prefix is computed once, and only the needed logits are computed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -56,7 +57,7 @@ class SuffixForward:
         parts: The model.
         span: The layers that hold tuned tensors.
         cache: Keeps the hidden states that enter the first tuned layer between steps.
-        candidate_logits: Compute only the candidates' logits if the loss allows it.
+        candidate_logits: Compute only the candidates' logits if the loss allows it; ``False`` for comparison.
         paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
     """
 
@@ -65,14 +66,12 @@ class SuffixForward:
     cache: PrefixCache
     candidate_logits: bool = True
     paired: bool | None = None
-    _final_norm: FinalNorm | None = field(default=None, init=False, repr=False)
 
+    @cached_property
     @torch.no_grad()
-    def final_norm(self, batch: PackedBatch) -> FinalNorm:
-        """Return how the final norm, which is not tuned, treats a state. It is measured once, with any batch."""
-        if self._final_norm is None:
-            self._final_norm = FinalNorm.of(self.parts, batch)
-        return self._final_norm
+    def final_norm(self) -> FinalNorm:
+        """How the final norm, which is not tuned, treats a state. It is measured once."""
+        return FinalNorm.of(self.parts)
 
     @property
     def decodes_together(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
+from slzo.models.logits import states_at_needed
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded, run_with
@@ -102,11 +103,7 @@ def layers_vjp(
         return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
-        last = batch.last_tokens
-        attention = LastTokensAttention(last, keys_and_values(parts, batch, start, stop, entering), 1)
-        own = batch.tokens_at(last.positions)
-        at_last = run_with(parts, own, attention.attend, start, stop, entering[last.positions], norm=False)
-        return at_last[last.number_of(batch.needed)]
+        return states_at_needed(parts, batch, start, stop, entering, norm=False)[0]
 
     if stop == parts.num_layers:  # only the head reads the output, at the needed positions
         found, pull_back = factored_vjp(tuned, at_needed)

@@ -51,21 +51,21 @@ def _fused(make: MakeOptimizer, params: Iterable) -> Optimizer:
     return optimizer
 
 
-def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
+def rate_rule(optimizer: Optimizer) -> tuple[bool, float]:
     """Return how the length of an optimizer's step depends on the gradient.
 
     Returns:
-        The power of the gradient's size, 1 for a proportional step and 0 for a step that does not depend on it; and the factor
-        of the learning rate that makes up for momentum.
+        Whether it does not depend on the gradient's size, otherwise it is proportional to it; and the factor of the learning
+        rate that makes up for momentum.
 
     Raises:
         SlzoError: This is not known for the optimizer's class.
     """
     if isinstance(optimizer, _PLAIN):
         momentum, dampening = (float(optimizer.param_groups[0].get(name, 0.0)) for name in ("momentum", "dampening"))
-        return 1, (1.0 - momentum) / (1.0 - dampening) if momentum > 0 and dampening < 1 else 1.0
+        return False, (1.0 - momentum) / (1.0 - dampening) if momentum > 0 and dampening < 1 else 1.0
     if isinstance(optimizer, _NORMALIZED):
-        return 0, 1.0
+        return True, 1.0
     names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED))
     raise SlzoError(
         f"model.optimizer.lr auto: no rate is known for {type(optimizer).__name__}; give a number, or use one of {names}"
@@ -141,7 +141,7 @@ class OptimizerChoice:
         lr = float(probe.param_groups[0]["lr"])
         normalizes = None
         if lr == AUTO_LR:
-            normalizes = gradient_power(probe)[0] == 0
+            normalizes, _ = rate_rule(probe)
             settings["lr"] = "auto"
             if make_scheduler is not None:
                 raise SlzoError(

@@ -12,6 +12,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
+from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import Scope
@@ -80,14 +81,14 @@ class TrainingOptions:
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 
-    def check_rows(self, rows: Any) -> None:
-        """Check that the options fit the rows and their objective.
+    def check_objective(self, objective: Objective) -> None:
+        """Check that the options fit the objective.
 
         Raises:
             SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        if rows.objective.generates and not self.estimator.uses_points:
-            rows.objective.sampling.check()
+        if objective.generates and not self.estimator.uses_points:
+            objective.sampling.check()
             if self.parallel not in ("rows", 1):
                 raise SlzoError(
                     f"model.parallel {self.parallel}: with {self.estimator.describe()} every process would compute all rewards; "
@@ -98,9 +99,9 @@ class TrainingOptions:
                 f"model.optimizer {self.optimizer.name}: with {self.estimator.describe()} lr auto is known for Adam, AdamW and "
                 "other optimizers that divide the gradient by its size; use AdamW, give a number, or use model.estimator SPSA"
             )
-        if self.estimator.differentiates and not rows.objective.differentiable:
+        if self.estimator.differentiates and not objective.differentiable:
             raise SlzoError(
-                f"data.objective {rows.objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
+                f"data.objective {objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
                 "SPSA"
             )
 

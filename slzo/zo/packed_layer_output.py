@@ -121,7 +121,7 @@ class PackedLayerOutput(LayerOutput):
             return None
         tokens = tokens_of_positions(batch, None if self._selected else self._unshifted, number)
         states = self._output[batch.needed].float()
-        directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)
+        directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
         if self._output.dtype != torch.float32:

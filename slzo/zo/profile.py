@@ -1,7 +1,7 @@
 """Activation statistics of every decoder layer, from a few forward passes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -144,7 +144,7 @@ def _average(sequences: list[LayerStatistics]) -> LayerStatistics:
 
 
 @torch.no_grad()
-def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[list[LayerStatistics], int]:
+def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> list[LayerStatistics]:
     """Compute the statistics of each layer's output.
 
     Sequences of one token are skipped, because a first token often has outliers in any prompt. The outputs are read by forward
@@ -154,22 +154,17 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
         parts: The model.
         batches: Prompts, one sequence per example, on the model's device.
 
-    Returns:
-        The statistics of each layer, and the number of forward passes (batches).
-
     Raises:
         SlzoError: The output of a layer is not finite.
     """
     found: list[list[LayerStatistics]] = [[] for _ in range(parts.num_layers)]
-    passes = 0
     parts.prepare()  # runs the model, so it must come before the hooks
     for batch in batches:
         with ExitStack() as hooks:
             for index, layer in enumerate(parts.layers):
                 hooks.enter_context(layer.register_forward_hook(_recorder(index, found[index], parts, batch)))
             parts.run(batch, 0, parts.num_layers)
-        passes += 1
-    return [_average(sequences) for sequences in found], passes
+    return [_average(sequences) for sequences in found]
 
 
 def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
@@ -196,47 +191,6 @@ def _recorder(index: int, found: list[LayerStatistics], parts: ModelParts, batch
                 found.append(_sequence_statistics(index, states, ids))
 
     return hook
-
-
-MIN_SEQUENCES = 10
-"""Smallest number of sequences for a reliable average."""
-
-
-def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
-    """Return remarks on problems with the prompts and how they were handled, one line each.
-
-    Args:
-        asked: Requested number of sequences.
-        given: Number of sequences that were available.
-        sequences: Token ids of the sequences that the figures are averaged over.
-    """
-    notes = []
-    if given < asked:
-        notes.append(f"Averaged over all {given} sequences; {asked} were requested (profiler.num_sequences).")
-    if len(sequences) < given:
-        notes.append(f"Left out {given - len(sequences)} of {given} sequences, which have only one token.")
-    if has_too_few_distinct(sequences):
-        distinct = len(set(sequences))
-        found = f"All {len(sequences)} prompts are equal" if distinct == 1 else f"Only {distinct} prompts are different"
-        notes.append(
-            f"{found}: standard errors would be meaningless and are left out; give more prompts (--profiler.text_file FILE)."
-        )
-    return notes
-
-
-def has_too_few_distinct(sequences: Sequence[tuple[int, ...]]) -> bool:
-    """Return whether fewer than 10 sequences are different, so that their spread says nothing about other prompts."""
-    return len(set(sequences)) < MIN_SEQUENCES
-
-
-def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
-    """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
-    if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
-        return None
-    rest = ""
-    if layer.rest_max_abs is not None and layer.rest_ratio is not None:
-        rest = f": without it max {format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}"
-    return f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt{rest}."
 
 
 def format_figure(value: float) -> str:

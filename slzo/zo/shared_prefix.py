@@ -65,8 +65,7 @@ class SharedPrefix:
         model, cache = self._forward.parts.model, self._forward.cache
         blocks = [self._blocks[number] for number in numbers]
         sizes = [block.num_tokens for block in blocks]
-        width = model.config.get_text_config(decoder=True).hidden_size
-        states = torch.zeros(sum(sizes), width, dtype=model.dtype, device=model.device)
+        states = torch.zeros(sum(sizes), self._forward.parts.width, dtype=model.dtype, device=model.device)
         for number, block, own in zip(numbers, blocks, states.split(sizes), strict=True):
             if self._owners[number] == self._rank:
                 computed = self._forward.prefix(block.pack().to(model.device), keep=False, max_tokens=max_tokens)

@@ -78,7 +78,7 @@ class TunedModel:
             cache = PrefixCache(span.start, engine.cache_gb, engine.cache_dir)
         # weights on disk or another device should be read only once a step, so all points are evaluated together
         self._offloads = placement_of(parts.model).offloads
-        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, self._offloads or engine.paired)
+        self.forward = SuffixForward(parts, span, cache, paired=self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
             prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.directory, primary=cache)
@@ -228,9 +228,7 @@ class TunedModel:
             blocks: Rows whose hidden states are cached.
             prompts: Prompts of rows whose answers are generated. They get the rest of the cache's budget.
         """
-        cache, model = self.forward.cache, self.parts.model
-        width = model.config.get_text_config(decoder=True).hidden_size
-        cache.plan(blocks, width * model.dtype.itemsize)
+        self.forward.cache.plan(blocks, self.parts.width * self.parts.model.dtype.itemsize)
         if self.prompt_states is not None:
             prompts = list(prompts)
             self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes if prompts else 0)

@@ -84,7 +84,7 @@ class Setting:
         parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         adapt_rows(rows, parts, options)
         batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16)]
-        context = SelectionContext(profile_layers(parts, batches)[0])
+        context = SelectionContext(profile_layers(parts, batches))
         layers = {
             "removing": OutlierRemovingLayer().select(context).layer,
             "last": parts.num_layers - 1,

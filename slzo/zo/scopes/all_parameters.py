@@ -18,7 +18,8 @@ class AllParameters(Scope):
         self.routers = routers
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        return TunedTensors(all_parameters(context.parts, self.routers))
+        parameters = all_parameters(context.parts, self.routers)
+        return TunedTensors(parameters, self.subset(tuple(parameters), context.parts))
 
     def describe(self) -> str:
         return "all parameters" + (" with routers" if self.routers else "")

@@ -14,7 +14,7 @@ from slzo.models.parts import ModelParts
 @torch.no_grad()
 def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Return the inputs of linear maps for all tokens of some batches: for each module a float32 tensor (tokens, inputs)."""
-    # layers that run through oneDNN do not call the hooks
+    # copies of linear maps that run through oneDNN do not call the hooks of the maps
     plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn else parts
     plain.prepare()  # runs the model, so it must come before the hooks
     recorded: list[list[Tensor]] = [[] for _ in modules]

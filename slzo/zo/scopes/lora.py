@@ -35,7 +35,7 @@ class LoRA(Scope):
 
     def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))
-        width: int = context.parts.model.config.get_text_config(decoder=True).hidden_size
+        width = context.parts.width
         if self.rank > width:
             raise SlzoError(
                 f"model.scope.rank {self.rank}: the model is {width} wide, and no map in it has a higher rank; give at most "

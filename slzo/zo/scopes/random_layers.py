@@ -7,12 +7,11 @@ from slzo.models.decoder_layers import layer_of
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import derive_seed
-from slzo.zo.scopes.base import Scope, ScopeContext
-from slzo.zo.scopes.linear_maps import all_parameters
-from slzo.zo.tuned import Subset, TunedTensors
+from slzo.zo.scopes.all_parameters import AllParameters
+from slzo.zo.tuned import Subset
 
 
-class RandomLayers(Scope):
+class RandomLayers(AllParameters):
     """All parameters, but each step perturbs and updates a random choice of decoder layers only (LeZO, arXiv 2410.09823).
 
     Embeddings, final norm and head take part in every step; we do not know whether they do in the paper.
@@ -22,19 +21,13 @@ class RandomLayers(Scope):
         routers: Also tune the routers of a mixture of experts; left out, they are not tuned.
     """
 
-    layers = "all"
-
     def __init__(self, fraction: float = 0.25, routers: bool = False) -> None:
         if not 0 < fraction <= 1:
             raise SlzoError(
                 f"model.scope.fraction {fraction}: the share of layers in a step must be above 0 and at most 1"
             )
+        super().__init__(routers)
         self.fraction = fraction
-        self.routers = routers
-
-    def tensors(self, context: ScopeContext) -> TunedTensors:
-        parameters = all_parameters(context.parts, self.routers)
-        return TunedTensors(parameters, self.subset(tuple(parameters), context.parts))
 
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset:
         count = max(1, round(self.fraction * parts.num_layers))
