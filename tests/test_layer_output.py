@@ -363,7 +363,7 @@ class Linear(LayerOutput):
     The parts of the loss are those of the rows or, ``by_position``, those of the positions.
     """
 
-    keys, counts, width, layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
+    keys, counts, width, num_layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
     shifts_all_tokens = False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
@@ -412,7 +412,7 @@ def test_the_estimate_is_the_formula(rounding, at_once, calls, by_position):
 @pytest.mark.parametrize(("above", "queries"), [(0, 4), (1, 4), (2, 8), (4, 16), (20, 16)])
 def test_candidates_near_the_end_of_the_model_take_fewer_queries(above, queries):
     class WithDirection(Linear):
-        layers_above, shifts_all_tokens = above, True
+        num_layers_above, shifts_all_tokens = above, True
 
         def token_shifts(self, number, change):
             return torch.ones(1, 6, 4)
@@ -424,7 +424,7 @@ def test_candidates_near_the_end_of_the_model_take_fewer_queries(above, queries)
     estimate_of_output(output)
     assert sum(output.calls) == 2 * (1 + 16)
     noise_alone = Linear()
-    noise_alone.layers_above, noise_alone.shifts_all_tokens = above, True
+    noise_alone.num_layers_above, noise_alone.shifts_all_tokens = above, True
     estimate_of_output(noise_alone)
     assert sum(noise_alone.calls) == 2 * 16
 

@@ -81,7 +81,7 @@ class ModelParts:
         self.use_onednn((model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn)
         self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
-    def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
+    def rebuilt(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
         parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
         parts.limits = self.limits

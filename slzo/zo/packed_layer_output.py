@@ -84,7 +84,7 @@ class PackedLayerOutput(LayerOutput):
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
-        self.layers_above = above = parts.num_layers - span.stop
+        self.num_layers_above = above = parts.num_layers - span.stop
         share = run.numel() / batch.num_tokens
         # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
         whole_pass = parts.num_layers - span.start - 1 + last_layer_share(parts, batch)

@@ -271,7 +271,7 @@ def _make_tunable(
         return parts, None
     full_precision = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in changed_layers()])
     undo.callback(full_precision.undo, parts.model)
-    return parts.with_virtual_tokens(parts.virtual_tokens), full_precision
+    return parts.rebuilt(parts.virtual_tokens), full_precision
 
 
 def _add_adapter(parts: ModelParts, adapter: Adapter | None, undo: ExitStack) -> ModelParts:
@@ -279,7 +279,7 @@ def _add_adapter(parts: ModelParts, adapter: Adapter | None, undo: ExitStack) ->
         return parts
     virtual_tokens = adapter.inject(parts.model)
     undo.callback(adapter.remove, parts.model)
-    return parts.with_virtual_tokens(virtual_tokens)
+    return parts.rebuilt(virtual_tokens)
 
 
 def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:

@@ -6,8 +6,8 @@ from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_from_
 class Backprop(Estimator):
     """The exact gradient by back-propagation: the first-order reference, with the same data, losses and metrics.
 
-    Works with any scope. Keeps the activations of the layers above the first tuned one; eps and
-    the number of queries have no effect. A step counts as 3 evaluations: the backward pass costs about two forward passes.
+    Works with any scope. Keeps the activations of the first tuned layer and of those above; eps and the number of queries have no
+    effect. A step counts as 3 evaluations: the backward pass costs about two forward passes.
     """
 
     differentiates = True

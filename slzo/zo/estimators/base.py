@@ -45,7 +45,7 @@ class LayerOutput(ABC):
         by_position: Whether the parts are positions.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
-        layers_above: Number of layers above the tuned one.
+        num_layers_above: Number of layers above the tuned one.
         shifts_all_tokens: Whether :meth:`token_shifts` has directions of all tokens that the loss depends on.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
@@ -58,7 +58,7 @@ class LayerOutput(ABC):
     by_position: bool
     size: Tensor
     width: int
-    layers_above: int
+    num_layers_above: int
     shifts_all_tokens: bool
     whole_vocabulary: bool
     points_at_once: int

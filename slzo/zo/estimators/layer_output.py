@@ -152,7 +152,7 @@ def _default_queries(output: LayerOutput, has_directions: bool) -> int:
     if output.whole_vocabulary:
         return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
     if has_directions and output.shifts_all_tokens:
-        return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.layers_above))
+        return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.num_layers_above))
     return _QUERIES
 
 
