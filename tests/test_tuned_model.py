@@ -11,6 +11,7 @@ from slzo.batches.packing import Block, pack
 from slzo.data.batch import TrainBatch
 from slzo.models import startup_check
 from slzo.models.parts import ModelParts
+from slzo.models.placement import Placement, set_placement
 from slzo.models.startup_check import split_and_verify
 from slzo.training import restore_values
 from slzo.utils.errors import SlzoError
@@ -92,12 +93,16 @@ def test_states_of_another_layer_are_not_taken_over():
 def test_a_plan_without_prompts_runs_nothing():
     """So tasks that generate nothing run with layers on another GPU, where answers cannot be generated."""
     parts, calls = ModelParts(tiny_model(), onednn=False), []
-    model = tuned_layer(parts, 2)
+    model, elsewhere = tuned_layer(parts, 2), Placement()
+    elsewhere.elsewhere = "layers 0 and 1 on cuda:1"
     parts.layers[0].register_forward_hook(lambda *_: calls.append(0))
+    set_placement(parts.model, elsewhere)
     model.plan_prefix([])
+    with pytest.raises(
+        SlzoError, match=r"model\.device_map: layers 0 and 1 on cuda:1; answers are generated on one GPU"
+    ):
+        model.plan_prefix([], [Block([random_example(random.Random(0), 0, 6, (1,))])])
     assert not calls
-    model.plan_prefix([], [Block([random_example(random.Random(0), 0, 6, (1,))])])
-    assert calls
 
 
 def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):
@@ -138,10 +143,10 @@ def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(mo
 def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
     model = tiny_model()
 
-    def fails(self, batch, start, stop, hidden=None, run=ModelParts.run):
+    def fails(self, *args, run=ModelParts.run, **options):
         if self.packed:
             raise TypeError("unexpected keyword argument 's_aux'")
-        return run(self, batch, start, stop, hidden)
+        return run(self, *args, **options)
 
     monkeypatch.setattr(ModelParts, "run", fails)
     with pytest.warns(UserWarning, match="running its layers failed: unexpected keyword argument 's_aux'"):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
+from slzo.evaluation.key_values import check_places
 from slzo.models.attention import KeyValues
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -55,6 +56,7 @@ class PromptStates:
     @cached_property
     def _columns(self) -> list[tuple[nn.Module, int, tuple[int, int]]]:
         """Attention layers with their number of key-value heads and of columns for keys and for values."""
+        check_places(self.parts)
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
         with torch.no_grad():
             _, states = recorded(self.parts, probe, 0, self.cache.start, None)
