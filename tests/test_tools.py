@@ -10,7 +10,7 @@ from helpers import ROOT
 TOOLS = sorted(
     path.relative_to(ROOT) for folder in ("tools", "tools/research") for path in (ROOT / folder).glob("*.py")
 )
-WITHOUT_OPTIONS = {"tiny.py", "faults.py", "plain_training.py", "published_step.py", "docs_reference.py"}
+WITHOUT_OPTIONS = {"tiny.py", "faults.py", "published_step.py", "docs_reference.py", "options.py", "measuring.py"}
 
 
 @pytest.mark.slow
