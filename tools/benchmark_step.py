@@ -14,21 +14,20 @@ All variants get the same random batches of real rows, in alternation, in one pr
 * default: the step of ``LayerOutputPerturbation`` and AdamW in the layer that the default rule chooses, with a warm prefix cache.
 """
 
-import argparse
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from measuring import Clock, clock_of, in_new_process, median_seconds, prepare_process, timed
+from options import option, parse
 from published_step import EPS, LEARNING_RATE, encoded_rows, pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import PackedBatch, pack
@@ -42,7 +41,7 @@ from slzo.private.modules import onednn_linear
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
-from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
+from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
 from slzo.zo.scopes import LayerScope
@@ -51,7 +50,27 @@ from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 _ATTENTION = "aten::_scaled_dot_product"
-Clock = Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    task: str = option("movie_reviews", "task name")
+    data_dir: str | None = option(None, "folder with the task's rows (see data.data_dir)")
+    model: str = option("smollm2-135m", "built-in name, folder, .gguf file or Hub id")
+    layer: int = option(11, "tuned layer")
+    threads: int = option(1, "torch threads")
+    batch_size: int = option(16, "rows per step")
+    batches: int = option(7, "random batches, each timed once with each variant")
+    seed: int = option(0, "seed of the batches")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
+    device: Literal["cpu", "cuda"] = option("cpu", "device of the model")
+    default_layer: int = option(28, "tuned layer of default")
+    cpu_time: bool = option(False, "CPU time instead of time; for one thread next to other jobs")
+    ablations: bool = option(False, "also time slzo with each optimization changed")
+    no_memory: bool = option(False, "do not measure peak memory")
+    json: Path | None = option(None, "write the figures to this file")
 
 
 # ---- the step of the package --------------------------------------------------------------------------------------------
@@ -99,22 +118,19 @@ class SlzoStep:
         """Return the seconds of each part of a step, run one by one."""
         spent = dict.fromkeys(("data", "prefix", "perturb", "suffix", "head", "update"), 0.0)
 
-        def timed(part: str, function: Callable[[], Any]) -> Any:
-            start = clock()
-            result = function()
-            spent[part] += clock() - start
+        def run(part: str, function: Callable[[], Any]) -> Any:
+            seconds, result = timed(function, clock)
+            spent[part] += seconds
             return result
 
-        batch = timed("data", lambda: self.pack(examples))
-        hidden = timed("prefix", lambda: self.forward.prefix(batch))
-        direction = timed("perturb", lambda: self.tuned.draw(0, self.step, 0))
+        batch = run("data", lambda: self.pack(examples))
+        hidden = run("prefix", lambda: self.forward.prefix(batch))
+        direction = run("perturb", lambda: self.tuned.draw(0, self.step, 0))
         losses = []
         for scale in (EPS, -EPS):
-            timed("perturb", partial(self.tuned.write, direction, scale))
-            final = timed(
-                "suffix", lambda: self.parts.run(batch, self.forward.span.start, self.parts.num_layers, hidden)
-            )
-            losses.append(timed("head", partial(self._loss, batch, final)))
+            run("perturb", partial(self.tuned.write, direction, scale))
+            final = run("suffix", lambda: self.parts.run(batch, self.forward.span.start, self.parts.num_layers, hidden))
+            losses.append(run("head", partial(self._loss, batch, final)))
 
         def update() -> None:
             gradient: dict[str, Tensor] = {}
@@ -124,7 +140,7 @@ class SlzoStep:
             self.tuned.zero_grad()
             self.tuned.restore()
 
-        timed("update", update)
+        run("update", update)
         return spent
 
     def _loss(self, batch: PackedBatch, final: Tensor) -> float:
@@ -155,17 +171,7 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> tuple[f
         F.linear(head_inputs, head_weight)
 
     operations = 2.0 * batch.num_tokens * sum(m.weight.numel() for m in modules)
-    return median_of_three(products, clock), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
-
-
-def median_of_three(function: Callable[[], Any], clock: Clock) -> float:
-    """Return the median seconds of three calls."""
-    trials = []
-    for _ in range(3):
-        start = clock()
-        function()
-        trials.append(clock() - start)
-    return statistics.median(trials)
+    return median_seconds(products, clock, 3), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
 def attention_product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> float:
@@ -184,7 +190,7 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) 
     for group in batch.layout.groups:
         count, length = group.shape
         own = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
-        seconds += median_of_three(partial(products, *own), clock) * (length + 1) / (2 * length)
+        seconds += median_seconds(partial(products, *own), clock, 3) * (length + 1) / (2 * length)
     return seconds * (step.parts.num_layers - step.forward.span.start)
 
 
@@ -227,11 +233,15 @@ class Timings:
 
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
         """Add the time of one step."""
+
+        def run() -> Any:
+            result = function()
+            wait_for_device()
+            return result
+
         wait_for_device()
-        start = self.clock()
-        result = function()
-        wait_for_device()
-        self.seconds.setdefault(variant, []).append(self.clock() - start)
+        seconds, result = timed(run, self.clock)
+        self.seconds.setdefault(variant, []).append(seconds)
         return result
 
 
@@ -241,22 +251,23 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def loaded(args: argparse.Namespace) -> Any:
+def loaded(options: Options) -> Any:
     """Load the model on its device."""
-    return load_model(args.model, args.dtype).to(args.device)
+    model: Any = load_model(options.model, options.dtype)
+    return model.to(options.device)
 
 
-def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
+def load_rows(options: Options) -> tuple[list[EncodedExample], LogitObjective]:
     """Return tokenized training rows of the task, and the loss that the task is trained with."""
-    rows = encoded_rows(args.model, args.task, args.data_dir, 1000)
-    return rows, LOSS_OBJECTIVES[get_task(args.task).kind]()
+    rows = encoded_rows(options.model, options.task, options.data_dir, 1000)
+    return rows, LOSS_OBJECTIVES[get_task(options.task).kind]()
 
 
-def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
+def draw_batches(rows: list[EncodedExample], options: Options) -> list[list[EncodedExample]]:
     """Return random batches without replacement."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    count = min(args.batches, len(order) // args.batch_size)
-    return [[rows[i] for i in order[b * args.batch_size : (b + 1) * args.batch_size]] for b in range(count)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    count = min(options.batches, len(order) // options.batch_size)
+    return [[rows[i] for i in order[b * options.batch_size : (b + 1) * options.batch_size]] for b in range(count)]
 
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -269,29 +280,29 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(args: argparse.Namespace) -> Timings:
+def compare(options: Options) -> Timings:
     """Run all variants in alternation."""
-    rows, objective = load_rows(args)
-    batches = draw_batches(rows, args)
-    plain = loaded(args)
+    rows, objective = load_rows(options)
+    batches = draw_batches(rows, options)
+    plain = loaded(options)
     unmap(plain)
-    parts = split_and_verify(loaded(args))
-    warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
-    cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
-    default = SlzoStep(parts, args.default_layer, objective, estimator=LayerOutputPerturbation(), cache_gb=8.0)
+    parts = split_and_verify(loaded(options))
+    warm = SlzoStep(parts, options.layer, objective, cache_gb=8.0)
+    cold = SlzoStep(parts, options.layer, objective, cache_gb=0.0)
+    default = SlzoStep(parts, options.default_layer, objective, estimator=LayerOutputPerturbation(), cache_gb=8.0)
     switched = {}
-    for name, options in (SWITCHES if args.ablations else {}).items():
-        of_parts = {option: value for option, value in options.items() if option in ("packed", "onednn")}
-        own = split_and_verify(loaded(args), **of_parts) if of_parts else parts
-        switched[name] = SlzoStep(own, args.layer, objective, cache_gb=8.0, **options)
-    timings = Timings(time.process_time if args.cpu_time else time.perf_counter)
+    for name, switch in (SWITCHES if options.ablations else {}).items():
+        of_parts = {each: value for each, value in switch.items() if each in ("packed", "onednn")}
+        own = split_and_verify(loaded(options), **of_parts) if of_parts else parts
+        switched[name] = SlzoStep(own, options.layer, objective, cache_gb=8.0, **switch)
+    timings = Timings(clock_of(options.cpu_time))
     for number, examples in enumerate(batches):
         for step in (warm, default, *switched.values()):
             step.forward.prefix(step.pack(examples))
-        run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
+        run_published(options, plain, parts.layers_path, examples, objective.only_gold, number, timings)
         for name, step in {"spsa": warm, "spsa-cold": cold, "default": default, **switched}.items():
             timings.add(name, partial(step, examples))
-        if args.device != "cpu":  # the rest is measured on a CPU only
+        if options.device != "cpu":  # the rest is measured on a CPU only
             continue
         timings.parts.append(warm.breakdown(examples, timings.clock))
         batch = warm.pack(examples)
@@ -308,7 +319,7 @@ def compare(args: argparse.Namespace) -> Timings:
 
 
 def run_published(
-    args: argparse.Namespace,
+    options: Options,
     plain: nn.Module,
     layers_path: str,
     examples: list[EncodedExample],
@@ -318,9 +329,9 @@ def run_published(
 ) -> None:
     """Time the chosen variants that do not use slzo."""
     everything = list(plain.parameters())
-    of_layer = list(plain.get_submodule(f"{layers_path}.{args.layer}").parameters())
-    padded = pad_left(examples, only_gold).to(args.device)
-    single = pad_left(examples, only_gold=True).to(args.device)
+    of_layer = list(plain.get_submodule(f"{layers_path}.{options.layer}").parameters())
+    padded = pad_left(examples, only_gold).to(options.device)
+    single = pad_left(examples, only_gold=True).to(options.device)
 
     def forward_twice(model: nn.Module) -> None:
         for _ in range(2):
@@ -331,37 +342,28 @@ def run_published(
         "mezo-layer": lambda: published_step(plain, of_layer, padded, only_gold, number),
         "forward2": lambda: forward_twice(plain),
     }
-    if args.dtype == "float32":
+    if options.dtype == "float32":
         steps["forward2-onednn"] = lambda: forward_twice(with_onednn(plain))
     for name, step in steps.items():
         timings.add(name, step)
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Return the peak resident memory in GiB of plain inference and of slzo steps on the same batch, in separate processes."""
-    peaks = {}
-    for what in ("inference", "slzo"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", what]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[what] = float(done.stdout.strip().splitlines()[-1])
-    return peaks
-
-
-def memory_of(args: argparse.Namespace) -> float:
-    """Return the peak resident memory of this process after some steps, GiB."""
-    rows, objective = load_rows(args)
-    examples = draw_batches(rows, args)[0]
-    model = loaded(args)
-    if args.memory_of == "inference":
+@torch.no_grad()
+def memory_of(options: Options, what: str) -> float:
+    """Return the peak memory in GiB after plain inference, or after slzo steps on the same batch; run it in a new process."""
+    rows, objective = load_rows(options)
+    examples = draw_batches(rows, options)[0]
+    model = loaded(options)
+    if what == "inference":
         batch = pad_left([EncodedExample(e.index, (e.sequences[0],), (0,)) for e in examples], only_gold=True)
-        batch = batch.to(args.device)
+        batch = batch.to(options.device)
         for _ in range(3):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     else:
-        step = SlzoStep(split_and_verify(model), args.layer, objective, cache_gb=1.0)
+        step = SlzoStep(split_and_verify(model), options.layer, objective, cache_gb=1.0)
         for _ in range(3):
             step(examples)
-    return peak_memory_gb(torch.device(args.device))
+    return peak_memory_gb(torch.device(options.device))
 
 
 def report_of_parts(timings: Timings) -> dict[str, Any]:
@@ -387,13 +389,12 @@ def report_of_parts(timings: Timings) -> dict[str, Any]:
     }
 
 
-def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
+def report(options: Options, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
     """Print the tables; return the content of the JSON file."""
     median = {name: statistics.median(values) for name, values in timings.seconds.items()}
     mean = {name: statistics.fmean(values) for name, values in timings.seconds.items()}
-    print(
-        f"\n{args.task}, {args.dtype}, {args.threads} thread(s), batch {args.batch_size}, layer {args.layer}, {args.model}"
-    )
+    where = f"batch {options.batch_size}, layer {options.layer}, {options.model}"
+    print(f"\n{options.task}, {options.dtype}, {options.threads} thread(s), {where}")
     print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x spsa (median, mean)':>22s}")
     for name, values in timings.seconds.items():
         ratios = f"{median[name] / median['spsa']:10.2f} {mean[name] / mean['spsa']:10.2f}"
@@ -407,18 +408,12 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
         name: {"median_s": median[name], "mean_s": mean[name], "seconds": values}
         for name, values in timings.seconds.items()
     }
+    names = ("task", "dtype", "threads", "model", "layer", "default_layer", "batch_size", "device")
     return {
-        "task": args.task,
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "model": args.model,
-        "layer": args.layer,
-        "default_layer": args.default_layer,
-        "batch_size": args.batch_size,
+        **{name: getattr(options, name) for name in names},
         "torch": torch.__version__,
         "variants": variants,
         "ratios": {f"{name}/spsa": median[name] / median["spsa"] for name in median},
-        "device": args.device,
         **of_parts,
         "memory_gib": memory,
     }
@@ -427,45 +422,20 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return 2 after a user error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="movie_reviews", help="task name")
-    parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
-    parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
-    parser.add_argument("--layer", type=int, default=11, help="tuned layer")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
-    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once with each variant")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the model")
-    parser.add_argument("--default_layer", type=int, default=28, help="tuned layer of default")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="CPU time instead of time; for one thread next to other jobs"
-    )
-    parser.add_argument("--ablations", action="store_true", help="also time slzo with each optimization changed")
-    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--memory_of", choices=["inference", "slzo"], help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the slzo command does, for all variants
-    bound_kernel_caches()
+    options = parse(Options, __doc__, argv)
+    prepare_process(options.threads)
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
+        if options.device == "cuda" and not torch.cuda.is_available():
             raise SlzoError("--device cuda: torch finds no GPU; leave it out")
-        load_rows(args)  # before long work, and before processes that measure memory
-        if args.memory_of:
-            print(memory_of(args))
-            return 0
-        memory = {} if args.no_memory else measure_memory(args)
-        result = report(args, compare(args), memory)
+        load_rows(options)  # before long work
+        kinds = () if options.no_memory else ("inference", "slzo")
+        memory = {what: in_new_process(memory_of, options, what) for what in kinds}
+        result = report(options, compare(options), memory)
     except SlzoError as error:
         print(f"benchmark_step: error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        write_json(args.json, result)
+    if options.json:
+        write_json(options.json, result)
     return 0
 
 
