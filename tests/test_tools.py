@@ -10,7 +10,10 @@ from helpers import ROOT
 TOOLS = sorted(
     path.relative_to(ROOT) for folder in ("tools", "tools/research") for path in (ROOT / folder).glob("*.py")
 )
-WITHOUT_OPTIONS = {"tiny.py", "faults.py", "published_step.py", "docs_reference.py", "options.py", "measuring.py"}
+WITHOUT_OPTIONS = {
+    f"{name}.py"
+    for name in ("tiny", "faults", "published_step", "docs_reference", "options", "measuring", "loading", "tables")
+}
 
 
 @pytest.mark.slow

@@ -229,6 +229,7 @@ def compare(options: Options, layer: int) -> dict[str, Any]:
 @torch.no_grad()
 def memory_of(options: Options, layer: int, what: str) -> float:
     """Return the peak memory in GiB after plain generation at one point, or after two steps; run it in a new process."""
+    prepare_process(options.threads)
     model, prompts = load_model(options.model, options.dtype), make_prompts(options)[0]
     if what == "plain":
         ids = torch.tensor(prompts)

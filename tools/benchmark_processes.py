@@ -36,6 +36,7 @@ from slzo.utils.runtime import peak_memory_gb
 from slzo.zo import estimators
 from slzo.zo.optim import set_rate
 from slzo.zo.processes import Processes
+from tables import markdown_table
 
 _CPU = torch.device("cpu")
 _SHARED = "rows and layers"
@@ -102,6 +103,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
         meeting: File by which they find each other.
         rank: Number of this process.
     """
+    prepare_process(threads=1)
     if number > 1:
         distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
     directions = number if divide == "directions" else 1
@@ -175,26 +177,21 @@ def measure(options: Options, number: int, divide: str) -> dict[str, float]:
 
 def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
     """Return the table: medians over the rounds, and the speed-up over one process in the same round."""
-    lines = [
-        "| processes | seconds a step | speed-up | tokens/s | bytes a step | exchange and waiting | exchange | peak, GiB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["processes", "seconds a step", "speed-up", "tokens/s", "bytes a step", "exchange and waiting", "exchange"]
+    rows = []
     alone = rounds["1"]
     for name, found in rounds.items():
         middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
         faster = statistics.median(each["rate"] / one["rate"] for one, each in zip(alone, found, strict=True))
-        lines.append(
-            f"| {name} | {middle['seconds']:.3f} | {faster:.2f} | {middle['rate']:.0f} | "
-            f"{middle['bytes']:.0f} | {middle['total'] / middle['seconds']:.1%} | "
-            f"{middle['exchange'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
-        )
-    return "\n".join(lines)
+        shares = [f"{middle[key] / middle['seconds']:.1%}" for key in ("total", "exchange")]
+        rates = [f"{middle['seconds']:.3f}", f"{faster:.2f}", f"{middle['rate']:.0f}", f"{middle['bytes']:.0f}"]
+        rows.append([name, *rates, *shares, f"{middle['peak']:.2f}"])
+    return markdown_table([*head, "peak, GiB"], rows)
 
 
 def main() -> None:
     """Run all variants in alternation and print the table."""
     options = parse(Options, __doc__)
-    prepare_process(threads=1)
     number = options.processes
     divided = {f"{number}, {each}": (number, each) for each in (_SEPARATE, "rows", "directions", _SHARED)}
     variants = {"1": (1, "rows"), **divided}

@@ -106,6 +106,7 @@ def forward_twice(model: Any, ids: Tensor) -> None:
 @torch.no_grad()
 def measure(options: Options, folder: str, layer: int, what: What, rounds: int) -> dict[str, Any]:
     """Return the seconds of each step and pair of passes, and the peak memory; run it in a new process."""
+    prepare_process(options.threads)
     model = load_model(folder, "bfloat16")
     rows = rows_of(options, model.config.vocab_size)
     ids = torch.tensor([row.sequences[0].ids[:-1] for row in rows])

@@ -351,6 +351,7 @@ def run_published(
 @torch.no_grad()
 def memory_of(options: Options, what: str) -> float:
     """Return the peak memory in GiB after plain inference, or after slzo steps on the same batch; run it in a new process."""
+    prepare_process(options.threads)
     rows, objective = load_rows(options)
     examples = draw_batches(rows, options)[0]
     model = loaded(options)

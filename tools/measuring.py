@@ -45,12 +45,12 @@ def prepare_process(threads: int) -> None:
 
 
 def in_new_process(function: Callable[_Inputs, _Result], *args: _Inputs.args, **kwargs: _Inputs.kwargs) -> _Result:
-    """Call a function in a new process with as many threads as this one, and return its result.
+    """Call a function in a new process, and return its result.
 
     Raises:
         SlzoError: The process was killed.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), prepare_process, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool as error:
