@@ -32,5 +32,6 @@ def finished(
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """Return a table whose first ``left`` columns are aligned on the left, and the others on the right."""
-    lines = [head, ["---"] * left + ["--:"] * (len(head) - left), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    line = ["---"] * left + ["---:"] * (len(head) - left)
+    cells = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([cells[0], f"|{'|'.join(line)}|", *cells[1:]])
