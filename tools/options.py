@@ -22,9 +22,7 @@ def option(default: Any = MISSING, help: str = "", choices: Sequence[str] | None
 
 def parse(options: type[_Options], description: str | None, arguments: Sequence[str] | None = None) -> _Options:
     """Parse the options, by default those of the command line; a wrong one ends the process with its usage."""
-    words = None if arguments is None else list(arguments)
     parser = HfArgumentParser(
         DataClassType(options), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    (found,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    return found
+    return options(**vars(parser.parse_args(arguments)))

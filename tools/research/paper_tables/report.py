@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from paper_tables.config import Table, rate_text
+from paper_tables.config import Table, text_of
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
 from slzo.utils.files import write_json, write_text
@@ -114,7 +114,7 @@ def markdown(
     forms |= {"train_seconds": ",.1f", "peak_memory_gb": ".2f"}
     lines += [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     for entry in entries:
-        lr = "-" if entry["lr"] is None else rate_text(entry["lr"])
+        lr = "-" if entry["lr"] is None else text_of(entry["lr"])
         figures = [_number(entry[name], form) for name, form in forms.items()]
         lines.append(_row([entry["method"], entry["task"], lr, *figures]))
     lines += [
@@ -168,7 +168,7 @@ def _trouble(results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[st
 
 
 def _title(item: Mapping[str, Any]) -> str:
-    lr = "" if item["lr"] is None else f", lr {rate_text(item['lr'])}"
+    lr = "" if item["lr"] is None else f", lr {text_of(item['lr'])}"
     return f"{item['method']}, {item['task']}, seed {item['seed']}{lr}"
 
 
