@@ -13,9 +13,9 @@ and the head at that number of rows.
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from measuring import clock_of, in_new_process, median_seconds, prepare_process, timed
+from measuring import Clock, clock_of, in_new_process, median_seconds, prepare_process, timed
 from options import option, parse
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
@@ -39,6 +39,9 @@ from slzo.zo.estimators import Point
 from slzo.zo.loss import live_points
 from slzo.zo.scopes import LayerScope
 from slzo.zo.tuned_model import TunedModel
+
+Cost = Callable[[int, bool], float]
+"""Cost of a number of rows in the linear maps of a layer or, if the second argument is true, in the head."""
 
 
 @dataclass(frozen=True)
@@ -132,56 +135,47 @@ def share_weights(plain: PreTrainedModel, model: PreTrainedModel) -> None:
     plain.tie_weights()
 
 
-def operations(step: Step, answers: Sequence[Sequence[int]], batch_size: int) -> tuple[float, float]:
-    """Return the multiplications of the plain method and of joint decoding."""
-    options, parts, span = step.options, step.parts, step.tuned_model.span
-    layers = [sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)) for layer in parts.layers]
-    head = parts.model.get_output_embeddings().weight.numel()
-    below, above = sum(layers[: span.start]), sum(layers[span.start :])
-    prompt, decoded = 2 * batch_size * options.prompt_tokens, 2 * batch_size * (options.new_tokens - 1)
-    heads = 2 * batch_size * options.new_tokens * head
-    plain = (prompt + decoded) * (below + above) + heads
-    seen = sum(num_beginnings(answers, batch_size, length) for length in range(1, options.new_tokens))
-    ours = prompt * above + decoded * above + seen * below + heads
-    return plain, ours
-
-
 def num_beginnings(answers: Sequence[Sequence[int]], batch_size: int, length: int) -> int:
     """Return how many different first tokens the answers at both points have, counted for each prompt."""
     return len({(place % batch_size, tuple(answer[:length])) for place, answer in enumerate(answers)})
 
 
-class Products:
-    """Seconds of a layer's linear maps, or of the head, for a number of rows; few rows read as many weights as many rows do."""
+def linear_maps(model: PreTrainedModel) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """Return the linear maps of a layer, and the head."""
+    layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)], [model.get_output_embeddings()]
 
-    def __init__(self, options: Options, plain: PreTrainedModel) -> None:
-        self.options, self.known = options, dict[tuple[bool, int], float]()
-        layer = next(module for module in plain.modules() if isinstance(module, nn.ModuleList))[0]
-        self.layer = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        self.output = [plain.get_output_embeddings()]
 
-    def seconds(self, rows: int, head: bool = False) -> float:
-        """Return the median of five."""
-        if rows and (head, rows) not in self.known:
-            maps = self.output if head else self.layer
-            inputs = [torch.zeros(rows, m.weight.shape[1], dtype=m.weight.dtype) for m in maps]
-            run = lambda: [m(own) for m, own in zip(maps, inputs, strict=True)]  # noqa: E731
-            self.known[head, rows] = median_seconds(run, clock_of(self.options.cpu_time), 5)
-        return self.known[head, rows] if rows else 0.0
+def operations(model: PreTrainedModel) -> Cost:
+    """Return the cost in multiplications."""
+    counts = [sum(own.weight.numel() for own in maps) for maps in linear_maps(model)]
+    return lambda rows, head: rows * counts[head]
 
-    def allowed(self, step: Step, answers: Sequence[Sequence[int]], batch_size: int) -> float:
-        """Return the speedup of joint decoding if these products took all the time; prompt states are kept."""
-        options, span, layers = self.options, step.tuned_model.span, len(step.parts.layers)
-        prompt, above = batch_size * options.prompt_tokens, layers - span.stop
-        one = self.seconds(prompt) + (options.new_tokens - 1) * self.seconds(batch_size)
-        plain = 2 * (layers * one + options.new_tokens * self.seconds(batch_size, head=True))
-        ours = 2 * self.seconds(prompt) * (span.stop - span.start) + self.seconds(2 * prompt) * above
-        ours += options.new_tokens * self.seconds(2 * batch_size, head=True)
-        for length in range(1, options.new_tokens):
-            distinct = num_beginnings(answers, batch_size, length)
-            ours += span.start * self.seconds(distinct) + above * self.seconds(2 * batch_size)
-            ours += 2 * (span.stop - span.start) * self.seconds(batch_size)
-        return plain / ours
+
+def measured_seconds(model: PreTrainedModel, clock: Clock) -> Cost:
+    """Return the cost in seconds; few rows read as many weights as many rows do."""
+    both = linear_maps(model)
+
+    @cache
+    def seconds(rows: int, head: bool) -> float:
+        inputs = [(own, torch.zeros(rows, own.weight.shape[1], dtype=own.weight.dtype)) for own in both[head]]
+        return median_seconds(lambda: [own(values) for own, values in inputs], clock, 5)
+
+    return seconds
+
+
+def expected_speedup(step: Step, answers: Sequence[Sequence[int]], batch_size: int, cost: Cost) -> float:
+    """Return the speedup of joint decoding if linear maps took all the time; prompt states are kept."""
+    options, span, layers = step.options, step.tuned_model.span, len(step.parts.layers)
+    layer, head = (lambda rows: cost(rows, False)), (lambda rows: cost(rows, True))
+    prompt, tuned, above = batch_size * options.prompt_tokens, span.stop - span.start, layers - span.stop
+    plain = 2 * layers * (layer(prompt) + (options.new_tokens - 1) * layer(batch_size))
+    plain += 2 * options.new_tokens * head(batch_size)
+    ours = 2 * tuned * layer(prompt) + above * layer(2 * prompt) + options.new_tokens * head(2 * batch_size)
+    for length in range(1, options.new_tokens):
+        distinct = num_beginnings(answers, batch_size, length)
+        ours += span.start * layer(distinct) + 2 * tuned * layer(batch_size) + above * layer(2 * batch_size)
+    return plain / ours
 
 
 def compare(options: Options, layer: int) -> dict[str, Any]:
@@ -191,8 +185,10 @@ def compare(options: Options, layer: int) -> dict[str, Any]:
     step = Step(options, model, layer)
     batches = make_prompts(options)
     seconds: dict[str, list[float]] = {"plain": [], "joint": [], "joint, prompts not kept": []}
-    allowed, by_products, different = [], [], 0
-    products, clock = Products(options, plain), clock_of(options.cpu_time)
+    clock = clock_of(options.cpu_time)
+    costs = {"allowed": operations(plain), "allowed_by_products": measured_seconds(plain, clock)}
+    expected_speedups: dict[str, list[float]] = {name: [] for name in costs}
+    different = 0
     # warm up before timing
     step.joint(step.points(options.eps), batches[0][:2], [prompt_key(1 << 30), prompt_key((1 << 30) + 1)])
     for number, prompts in enumerate(batches):
@@ -202,9 +198,8 @@ def compare(options: Options, layer: int) -> dict[str, Any]:
         slow, expected = timed(partial(step.plain, plain, points, prompts), clock)
         fast, found = timed(partial(step.joint, points, prompts, keys), clock)
         different += sum(one != two for one, two in zip(found, expected, strict=True))
-        counts = operations(step, found, len(prompts))
-        allowed.append(counts[0] / counts[1])
-        by_products.append(products.allowed(step, found, len(prompts)))
+        for name, cost in costs.items():
+            expected_speedups[name].append(expected_speedup(step, found, len(prompts), cost))
         for name, spent in zip(seconds, (slow, fast, cold), strict=True):
             seconds[name].append(spent)
         print(
@@ -219,8 +214,7 @@ def compare(options: Options, layer: int) -> dict[str, Any]:
         "all_seconds": seconds,
         "faster": statistics.median(ratios),
         "faster_not_kept": statistics.median(cold_ratios),
-        "allowed": statistics.median(allowed),
-        "allowed_by_products": statistics.median(by_products),
+        **{name: statistics.median(values) for name, values in expected_speedups.items()},
         "different_answers": different,
         "answers": 2 * len(batches) * options.batch_size,
     }
