@@ -12,7 +12,7 @@ _Options = TypeVar("_Options")
 
 def option(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
     """Return a dataclass field for an option; without a default it is required. A list takes one or more words."""
-    if not any(default is nothing for nothing in (MISSING, None, False)):
+    if default is not False and default not in (MISSING, None, []):
         help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
     metadata = {"help": help.strip()} | ({} if choices is None else {"choices": list(choices)})
     if isinstance(default, list):

@@ -11,7 +11,6 @@ it stopped.
 
 import json
 import random
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
 from slzo.training import make_evaluator, tune
+from slzo.utils.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from json_task import people
@@ -151,8 +151,8 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     options = [f"--config={path}", f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
     if slzo(["fit", *options]):
         return {"problem": "the run ended with an error"}
-    newest = max((folder / "runs").glob("version_*"), key=lambda run: int(re.sub(r"\D", "", run.name)))
-    summary = json.loads((newest / "summary.json").read_text(encoding="utf-8"))
+    newest = max(folder.glob("runs/version_*/summary.json"), key=lambda path: path.stat().st_mtime)
+    summary = read_json(newest)
     names = ("scores_before", "scores_after", "seconds", "train_seconds", "dominant_layer", "steps", "validations")
     return {name: summary[name] for name in names} | {
         "change": summary["score_change"],
