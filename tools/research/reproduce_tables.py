@@ -36,15 +36,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paper_tables.config import check_name, check_options, read_table
-from paper_tables.report import write_tables
-from paper_tables.runs import Work
 from slzo.__main__ import signals_raise
 from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from options import option, parse
+from paper_tables.config import check_name, check_options, read_table
+from paper_tables.report import write_tables
+from paper_tables.runs import Work
 
 
 @dataclass(frozen=True, kw_only=True)
