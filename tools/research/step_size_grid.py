@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
 from slzo.zo.estimators import SPSA
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
 from slzo.zo.selection import OutlierRemovingLayer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from loading import chosen_layers, load
+from loading import chosen_layers, load, task_rows
 from options import option, parse
 from tables import finished, markdown_table
 
@@ -68,10 +67,7 @@ class Cell(NamedTuple):
 def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerTrials, int | None, float, float | None]:
     """Return trials, the layer that removes the outlier, and the learning rate and eps that are measured there."""
     options = ZOModule(model, scope=SCOPES[scope](), estimator=SPSA(), seed=0).options
-    sizes: dict[str, Any] = dict(
-        zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 200)), strict=True)
-    )
-    rows = TaskRows(task, tokenizer=model, data_dir=data_dir, **sizes, batch_size=16, seed=0)
+    rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 200)))
     parts = load(options, rows)
     layer = chosen_layers(parts, rows, OutlierRemovingLayer())[0] if options.scope.needs_layer else None
     trials = LayerTrials(parts, options, rows)
