@@ -1,10 +1,12 @@
 """The figures of several sizes: kept in one file, and drawn."""
 
 import json
+import os
 
 import pytest
 
 import benchmark_scale as tool
+from measuring import in_new_process
 from slzo.utils.errors import SlzoError
 
 
@@ -30,6 +32,7 @@ def test_shapes_are_added_to_the_file_and_drawn(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_measurement_that_fails_is_one_line(tmp_path):
-    args = tool.parse_args(["--rounds", "1"])
-    with pytest.raises(SlzoError, match="--shapes: a measurement failed: "):
-        tool.measure_apart(args, str(tmp_path), 0, "both")
+    with pytest.raises(SlzoError, match=f"^model.model '{tmp_path}'"):
+        in_new_process(tool.measure, tool.Options(), str(tmp_path), 0, "both", 1)
+    with pytest.raises(SlzoError, match="a process of this measurement was killed; check"):
+        in_new_process(os._exit, 9)

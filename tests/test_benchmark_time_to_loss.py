@@ -15,7 +15,7 @@ def test_curves_of_both_steps(model_dir, data_dir, tmp_path, capsys, monkeypatch
         tool.main()
         return capsys.readouterr().out
 
-    monkeypatch.setattr(tool, "SIZES", {"num_train": 16, "num_dev": 8, "num_test": 4, "batch_size": 4})
+    monkeypatch.setattr(tool, "ROWS", (32, 8, 4))
     out = run("--methods", "default", "published", "--seconds", "0.3")
     curves = {name: read_json(tmp_path / f"times/cells/{name}.json")["curve"] for name in ("default", "published")}
     starts = [curve[0]["loss"] for curve in curves.values()]

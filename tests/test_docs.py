@@ -76,7 +76,9 @@ def test_a_command_of_python(words):
     for module in re.findall(r"^from (\w+) import", text, re.MULTILINE):  # another tool may have the options
         if (other := path.with_name(f"{module}.py")).is_file():
             text += other.read_text(encoding="utf-8")
-    assert [option for option in options_among(words) if f'"{option}"' not in text] == []
+    known = {f"--{name}" for name in re.findall(r"^    (\w+): .* = option\(", text, re.MULTILINE)}
+    known |= set(re.findall(r'"(--\w+)"', text))
+    assert [option for option in options_among(words) if option not in known] == []
     check_files(words)
 
 

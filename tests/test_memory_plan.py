@@ -23,7 +23,7 @@ from slzo.zo import memory
 from slzo.zo.memory import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
 from slzo.zo.scopes import LoRA
 from slzo.zo.tuned_model import TunedModel
-from write_shape import parse, write_shape
+from write_shape import Shape, write_shape
 
 PROGRAM = PROGRAM_BYTES + 32000 * TOKENIZER_BYTES  # with the vocabulary of Llama 2
 
@@ -227,8 +227,8 @@ def test_the_table_in_the_documents_is_that_of_the_code():
 
 
 def test_a_written_shape_loads(tmp_path):
-    sizes = "--layers 3 --hidden 64 --inner 96 --heads 4 --kv_heads 2 --vocabulary 300 --positions 128"
-    count = write_shape(parse([f"--output={tmp_path}", *sizes.split()]))
+    shape = Shape(layers=3, hidden=64, inner=96, heads=4, kv_heads=2, vocabulary=300, positions=128)
+    count = write_shape(shape, tmp_path)
     model = load.load_model(str(tmp_path), "bfloat16")
     assert model.num_parameters() == count == model_shape(str(tmp_path))[0].num_parameters
     assert 0.01 < float(model.model.layers[1].mlp.up_proj.weight.float().std()) < 0.03

@@ -6,17 +6,18 @@ a key-value cache. Both methods alternate: fast, plain, fast.
     python tools/benchmark_evaluation.py --data_dir DIR --json FILE
 """
 
-import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from measuring import timed
+from options import option, parse
 from slzo.data.batch import Row
 from slzo.evaluation.generation import answer_text, stop_tokens
 from slzo.models.load import load_model
@@ -28,6 +29,17 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 
 TIE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    model: str = option("smollm2-135m", "model, as in model.model")
+    data_dir: str = option(help="folder with TASK/validation.jsonl in the Hub's fields")
+    json: Path | None = option(None, "file to write")
+    tasks: list[str] = option(["sst2:500", "boolq:200", "squad:100"], "TASK:ROWS of each comparison")
+    threads: int | None = option(None, "CPU threads for both methods")
 
 
 @dataclass(frozen=True)
@@ -78,16 +90,7 @@ def plain_answer(model: PreTrainedModel, row: Row, stops: set[int]) -> list[int]
         output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
-
-
-def compare(
-    task: str, num_rows: int, options: argparse.Namespace, parts: ModelParts, plain: PreTrainedModel
-) -> Comparison:
+def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain: PreTrainedModel) -> Comparison:
     """Measure one task."""
     data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None, eval_batch_size=128)
     data.setup("test")
@@ -132,13 +135,7 @@ def best(scores: list[float]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print the table."""
-    parser = argparse.ArgumentParser(description="Compare slzo's evaluation with a plain method.")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--tasks", nargs="+", default=["sst2:500", "boolq:200", "squad:100"], metavar="TASK:ROWS")
-    parser.add_argument("--threads", type=int, help="CPU threads for both methods")
-    options = parser.parse_args(argv)
+    options = parse(Options, __doc__, argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []

@@ -12,38 +12,51 @@ the processes divide the rows and the weights of the layers; there ``exchange`` 
 ``separate runs`` are as many runs of one process at the same time, which exchange nothing: what the machine can do.
 """
 
-import argparse
-import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
 
+from measuring import in_new_process, prepare_process
+from options import option, parse
 from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
 from slzo.prefix_plan import plan_prefix
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, tune
-from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
+from slzo.utils.files import write_json
+from slzo.utils.runtime import peak_memory_gb
 from slzo.zo import estimators
 from slzo.zo.optim import set_rate
 from slzo.zo.processes import Processes
+from tables import markdown_table
 
 _CPU = torch.device("cpu")
 _SHARED = "rows and layers"
 _SEPARATE = "separate runs"
 _EPS, _QUERIES = 1e-3, 4
 _STEPS, _WARM = 24, 4  # the first epoch, of 4 steps, fills the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    model: str = option("smollm2-135m", "model, as in model.model")
+    task: str = option("sst2", "task, as in data.task")
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    layer: int = option(11, "tuned layer")
+    estimator: Literal["SPSA", "LayerOutputPerturbation"] = option("SPSA", "as in model.estimator")
+    processes: int = option(2, "processes that divide a step")
+    rounds: int = option(3, "runs of each variant")
+    json: Path | None = option(None, "also write all rounds to this file")
 
 
 @dataclass
@@ -80,21 +93,26 @@ class _Rows(TaskRows):
         return self.division
 
 
-def run_rank(args: argparse.Namespace) -> dict[str, Any]:
-    """Take the steps of one process; return seconds, seconds of exchange, tokens and bytes of a step, and the peak in GiB."""
-    number, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
-    keep_freed_memory()  # as the slzo command does
-    bound_kernel_caches()
-    torch.set_num_threads(1)
+def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: int) -> dict[str, Any]:
+    """Take the steps of one process; return seconds, seconds of exchange, tokens and bytes of a step, and the peak in GiB.
+
+    Args:
+        options: Options of the command.
+        divide: What the processes divide.
+        number: Number of processes that divide a step.
+        meeting: File by which they find each other.
+        rank: Number of this process.
+    """
+    prepare_process(threads=1)
     if number > 1:
-        distributed.init_process_group("gloo")
-    directions = number if args.divide == "directions" else 1
-    shards = ShardGroup(_CPU) if args.divide == _SHARED else None
+        distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
+    directions = number if divide == "directions" else 1
+    shards = ShardGroup(_CPU) if divide == _SHARED else None
     exchange = TimedSum(shards)
     rows = _Rows(
-        args.task,
-        tokenizer=args.model,
-        data_dir=args.data_dir,
+        options.task,
+        tokenizer=options.model,
+        data_dir=options.data_dir,
         num_train=64 * (number // directions),
         num_dev=2,
         num_test=2,
@@ -103,18 +121,18 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     )
     rows.division = Processes(number, rank, directions, exchange, exchange)
     rows.setup("fit")
-    estimator = getattr(estimators, args.estimator)()
+    estimator = getattr(estimators, options.estimator)()
     weights: dict[str, Any] = {} if estimator.perturbs_output else {"eps": _EPS, "num_queries": _QUERIES}
-    options = ZOModule(args.model, estimator=estimator, seed=0, **weights).options
-    parts = load_parts(options, _CPU, shards)
-    adapt_rows(rows, parts, options)
-    model = tune(parts, options, rows, args.layer)
+    training = ZOModule(options.model, estimator=estimator, seed=0, **weights).options
+    parts = load_parts(training, _CPU, shards)
+    adapt_rows(rows, parts, training)
+    model = tune(parts, training, rows, options.layer)
     plan_prefix(model, rows)
-    optimizer = options.optimizer.make(model.tensors.masters)
+    optimizer = training.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 1e-4)
-    auto = auto_rate(make_stepper(model, options, rows), rows) if estimator.perturbs_output else None
-    stepper, batches = make_stepper(model, options, rows, auto=auto), rows.training_batches(None)
-    figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "waiting", "bytes", "tokens")}
+    auto = auto_rate(make_stepper(model, training, rows), rows) if estimator.perturbs_output else None
+    stepper, batches = make_stepper(model, training, rows, auto=auto), rows.training_batches(None)
+    taken: list[dict[str, float]] = []
     for step in range(_STEPS):
         exchange.waits = step % 2 == 1
         before, waited, received = exchange.seconds, exchange.waiting, 0
@@ -122,44 +140,34 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
             before, received = before + shards.seconds, shards.num_bytes
         batch, started = next(batches), time.perf_counter()
         result = stepper.step(batch, step, optimizer)
-        taken = (
-            time.perf_counter() - started,
-            exchange.seconds + (0 if shards is None else shards.seconds) - before,
-            exchange.waiting - waited,
-            result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
-            batch.packed.num_tokens,
+        taken.append(
+            {
+                "seconds": time.perf_counter() - started,
+                "exchange": exchange.seconds + (0 if shards is None else shards.seconds) - before,
+                "waiting": exchange.waiting - waited,
+                "bytes": result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
+                "tokens": batch.packed.num_tokens,
+            }
         )
-        for values, value in zip(figures.values(), taken, strict=True):
-            values.append(value)
     if shards is not None:
         shards.barrier()
     if number > 1:
         distributed.destroy_process_group()
     peak = peak_memory_gb(_CPU)
-    # of the steps with the waiting before the sums, or of the others
-    first = {name: _WARM + (name in ("exchange", "waiting")) for name in figures}
-    return {name: statistics.median(values[first[name] :: 2]) for name, values in figures.items()} | {"peak": peak}
+    waiting, others = taken[_WARM + 1 :: 2], taken[_WARM::2]  # steps that wait before the sums, and those that do not
+    steps = {name: waiting if name in ("exchange", "waiting") else others for name in taken[0]}
+    return {name: statistics.median(each[name] for each in own) for name, own in steps.items()} | {"peak": peak}
 
 
-def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, float]:
+def measure(options: Options, number: int, divide: str) -> dict[str, float]:
     """Start the processes of a variant; return the figures of the slowest, and the shortest exchange."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
     together = 1 if divide == _SEPARATE else number
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(together), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--rank", "--divide", divide]
-    command += [f"--{name}={getattr(args, name)}" for name in ("model", "task", "data_dir", "layer", "estimator")]
-    started = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank % together)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(number)
-    ]
-    texts = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"a process of {number}, {divide}, has failed")
-    found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(number) as threads:
+
+        def run(process: int) -> dict[str, Any]:
+            return in_new_process(run_rank, options, divide, together, Path(folder) / "meeting", process % together)
+
+        found = list(threads.map(run, range(number)))
     tokens = found[0]["tokens"] if divide == "directions" else sum(each["tokens"] for each in found)
     slowest = {name: max(each[name] for each in found) for name in found[0]}
     total = max(each["exchange"] + each["waiting"] for each in found)
@@ -169,52 +177,32 @@ def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, flo
 
 def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
     """Return the table: medians over the rounds, and the speed-up over one process in the same round."""
-    lines = [
-        "| processes | seconds a step | speed-up | tokens/s | bytes a step | exchange and waiting | exchange | peak, GiB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["processes", "seconds a step", "speed-up", "tokens/s", "bytes a step", "exchange and waiting", "exchange"]
+    rows = []
     alone = rounds["1"]
     for name, found in rounds.items():
         middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
         faster = statistics.median(each["rate"] / one["rate"] for one, each in zip(alone, found, strict=True))
-        lines.append(
-            f"| {name} | {middle['seconds']:.3f} | {faster:.2f} | {middle['rate']:.0f} | "
-            f"{middle['bytes']:.0f} | {middle['total'] / middle['seconds']:.1%} | "
-            f"{middle['exchange'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
-        )
-    return "\n".join(lines)
+        shares = [f"{middle[key] / middle['seconds']:.1%}" for key in ("total", "exchange")]
+        rates = [f"{middle['seconds']:.3f}", f"{faster:.2f}", f"{middle['rate']:.0f}", f"{middle['bytes']:.0f}"]
+        rows.append([name, *rates, *shares, f"{middle['peak']:.2f}"])
+    return markdown_table([*head, "peak, GiB"], rows)
 
 
 def main() -> None:
     """Run all variants in alternation and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
-    parser.add_argument("--task", default="sst2", help="task, as in data.task")
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--layer", type=int, default=11)
-    parser.add_argument("--estimator", default="SPSA", choices=["SPSA", "LayerOutputPerturbation"])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="also write all rounds to this file")
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--divide", default="rows", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank:
-        print(json.dumps(run_rank(args)))
-        return
-    variants = {
-        "1": (1, "rows"),
-        **{f"{args.processes}, {each}": (args.processes, each) for each in (_SEPARATE, "rows", "directions", _SHARED)},
-    }
-    measured = partial(measure, args)
+    options = parse(Options, __doc__)
+    number = options.processes
+    divided = {f"{number}, {each}": (number, each) for each in (_SEPARATE, "rows", "directions", _SHARED)}
+    variants = {"1": (1, "rows"), **divided}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    for _ in range(args.rounds):
+    for _ in range(options.rounds):
         for name, variant in variants.items():
-            rounds[name].append(measured(*variant))
+            rounds[name].append(measure(options, *variant))
             print(f"{name}: {rounds[name][-1]['seconds']:.3f} s", flush=True)
     print(report(rounds))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rounds, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        write_json(options.json, rounds)
 
 
 if __name__ == "__main__":

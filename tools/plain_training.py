@@ -5,17 +5,20 @@
 Prints the peak memory of the process in GiB, the median seconds of a step after the first, and the number of trained parameters.
 """
 
-import argparse
 import gc
 import json
 import statistics
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from measuring import timed
+from options import option, parse
 from published_step import PaddedBatch, encoded_rows, pad_left, published_loss, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.models.load import load_model
@@ -23,8 +26,19 @@ from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
 from slzo.utils.runtime import peak_memory_gb
 
-METHODS = ("mezo", "adamw", "lora", "lora-checkpointing")
 LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    model: str = option("smollm2-135m", "model, as in model.model")
+    task: str = option("sst2", "task, as in data.task")
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    method: Literal["mezo", "adamw", "lora", "lora-checkpointing"] = option(help="what is trained, and how")
+    rows: int = option(16, "rows of a step")
+    steps: int = option(4, "number of steps")
 
 
 def batches(model: str, task: str, data_dir: str, rows: int, steps: int) -> tuple[list[list[EncodedExample]], bool]:
@@ -48,32 +62,33 @@ def with_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
+def measure(options: Options) -> dict[str, float]:
     """Take the steps; return ``peak`` in GiB, ``seconds`` of a step and the number of ``trained`` parameters."""
-    own, only_gold = batches(args.model, args.task, args.data_dir, args.rows, args.steps)
-    model: Any = load_model(args.model, "float32")  # no parameter requires a gradient
+    own, only_gold = batches(options.model, options.task, options.data_dir, options.rows, options.steps)
+    model: Any = load_model(options.model, "float32")  # no parameter requires a gradient
     trained = list(model.parameters())
-    if args.method == "adamw":
+    if options.method == "adamw":
         model.requires_grad_(True)
-    if args.method == "lora-checkpointing":
+    if options.method == "lora-checkpointing":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    if args.method.startswith("lora"):
+    if options.method.startswith("lora"):
         model = with_lora(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = None if args.method == "mezo" else torch.optim.AdamW(trained, lr=LEARNING_RATE)
-    if not args.method.startswith("lora"):
+    optimizer = None if options.method == "mezo" else torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    if not options.method.startswith("lora"):
         unmap(model)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is used now
     seconds = []
     for number, examples in enumerate(own):
-        started = time.perf_counter()
         if optimizer is None:
-            published_step(model, trained, pad_left(examples, only_gold), only_gold, number)
+            step: Callable[[], Any] = partial(
+                published_step, model, trained, pad_left(examples, only_gold), only_gold, number
+            )
         else:
-            adamw_step(model, optimizer, pad_left(examples, only_gold=True))
-        seconds.append(time.perf_counter() - started)
+            step = partial(adamw_step, model, optimizer, pad_left(examples, only_gold=True))
+        seconds.append(timed(step)[0])
     return {
         "peak": peak_memory_gb(torch.device("cpu")),
         "seconds": statistics.median(seconds[1:] or seconds),
@@ -81,17 +96,5 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Print the measurements as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
-    parser.add_argument("--task", default="sst2", help="task, as in data.task")
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=4)
-    print(json.dumps(measure(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(parse(Options, __doc__))))

@@ -9,6 +9,7 @@ from typing import Any
 
 from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.utils.files import read_json
+from tables import markdown_table
 
 # Names of the variants in the picture, from slow to fast.
 VARIANTS = {
@@ -49,8 +50,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 "cold / warm": f"{variants['spsa-cold']['median_s'] / variants['spsa']['median_s']:.2f}",
             }
         )
-    head = f"| {' | '.join(rows[0])} |\n|---|" + "--:|" * (len(rows[0]) - 1)
-    return "\n".join([head, *(f"| {' | '.join(row.values())} |" for row in rows)])
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

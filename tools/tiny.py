@@ -36,13 +36,13 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **chang
     return model
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a byte-level BPE tokenizer without merges, which has tokens for every text."""
+def make_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE tokenizer of at most ``vocabulary`` tokens; those of single bytes are always there."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -17,7 +17,6 @@ cannot be read; ``status``: exit statuses that do not fit the signal, and messag
 edited rows that were not refused. The last six must be 0.
 """
 
-import argparse
 import json
 import os
 import random
@@ -29,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, becau
 import torch
 
 from faults import PATIENCE_S, STEPS, Child, Counters, Fault, new_counters, run_child
+from options import option, parse
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
 from slzo.report.run_files import read_run
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
+from tables import markdown_table
 from tiny import write_model, write_rows
 
 _SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -63,23 +65,28 @@ class Scenario:
 
     Args:
         options: Options of the tiny model and the made-up rows.
+        more: Further options.
+        faults: Smallest and largest number of faults in a trial.
+        repeats: Steps that it may repeat after a fault, with a checkpoint.
 
     Attributes:
-        faults: Smallest and largest number of faults in a trial.
         signals: Names of the signals that are sent.
         at_events: Whether signals are also sent at writes, renames and deletes.
         counts_steps: Whether its steps are counted.
-        repeats: Steps that it may repeat after a fault, with a checkpoint.
     """
 
-    faults: tuple[int, int] = (1, 3)
     signals: tuple[str, ...] = _SIGNALS
     at_events = True
     counts_steps = False
-    repeats = _EVERY
 
-    def __init__(self, options: Sequence[str]) -> None:
-        self.options = list(options)
+    def __init__(
+        self,
+        options: Sequence[str],
+        more: Sequence[str] = (),
+        faults: tuple[int, int] = (1, 3),
+        repeats: int = _EVERY,
+    ) -> None:
+        self.options, self.faults, self.repeats = [*options, *more], faults, repeats
 
     def run(self, folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
         """Run the command, at first and after a fault."""
@@ -119,32 +126,8 @@ class Fit(Scenario):
         return weights, _record(last.parent.parent)
 
 
-class Weights(Fit):
-    """The same along directions of the weights: its log has the steps after the checkpoint."""
-
-    repeats = 1
-
-    def __init__(self, options: Sequence[str]) -> None:
-        super().__init__([*options, *_ALONG_WEIGHTS])
-
-
-class Chain(Fit):
-    """A training with many interrupts."""
-
-    faults = (4, 6)
-
-
-class WeightsChain(Weights):
-    """A training along directions of the weights, with many interrupts."""
-
-    faults = (4, 6)
-
-
 class Edited(Fit):
     """A training whose rows are edited in place; it uses all of them."""
-
-    def __init__(self, options: Sequence[str]) -> None:
-        super().__init__([*options, "--data.num_train=64"])
 
     def prepare(self, folder: Path) -> None:
         given = next(each for each in self.options if each.startswith("--data.data_dir="))
@@ -168,7 +151,6 @@ class Edited(Fit):
 class Ranks(Scenario):
     """A training in two processes, one of which is killed; they are not forked: Lightning starts the second one itself."""
 
-    faults = (1, 2)
     signals = ("SIGKILL",)
     at_events = False
 
@@ -232,13 +214,15 @@ class Export(Scenario):
         return {file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".json")}
 
 
-SCENARIOS: dict[str, type[Scenario]] = {
+_WEIGHTS = partial(Fit, more=_ALONG_WEIGHTS, repeats=1)  # its log has the steps after the checkpoint
+_MANY = (4, 6)
+SCENARIOS: dict[str, Callable[[Sequence[str]], Scenario]] = {
     "fit": Fit,
-    "weights": Weights,
-    "chain": Chain,
-    "weights_chain": WeightsChain,
-    "edited": Edited,
-    "ranks": Ranks,
+    "weights": _WEIGHTS,
+    "chain": partial(Fit, faults=_MANY),
+    "weights_chain": partial(_WEIGHTS, faults=_MANY),
+    "edited": partial(Edited, more=["--data.num_train=64"]),
+    "ranks": partial(Ranks, faults=(1, 2)),
     "sweep": Sweep,
     "export": Export,
 }
@@ -428,17 +412,13 @@ def _unreadable(folder: Path) -> int:
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Return a Markdown table with one line per command."""
-    lines = [
-        "| command | trials | faults | differ | unreadable | status | hung | lost | accepted |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in [name for name in SCENARIOS if any(outcome.scenario == name for outcome in outcomes)]:
-        own = [outcome for outcome in outcomes if outcome.scenario == name]
-        faults, differ = sum(len(o.faults) for o in own), sum(not o.same for o in own)
-        counts = ("unreadable", "wrong_status", "hung", "lost", "accepted")
-        rest = [sum(getattr(o, what) for o in own) for what in counts]
-        lines.append("| " + " | ".join(map(str, (name, len(own), faults, differ, *rest))) + " |")
-    return "\n".join(lines)
+    counts, rows = ("unreadable", "wrong_status", "hung", "lost", "accepted"), []
+    for name in SCENARIOS:
+        if own := [outcome for outcome in outcomes if outcome.scenario == name]:
+            found = [sum(len(outcome.faults) for outcome in own), sum(not outcome.same for outcome in own)]
+            rows.append([name, len(own), *found, *(sum(getattr(outcome, what) for outcome in own) for what in counts)])
+    head = ["command", "trials", "faults", "differ", "unreadable", "status", "hung", "lost", "accepted"]
+    return markdown_table(head, rows)
 
 
 def torture(trials: int, seed: int, root: Path, only: Sequence[str]) -> list[Outcome]:
@@ -461,16 +441,19 @@ def torture(trials: int, seed: int, root: Path, only: Sequence[str]) -> list[Out
     return outcomes
 
 
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    trials: int = option(200, "number of trials")
+    seed: int = option(0, "seed of commands, signals and times")
+    only: list[str] = option(list(SCENARIOS), "commands to test", choices=list(SCENARIOS))
+    json: Path | None = option(None, "file for the outcomes")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run trials and print their table; return 1 if one of them found a fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=200, help="number of trials (200)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of commands, signals and times (0)")
-    parser.add_argument(
-        "--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="commands to test (all)"
-    )
-    parser.add_argument("--json", type=Path, help="file for the outcomes")
-    options = parser.parse_args(argv)
+    options = parse(Options, __doc__, argv)
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
         outcomes = torture(options.trials, options.seed, Path(root), options.only)
     print(report(outcomes))

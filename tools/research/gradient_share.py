@@ -5,8 +5,10 @@
 The mean gradient over some batches is computed by back-propagation on the untuned model.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +16,29 @@ from torch import Tensor
 from slzo.batches.packing import PackedBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, load_parts, make_stepper
+from slzo.training import make_stepper
 from slzo.zo.estimators import Backprop, Request
 from slzo.zo.options import TrainingOptions
 from slzo.zo.scopes import ActivationSubspace, LayerScope, ScopeContext
 from slzo.zo.scopes.linear_maps import linears
 from slzo.zo.tuned_model import TunedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import load
+from options import option, parse
+from tables import markdown_table
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    model: str = option("smollm2-135m", "model, as in model.model")
+    task: str = option("movie_reviews", "task, as in data.task")
+    data_dir: str | None = option(None, "folder of the data, as in data.data_dir")
+    layer: int = option(11, "decoder layer, counted from 0")
+    batches: int = option(12, "number of batches of 16 training rows")
+    ranks: list[int] = option([2, 16], "ranks of the subspaces")
 
 
 def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, batches: int) -> dict[str, Tensor]:
@@ -36,34 +55,26 @@ def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
-    parser.add_argument("--task", default="movie_reviews", help="task, as in data.task")
-    parser.add_argument("--data_dir", help="folder of the data, as in data.data_dir")
-    parser.add_argument("--layer", type=int, default=11, help="decoder layer, counted from 0")
-    parser.add_argument("--batches", type=int, default=12, help="number of batches of 16 training rows")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="ranks of the subspaces")
-    args = parser.parse_args()
-    options = ZOModule(args.model, estimator=Backprop(), eps=1e-3, seed=0).options
-    rows = TaskRows(args.task, tokenizer=args.model, data_dir=args.data_dir, num_dev=200, seed=0)
-    rows.setup("fit")
-    parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    adapt_rows(rows, parts, options)
-    gradients = mean_gradients(TunedModel.from_scope(parts, LayerScope(), args.layer), options, rows, args.batches)
+    options = parse(Options, __doc__)
+    training = ZOModule(options.model, estimator=Backprop(), eps=1e-3, seed=0).options
+    rows = TaskRows(options.task, tokenizer=options.model, data_dir=options.data_dir, num_dev=200, seed=0)
+    parts = load(training, rows)
+    model = TunedModel.from_scope(parts, LayerScope(), options.layer)
+    gradients = mean_gradients(model, training, rows, options.batches)
     squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
 
     def prompts(num_sequences: int) -> list[PackedBatch]:
         return [batch.to(parts.model.device) for batch in rows.profile_batches(num_sequences)]
 
-    context = ScopeContext(parts, args.layer, prompts)
-    kept = {rank: dict(ActivationSubspace(rank).tensors(context).items()) for rank in args.ranks}
-    print("| map | share | " + " | ".join(f"in rank {rank}" for rank in args.ranks) + " |")
-    print("|---|" + "---:|" * (1 + len(args.ranks)))
-    for linear in linears(parts, args.layer):
+    context = ScopeContext(parts, options.layer, prompts)
+    kept = [dict(ActivationSubspace(rank).tensors(context).items()) for rank in options.ranks]
+    lines = []
+    for linear in linears(parts, options.layer):
         gradient = gradients[linear.name]
         own = float(gradient.square().sum())
-        shares = [float(kept[rank][linear.name].pull_back(gradient).square().sum()) / own for rank in args.ranks]
-        print(f"| {linear.short_name} | {own / squares:.3f} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+        shares = [own / squares, *(float(each[linear.name].pull_back(gradient).square().sum()) / own for each in kept)]
+        lines.append([linear.short_name, *(f"{share:.3f}" for share in shares)])
+    print(markdown_table(["map", "share", *(f"in rank {rank}" for rank in options.ranks)], lines))
 
 
 if __name__ == "__main__":

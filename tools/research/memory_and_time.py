@@ -10,18 +10,15 @@ arithmetic and marked with "~". Results are saved at once, and the same command 
 share the folder. --report prints the table, and how far slzo's plans are from the peaks.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,12 +26,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.experiments.store import CellStore
 from slzo.models.shape import ModelShape, model_shape, shape_of, skeleton_of
+from slzo.utils.errors import one_line
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.memory import MemoryInputs, Workload
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from measuring import in_new_process
 from memory_table import MODELS
+from options import option, parse
 from plain_training import batches, pad_left
+from tables import finished, markdown_table
 
 _GB = 2**30
 OF_LAYER: dict[str, type[Estimator]] = {"slzo": LayerOutputPerturbation, "spsa": SPSA, "adamw-layer": Backprop}
@@ -47,13 +48,29 @@ TITLES = {
     "lora-checkpointing": "LoRA, checkpointing",
     "adamw": "AdamW on all weights",
 }
+PLAIN = Path(__file__).parents[1] / "plain_training.py"
 SHAPE_7B = "llama-7b"
 # float32 numbers per token and entry of the vocabulary: logits, log-probabilities, and with a gradient those of both
 _LOGITS, _LOGITS_WITH_GRADIENT = 2, 4
 
 
-@dataclass(frozen=True)
-class Cell:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    models: list[str] = option(["smollm2-135m"], "models, as in model.model")
+    tasks: list[str] = option(["sst2"], "tasks, as in data.task")
+    layers: list[int] = option([2, 28], "layers of the methods that tune one")
+    methods: list[str] = option([method for method in TITLES if method != "spsa"], "methods", choices=list(TITLES))
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    rows: int = option(16, "rows of a step")
+    steps: int = option(3, "steps of methods without slzo; the first is not timed")
+    most: float = option(20, "cells above this are arithmetic, GiB")
+    output: str = option("memory", "folder of the results")
+    report: bool = option(False, "print the table without running anything")
+
+
+class Cell(NamedTuple):
     """A measurement.
 
     Attributes:
@@ -69,12 +86,6 @@ class Cell:
     rows: int
     method: str
     layer: int | None
-
-    @property
-    def name(self) -> str:
-        """Name of the result."""
-        where = "" if self.layer is None else f"-{self.layer}"
-        return f"{Path(self.model).stem}-{self.task}-{self.rows}-{self.method}{where}"
 
 
 class StepSeconds(Callback):
@@ -115,14 +126,22 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
 
 
 def measure(cell: Cell, data_dir: str, steps: int) -> dict[str, Any]:
-    """Run a cell in a process of its own."""
+    """Run a cell in a process of its own, which has imported only what its method needs."""
     if cell.method in OF_LAYER:
-        command = [__file__, "--data_dir", data_dir, "--cell", json.dumps(vars(cell))]
-    else:
-        plain = str(Path(__file__).parents[1] / "plain_training.py")
-        command = [plain, "--data_dir", data_dir, "--model", cell.model, "--task", cell.task]
-        command += ["--rows", str(cell.rows), "--steps", str(steps), "--method", cell.method]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        try:
+            return dict(in_new_process(fit, cell, data_dir))
+        except Exception as error:  # the other cells do not depend on it
+            return {"problem": one_line(error)}
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "plain_training.py"),
+        "--data_dir",
+        data_dir,
+        "--model",
+        cell.model,
+    ]
+    command += ["--task", cell.task, "--rows", str(cell.rows), "--steps", str(steps), "--method", cell.method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"problem": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -181,39 +200,35 @@ def shape_and_dtype(model: str) -> tuple[ModelShape, torch.dtype]:
 # ---- table --------------------------------------------------------------------------------------------------------------
 
 
-def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    """Iterate over the cells."""
-    for model, task, method in product(args.models, args.tasks, args.methods):
-        for layer in args.layers if method in OF_LAYER else [None]:
-            yield Cell(model, task, args.rows, method, layer)
+def cells(options: Options) -> list[Cell]:
+    """Return the cells."""
+    found = []
+    for model, task, method in product(options.models, options.tasks, options.methods):
+        layers = options.layers if method in OF_LAYER else [None]
+        found += [Cell(model, task, options.rows, method, layer) for layer in layers]
+    return found
 
 
-def report(store: CellStore, args: argparse.Namespace) -> str:
+def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
+    """Return the row of a finished cell."""
+    layer = "" if cell.layer is None else cell.layer
+    start = [Path(cell.model).name, cell.task, cell.rows, TITLES[cell.method], layer]
+    if "problem" in result:
+        return [*start, result["problem"], "", ""]
+    if "peak" not in result:
+        return [*start, f"~{result['arithmetic']:.1f}", "", ""]
+    planned = f"{result['planned']:.2f}" if "planned" in result else ""
+    return [*start, f"{result['peak']:.2f}", planned, f"{result['seconds']:.2f}"]
+
+
+def report(results: list[tuple[Cell, dict[str, Any]]]) -> str:
     """Return the table of the finished cells, and how far the plans are from the peaks."""
-    lines = [
-        "| model | task | rows | method | layer | peak, GiB | planned, GiB | seconds a step |",
-        "|---|---|--:|---|--:|--:|--:|--:|",
-    ]
-    ratios, guesses = [], []
-    for cell in cells(args):
-        row = store.result(cell.name)
-        if row is None:
-            continue
-        layer = "" if cell.layer is None else cell.layer
-        start = f"| {Path(cell.model).stem} | {cell.task} | {cell.rows} | {TITLES[cell.method]} | {layer} |"
-        if "problem" in row:
-            lines.append(f"{start} {row['problem']} | | |")
-        elif "peak" not in row:
-            lines.append(f"{start} ~{row['arithmetic']:.1f} | | |")
-        else:
-            planned = f"{row['planned']:.2f}" if "planned" in row else ""
-            lines.append(f"{start} {row['peak']:.2f} | {planned} | {row['seconds']:.2f} |")
-            guesses.append(row["arithmetic"] / row["peak"])
-            if planned:
-                ratios.append(row["planned"] / row["peak"])
-    for name, values in (("planned / peak", ratios), ("arithmetic / peak", guesses)):
-        if values:
-            lines.append(f"{name}: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
+    head = ["model", "task", "rows", "method", "layer", "peak, GiB", "planned, GiB", "seconds a step"]
+    lines = [markdown_table(head, [row_of(*each) for each in results], left=4)]
+    for name in ("planned", "arithmetic"):
+        if values := [result[name] / result["peak"] for _, result in results if "peak" in result and name in result]:
+            figures = f"{min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}"
+            lines.append(f"{name} / peak: {figures}")
     return "\n".join(lines)
 
 
@@ -228,35 +243,16 @@ def tokens_of(cell: Cell, data_dir: str) -> int:
 
 def main() -> None:
     """Run the missing cells and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
-    parser.add_argument("--tasks", nargs="+", default=["sst2"], help="tasks, as in data.task")
-    parser.add_argument("--layers", nargs="+", type=int, default=[2, 28])
-    parser.add_argument("--methods", nargs="+", default=[m for m in TITLES if m != "spsa"], choices=list(TITLES))
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=3, help="steps of methods without slzo; the first is not timed")
-    parser.add_argument("--most", type=float, default=20, help="cells above this are arithmetic, GiB")
-    parser.add_argument("--output", default="memory", help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="print the table without running anything")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.cell:
-        print(json.dumps(fit(Cell(**json.loads(args.cell)), args.data_dir)))
-        return
-    store = CellStore(args.output, {"threads": torch.get_num_threads()})
+    options = parse(Options, __doc__)
+    store = CellStore(options.output, {"threads": torch.get_num_threads()})
 
     def compute(cell: Cell) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens_of(cell, args.data_dir))
-        }
-        runs = result["arithmetic"] <= args.most and cell.model != SHAPE_7B
-        return result | measure(cell, args.data_dir, args.steps) if runs else result
+        tokens = tokens_of(cell, options.data_dir)
+        result: dict[str, Any] = {"arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens)}
+        runs = result["arithmetic"] <= options.most and cell.model != SHAPE_7B
+        return result | measure(cell, options.data_dir, options.steps) if runs else result
 
-    if not args.report:
-        own = {cell.name: partial(compute, cell) for cell in cells(args)}
-        store.complete(own, lambda name, result: print(f"{name}: {result}", flush=True))
-    print(report(store, args))
+    print(report(finished(store, cells(options), compute, options.report)))
 
 
 if __name__ == "__main__":

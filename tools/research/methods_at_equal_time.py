@@ -11,15 +11,14 @@ and a third of it is taken, by dev loss. Results are saved at once, and the same
 processes can share the folder. --report prints the table.
 """
 
-import argparse
 import math
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +28,17 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.prefix_plan import fill_prefix, plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
+from slzo.training import auto_rate, make_evaluator, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
-from slzo.zo.profile import profile_layers
 from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
-from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext
+from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import chosen_layers, load, task_rows
+from options import option, parse
+from tables import finished, markdown_table
 
 METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
     "spsa": (SPSA, LayerScope, (1.0,)),
@@ -53,6 +56,31 @@ ROWS = {
 }
 FIRST_CHECK, GROWTH = 2.0, 1.5  # seconds; factor
 NAMED_LAYERS = ("removing", "last", "first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    models: list[str] = option(["smollm2-135m"], "models, as in model.model")
+    tasks: list[str] = option(["sst2"], "tasks, as in data.task")
+    layers: list[str] = option(["removing"], "removing, last, first, or a number")
+    methods: list[str] = option(list(METHODS), "estimator and scope", choices=list(METHODS))
+    seeds: list[int] = option([0], "seeds of rows and directions")
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    seconds: float = option(60, "processor time of the steps of each training")
+    output: str = option("methods", "folder of the results")
+    report: bool = option(False, "print the table without training")
+
+
+class Cell(NamedTuple):
+    """A training; the attributes are as in the options."""
+
+    model: str
+    task: str
+    seed: int
+    layer: str
+    method: str
 
 
 @dataclass(frozen=True)
@@ -74,22 +102,10 @@ class Setting:
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
         """Load a model and the rows of a task, and profile the layers."""
-        sizes: dict[str, Any] = dict(
-            zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 872)), strict=True)
-        )
-        folder = None if task == "movie_reviews" else data_dir
-        rows = TaskRows(task, tokenizer=model, data_dir=folder, **sizes, batch_size=16, seed=seed)
-        rows.setup("fit")
-        options = ZOModule(model, seed=seed).options
-        parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        adapt_rows(rows, parts, options)
-        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16)]
-        context = SelectionContext(profile_layers(parts, batches))
-        layers = {
-            "removing": OutlierRemovingLayer().select(context).layer,
-            "last": parts.num_layers - 1,
-            "first": FirstOutlierLayer().select(context).layer,
-        }
+        rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 872)), seed)
+        parts = load(ZOModule(model, seed=seed).options, rows)
+        removing, first = chosen_layers(parts, rows, OutlierRemovingLayer(), FirstOutlierLayer())
+        layers = {"removing": removing, "last": parts.num_layers - 1, "first": first}
         return cls(rows, parts, layers)
 
 
@@ -152,68 +168,32 @@ def _train(setting: Setting, options: TrainingOptions, layer: int, factor: float
     }
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str, int], str, str]]:
-    """Iterate over the cells: model, task and seed; layer; method."""
-    for seed, task, model in product(args.seeds, args.tasks, args.models):
-        for layer, method in product(args.layers, args.methods):
-            yield (model, task, seed), layer, method
-
-
-def name_of(setting: tuple[str, str, int], layer: str, method: str) -> str:
-    """Return the name of a cell."""
-    model, task, seed = setting
-    return f"{Path(model).stem}-{task}-{layer}-{method}-{seed}"
-
-
-def report(store: CellStore, args: argparse.Namespace) -> str:
-    """Return the table of the finished cells."""
-    lines = ["| model | task | layer | seed | method | steps | dev loss | held-out loss | held-out score |"]
-    lines.append("|---|---|---|--:|---|--:|--:|--:|--:|")
-    for setting, layer, method in cells(args):
-        row = store.result(name_of(setting, layer, method))
-        if row is None:
-            continue
-        model, task, seed = setting
-        score = "" if row["score"] is None else f"{row['score']:.3f}"
-        lines.append(
-            f"| {Path(model).stem} | {task} | {layer} ({row['layer']}) | {seed} | {method} | {row['steps']} | "
-            f"{row['curve'][0][2]:.3f} -> {row['dev_loss']:.3f} | {row['loss']:.3f} | {score} |"
-        )
-    return "\n".join(lines)
+def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
+    """Return the row of a finished cell."""
+    layer, before = f"{cell.layer} ({result['layer']})", result["curve"][0][2]
+    losses = [f"{before:.3f} -> {result['dev_loss']:.3f}", f"{result['loss']:.3f}"]
+    score = "" if result["score"] is None else f"{result['score']:.3f}"
+    return [Path(cell.model).name, cell.task, layer, cell.seed, cell.method, result["steps"], *losses, score]
 
 
 def main() -> None:
     """Run the missing cells and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
-    parser.add_argument("--tasks", nargs="+", default=["sst2"], help="tasks, as in data.task")
-    parser.add_argument("--layers", nargs="+", default=["removing"], help="removing, last, first, or a number")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--seconds", type=float, default=60, help="processor time of the steps of each training")
-    parser.add_argument("--output", default="methods", help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="print the table without training")
-    args = parser.parse_args()
-    if wrong := [layer for layer in args.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
-        parser.error(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
-    store = CellStore(args.output, {"seconds": args.seconds, "threads": torch.get_num_threads()})
-    setting_of = lru_cache(maxsize=1)(lambda model, task, seed: Setting.of(model, task, seed, args.data_dir))
+    options = parse(Options, __doc__)
+    if wrong := [layer for layer in options.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
+        raise SystemExit(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
+    store = CellStore(options.output, {"seconds": options.seconds, "threads": torch.get_num_threads()})
+    setting_of = lru_cache(maxsize=1)(lambda model, task, seed: Setting.of(model, task, seed, options.data_dir))
 
-    def compute(setting: tuple[str, str, int], layer: str, method: str) -> dict[str, Any]:
-        model, _, seed = setting
-        loaded = setting_of(*setting)
-        number = loaded.layers[layer] if layer in loaded.layers else int(layer)
-        return train(loaded, number, method, model, seed, args.seconds)
+    def compute(cell: Cell) -> dict[str, Any]:
+        setting = setting_of(cell.model, cell.task, cell.seed)
+        layer = setting.layers[cell.layer] if cell.layer in setting.layers else int(cell.layer)
+        return train(setting, layer, cell.method, cell.model, cell.seed, options.seconds)
 
-    def say(name: str, result: dict[str, Any]) -> None:
-        print(
-            f"{name}: layer {result['layer']}, {result['steps']} steps, dev loss {result['dev_loss']:.4f}", flush=True
-        )
-
-    if not args.report:
-        store.complete({name_of(*cell): partial(compute, *cell) for cell in cells(args)}, say)
-    print(report(store, args))
+    every = product(options.seeds, options.tasks, options.models, options.layers, options.methods)
+    cells = [Cell(model, task, seed, layer, method) for seed, task, model, layer, method in every]
+    head = ["model", "task", "layer", "seed", "method", "steps", "dev loss", "held-out loss", "held-out score"]
+    rows = [row_of(*each) for each in finished(store, cells, compute, options.report)]
+    print(markdown_table(head, rows, left=5))
 
 
 if __name__ == "__main__":

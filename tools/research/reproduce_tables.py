@@ -29,43 +29,38 @@ are those of a complete run. --workers N divides the work among processes on thi
 machines that share the folder, such as the tasks of a SLURM array.
 """
 
-import argparse
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from paper_tables.config import check_name, check_options, read_table
-from paper_tables.report import write_tables
-from paper_tables.runs import Work
 from slzo.__main__ import signals_raise
 from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from options import option, parse
+from paper_tables.config import check_name, check_options, read_table
+from paper_tables.report import write_tables
+from paper_tables.runs import Work
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="table config, see configs/tables and configs/paper"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder of the results (default: tables/ and the config's name)"
-    )
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods only; the tables still show all")
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that divide the cells and the cores"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing, only rewrite the tables from finished cells"
-    )
-    return parser.parse_args(argv)
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    config: Path = option(help="table config, see configs/tables and configs/paper")
+    output: Path | None = option(None, "folder of the results (default: tables/ and the config's name)")
+    only: list[str] = option([], "methods to run; the tables still show all")
+    workers: int = option(1, "processes that divide the cells and the cores")
+    report: bool = option(False, "run nothing, only rewrite the tables from finished cells")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; return 1 if runs failed, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM."""
-    options = parse(argv)
+    options = parse(Options, __doc__, argv)
     logging.disable(logging.INFO)  # Lightning's messages about each trainer
     try:
         with signals_raise():
@@ -80,30 +75,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.disable(logging.NOTSET)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Run the missing cells and write the tables; return 1 if runs failed."""
     table = read_table(options.config)
     methods = list(dict.fromkeys(options.only or table.methods))
     for method in methods:
         check_name(method, table.methods, "only", "method")
-    output = Path(options.output or Path("tables") / table.path.stem)
+    output = options.output or Path("tables") / table.path.stem
     if not options.report:
         check_options(table, methods)
     elif not (output / "cells").is_dir():
         raise SlzoError(f"output {str(output)!r}: holds no results to report; run without --report first")
     work = Work(table, output)
     finished = True
-    paths = f"--config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
+    command = f"--config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
+    command = f"python tools/research/reproduce_tables.py {command}"
     try:
         if not options.report:
             with workers(options.workers):
                 finished = work.run(methods)
-    except (KeyboardInterrupt, Interrupted):
+    finally:  # also after an interrupt
         if not is_worker():
-            write_tables(work, f"python tools/research/reproduce_tables.py {paths}")
-        raise
+            write_tables(work, command)
     if not is_worker():
-        write_tables(work, f"python tools/research/reproduce_tables.py {paths}")
         print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
         print(f"Files      {work.folder}/table.md, table.json")
     return 0 if finished else 1

@@ -9,16 +9,14 @@ summary; the base model is also scored by the best of 16 samples. Results are sa
 it stopped.
 """
 
-import argparse
 import json
 import random
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,10 +26,14 @@ from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
-from slzo.training import adapt_rows, load_parts, make_evaluator, tune
+from slzo.training import make_evaluator, tune
+from slzo.utils.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from json_task import people
+from loading import load
+from options import option, parse
+from tables import finished, markdown_table, name_of
 
 _SAMPLES, _SAMPLED_ROWS = 16, 30
 OBJECTIVES = ("reward", "loss", "samples")
@@ -73,6 +75,35 @@ TASKS: Mapping[str, tuple[Any, str, str | None]] = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    models: list[str] = option(["smollm2-135m"], "models, as in model.model")
+    rewards: list[str] = option(list(TASKS), "rewards", choices=list(TASKS))
+    objectives: list[str] = option(list(OBJECTIVES), "what is trained; samples trains nothing", choices=OBJECTIVES)
+    seeds: list[int] = option([0], "seeds of rows and directions")
+    steps: int = option(40, "steps of each training")
+    output: Path = option(Path("rewards"), "folder of rows, runs and results")
+    report: bool = option(False, "print the table without training")
+
+
+class Cell(NamedTuple):
+    """A training, or samples of the untuned model; the attributes are as in the options."""
+
+    model: str
+    reward: str
+    objective: str
+    seed: int
+
+    @property
+    def applies(self) -> bool:
+        """Whether there are gold answers for the loss, and whether samples are not drawn again for each seed."""
+        return not (
+            (self.objective == "loss" and TASKS[self.reward][2] is None) or (self.objective == "samples" and self.seed)
+        )
+
+
 def write_rows(folder: Path) -> None:
     """Write the rows of all tasks."""
     generator = random.Random(0)
@@ -87,10 +118,10 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def config(model: str, reward: str, objective: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
+def config(cell: Cell, folder: Path, steps: int) -> dict[str, Any]:
     """Return the config of a cell: only what the task is, and no option of the method."""
-    function, prompt, gold = TASKS[reward]
-    task: dict[str, Any] = {"name": reward, "prompt": prompt, "max_new_tokens": 16}
+    function, prompt, gold = TASKS[cell.reward]
+    task: dict[str, Any] = {"name": cell.reward, "prompt": prompt, "max_new_tokens": 16}
     task |= {f"{split}_file": str(folder / f"{split}.jsonl") for split in ("train", "test")}
     if gold is not None:
         task["answer_field"] = gold
@@ -102,12 +133,12 @@ def config(model: str, reward: str, objective: str, seed: int, folder: Path, ste
         "num_test": 140,
         "batch_size": 16,
     }
-    if objective == "loss":
+    if cell.objective == "loss":
         data["objective"] = "loss"
     return {
-        "seed_everything": seed,
+        "seed_everything": cell.seed,
         "trainer": {"accelerator": "auto", "devices": 1, "max_steps": steps, "val_check_interval": 20},
-        "model": {"model": model},
+        "model": {"model": cell.model},
         "data": data,
     }
 
@@ -120,8 +151,8 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     options = [f"--config={path}", f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
     if slzo(["fit", *options]):
         return {"problem": "the run ended with an error"}
-    newest = max((folder / "runs").glob("version_*"), key=lambda run: int(re.sub(r"\D", "", run.name)))
-    summary = json.loads((newest / "summary.json").read_text(encoding="utf-8"))
+    newest = max(folder.glob("runs/version_*/summary.json"), key=lambda path: path.stat().st_mtime)
+    summary = read_json(newest)
     names = ("scores_before", "scores_after", "seconds", "train_seconds", "dominant_layer", "steps", "validations")
     return {name: summary[name] for name in names} | {
         "change": summary["score_change"],
@@ -136,10 +167,8 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     task = TemplateTask(**data["task"]["init_args"])
     sizes: dict[str, Any] = {"num_train": 16, "num_dev": 16, "num_test": data["num_test"], "batch_size": 16}
     rows = TaskRows(task, tokenizer=model, reward=data["reward"], **sizes)
-    rows.setup("fit")
     options = ZOModule(model).options
-    parts = load_parts(options, torch.device("cpu"))
-    adapt_rows(rows, parts, options)
+    parts = load(options, rows, torch.device("cpu"))
     evaluator = make_evaluator(rows, tune(parts, options, rows, parts.num_layers - 1))
     found = [row for row in rows.rows("test")[:_SAMPLED_ROWS] for _ in range(_SAMPLES)]
     keys = tuple(sample_key(0, 0, row.example.id, number % _SAMPLES) for number, row in enumerate(found))
@@ -149,70 +178,45 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     return {"mean": float(totals.mean()), "best": float(totals.amax(dim=1).mean())}
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
-    """Iterate over the cells: model, reward, objective, seed."""
-    for seed, model, reward, objective in product(args.seeds, args.models, args.rewards, args.objectives):
-        if not ((objective == "loss" and TASKS[reward][2] is None) or (objective == "samples" and seed)):
-            yield model, reward, objective, seed
-
-
-def name_of(model: str, reward: str, objective: str, seed: int) -> str:
-    """Return the name of a cell."""
-    return f"{Path(model).stem}-{reward}-{objective}-{seed}"
-
-
-def report(store: CellStore, args: argparse.Namespace) -> str:
-    """Return the table of the finished cells."""
-    lines = [
-        "| model | reward | objective | seed | before | after | change | seconds |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for model, reward, objective, seed in cells(args):
-        row = store.result(name_of(model, reward, objective, seed))
-        if row is None:
-            continue
-        start = f"| {Path(model).stem} | {reward} | {objective} | {seed} |"
-        if objective == "samples":
-            lines.append(
-                f"{start} {row['mean']:.3f} (mean of {_SAMPLES}) | {row['best']:.3f} (best of {_SAMPLES}) | | |"
-            )
-        elif "problem" in row:
-            lines.append(f"{start} {row['problem']} | | | |")
-        else:
-            before, after = (row[name].get("reward", float("nan")) for name in ("scores_before", "scores_after"))
-            error = "" if row["metric"] != "reward" else f" ± {row['error']:.3f}"
-            lines.append(
-                f"{start} {before:.3f} | {after:.3f} | {after - before:+.3f}{error} | {row['train_seconds']:.0f} |"
-            )
-    return "\n".join(lines)
+def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
+    """Return the row of a finished cell."""
+    start = [Path(cell.model).name, cell.reward, cell.objective, cell.seed]
+    if cell.objective == "samples":
+        return [
+            *start,
+            f"{result['mean']:.3f} (mean of {_SAMPLES})",
+            f"{result['best']:.3f} (best of {_SAMPLES})",
+            "",
+            "",
+        ]
+    if "problem" in result:
+        return [*start, result["problem"], "", "", ""]
+    before, after = (result[name].get("reward", float("nan")) for name in ("scores_before", "scores_after"))
+    error = "" if result["metric"] != "reward" else f" ± {result['error']:.3f}"
+    return [*start, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}{error}", f"{result['train_seconds']:.0f}"]
 
 
 def main() -> None:
     """Run the missing cells and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
-    parser.add_argument("--rewards", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=40, help="steps of each training")
-    parser.add_argument("--output", default="rewards", help="folder of rows, runs and results")
-    parser.add_argument("--report", action="store_true", help="print the table without training")
-    args = parser.parse_args()
-    folder = Path(args.output).resolve()
-    if not args.report:
+    options = parse(Options, __doc__)
+    folder = options.output.resolve()
+    if not options.report:
         write_rows(folder / "rows")
-    store = CellStore(str(folder / "cells"), {"steps": args.steps, "threads": torch.get_num_threads()})
+    store = CellStore(folder / "cells", {"steps": options.steps, "threads": torch.get_num_threads()})
 
-    def compute(model: str, reward: str, objective: str, seed: int) -> dict[str, Any]:
-        settings = config(model, reward, objective, seed, folder / "rows", args.steps)
-        if objective == "samples":
-            return best_of_samples(settings)
-        return train(settings, folder / "runs" / name_of(model, reward, objective, seed))
+    def compute(cell: Cell) -> dict[str, Any]:
+        settings = config(cell, folder / "rows", options.steps)
+        return (
+            best_of_samples(settings)
+            if cell.objective == "samples"
+            else train(settings, folder / "runs" / name_of(cell))
+        )
 
-    if not args.report:
-        own = {name_of(*cell): partial(compute, *cell) for cell in cells(args)}
-        store.complete(own, lambda name, result: print(f"{name}: {result}", flush=True))
-    print(report(store, args))
+    every = product(options.seeds, options.models, options.rewards, options.objectives)
+    cells = [Cell(model, reward, objective, seed) for seed, model, reward, objective in every]
+    found = finished(store, [cell for cell in cells if cell.applies], compute, options.report)
+    head = ["model", "reward", "objective", "seed", "before", "after", "change", "seconds"]
+    print(markdown_table(head, [row_of(*each) for each in found], left=3))
 
 
 if __name__ == "__main__":

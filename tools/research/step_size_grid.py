@@ -8,25 +8,26 @@ apart, around the rate that was measured before the first step. eps is measured 
 command continues where it stopped. --report prints the table of the finished cells.
 """
 
-import argparse
 import math
+import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
-from slzo.profiling import ProfileOptions, choose, profile_model
-from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, load_parts
 from slzo.zo.estimators import SPSA
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
 from slzo.zo.selection import OutlierRemovingLayer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import chosen_layers, load, task_rows
+from options import option, parse
+from tables import finished, markdown_table
 
 SCOPES: dict[str, Callable[[], Scope]] = {
     "layer": LayerScope,
@@ -39,36 +40,49 @@ ROWS = {"cb": (200, 50, 50), "copa": (300, 100, 100)}
 FACTORS = {"auto": None, "0": 1 / 9, "1": 1 / 3, "2": 1.0, "3": 3.0, "4": 9.0}
 CLOSE = 0.05
 
-Cell = tuple[str, str, str]  # model, task, scope
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the command."""
+
+    models: list[str] = option(["smollm2-135m", "gemma3-270m"], "models, as in model.model")
+    tasks: list[str] = option(["sst2", "copa", "cb"], "tasks, as in data.task")
+    scopes: list[str] = option(list(SCOPES), "what is tuned", choices=list(SCOPES))
+    data_dir: str = option(help="folder of the data, as in data.data_dir")
+    steps: int = option(100, "steps of each training")
+    output: str = option("step_size_grid", "folder of the results")
+    report: bool = option(False, "print the table without training")
+
+
+class Cell(NamedTuple):
+    """A training; ``rate`` is a key of ``FACTORS``."""
+
+    model: str
+    task: str
+    scope: str
+    rate: str
 
 
 @lru_cache(maxsize=1)
 def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerTrials, int | None, float, float | None]:
     """Return trials, the layer that removes the outlier, and the learning rate and eps that are measured there."""
     options = ZOModule(model, scope=SCOPES[scope](), estimator=SPSA(), seed=0).options
-    sizes: dict[str, Any] = dict(
-        zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 200)), strict=True)
-    )
-    rows = TaskRows(task, tokenizer=model, data_dir=data_dir, **sizes, batch_size=16, seed=0)
-    rows.setup("fit")
-    parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    adapt_rows(rows, parts, options)
-    layer = None
-    if options.scope.needs_layer:
-        profiler = ProfileOptions(OutlierRemovingLayer(), 16, None)
-        layer = choose(profile_model(parts, rows, profiler), profiler.rule, "no trials are needed", rows).layer
+    rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 200)))
+    parts = load(options, rows)
+    layer = chosen_layers(parts, rows, OutlierRemovingLayer())[0] if options.scope.needs_layer else None
     trials = LayerTrials(parts, options, rows)
     return trials, layer, *trials.own_step(layer)
 
 
-def train(cell: Cell, factor: float | None, data_dir: str, steps: int) -> dict[str, Any]:
+def train(cell: Cell, data_dir: str, steps: int) -> dict[str, Any]:
     """Train with a multiple of the measured rate, or with ``auto``."""
-    trials, layer, lr, eps = setting_of(*cell, data_dir)
+    trials, layer, lr, eps = setting_of(cell.model, cell.task, cell.scope, data_dir)
+    factor = FACTORS[cell.rate]
     own: dict[str, Any] = {} if factor is None else {"lr": lr * factor, "eps": eps}
     trial = trials.run(layer, steps=steps, seed=0, **own)
     last = trial.scores[-1]
     return {
-        **dict(zip(("model", "task", "scope"), cell, strict=True)),
+        **cell._asdict(),
         "layer": layer,
         "lr": own.get("lr"),
         "eps": eps,
@@ -80,37 +94,28 @@ def train(cell: Cell, factor: float | None, data_dir: str, steps: int) -> dict[s
     }
 
 
-def name_of(cell: Cell, key: str) -> str:
-    """Return the name of a training."""
-    model, task, scope = cell
-    return f"{Path(model).name}-{task}-{scope}-{key}"
-
-
-def report(store: CellStore, cells: list[Cell]) -> str:
-    """Return the table of the finished cells."""
-    lines = [
-        "| model | task | scope | layer | before | auto | best of the grid | at lr | auto / best |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    close = done = diverged = 0
-    for cell in cells:
-        auto, *grid = (store.result(name_of(cell, key)) for key in FACTORS)
-        if auto is None or None in grid:
+def report(results: dict[Cell, dict[str, Any]]) -> str:
+    """Return the table of the settings whose cells are all finished."""
+    rows, close, diverged = [], 0, 0
+    for setting in dict.fromkeys((cell.model, cell.task, cell.scope) for cell in results):
+        auto, *grid = (results.get(Cell(*setting, rate)) for rate in FACTORS)
+        own = [row for row in grid if row is not None]
+        if auto is None or len(own) < len(grid):
             continue
-        best = min(grid, key=_loss)
-        edge = "" if best not in (grid[0], grid[-1]) else " (edge)"
-        found = "diverged | " if best["diverged"] else f"{best['loss']:.4f} | {best['lr']:.2g}{edge}"
-        both = not auto["diverged"] and not best["diverged"]
-        is_close = not auto["diverged"] and _loss(auto) <= (1 + CLOSE) * _loss(best)
-        done, close, diverged = done + 1, close + is_close, diverged + bool(auto["diverged"])
-        own = auto["diverged"] or f"{auto['loss']:.4f}"
-        lines.append(
-            f"| {' | '.join(cell)} | {'' if auto['layer'] is None else auto['layer']} | "
-            f"{auto['before']:.4f} | {own} | {found} | {f'{_loss(auto) / _loss(best):.3f}' if both else ''} |"
-        )
-    return "\n".join(
-        [*lines, "", f"auto is within {CLOSE:.0%} of the best in {close} of {done} cells; it diverged in {diverged}."]
-    )
+        best = min(own, key=_loss)
+        edge = " (edge)" if best in (own[0], own[-1]) else ""
+        ratio = "" if auto["diverged"] or best["diverged"] else f"{_loss(auto) / _loss(best):.3f}"
+        close += not auto["diverged"] and _loss(auto) <= (1 + CLOSE) * _loss(best)
+        diverged += bool(auto["diverged"])
+        layer, at = "" if auto["layer"] is None else auto["layer"], f"{best['lr']:.2g}{edge}"
+        rows.append([*setting, layer, f"{auto['before']:.4f}", _after(auto), _after(best), at, ratio])
+    head = ["model", "task", "scope", "layer", "before", "auto", "best of the grid", "at lr", "auto / best"]
+    words = f"auto is within {CLOSE:.0%} of the best in {close} of {len(rows)} cells; it diverged in {diverged}."
+    return f"{markdown_table(head, rows, left=3)}\n\n{words}"
+
+
+def _after(row: dict[str, Any]) -> str:
+    return "diverged" if row["diverged"] else f"{row['loss']:.4f}"
 
 
 def _loss(row: dict[str, Any]) -> float:
@@ -119,33 +124,12 @@ def _loss(row: dict[str, Any]) -> float:
 
 def main() -> None:
     """Run the missing trainings and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", default=["smollm2-135m", "gemma3-270m"], help="models, as in model.model"
-    )
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="tasks, as in data.task")
-    parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=list(SCOPES))
-    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--steps", type=int, default=100, help="steps of each training")
-    parser.add_argument("--output", default="step_size_grid", help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="print the table without training")
-    args = parser.parse_args()
-    store = CellStore(args.output, {"steps": args.steps})
-    cells = [(model, task, scope) for task, model, scope in product(args.tasks, args.models, args.scopes)]
-
-    def say(name: str, row: dict[str, Any]) -> None:
-        rate = "auto" if row["lr"] is None else f"{row['lr']:.3g}"
-        after = "diverged" if row["diverged"] else f"{row['loss']:.4f}"
-        print(f"{name}: lr {rate}, dev loss {row['before']:.4f} -> {after}", flush=True)
-
-    if not args.report:
-        work = {
-            name_of(cell, key): partial(train, cell, factor, args.data_dir, args.steps)
-            for cell in cells
-            for key, factor in FACTORS.items()
-        }
-        store.complete(work, say)
-    print(report(store, cells))
+    options = parse(Options, __doc__)
+    store = CellStore(options.output, {"steps": options.steps})
+    every = product(options.tasks, options.models, options.scopes, FACTORS)
+    cells = [Cell(model, task, scope, rate) for task, model, scope, rate in every]
+    results = finished(store, cells, lambda cell: train(cell, options.data_dir, options.steps), options.report)
+    print(report(dict(results)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ Rate = float | str
 """Learning rate: a number, or ``auto`` for the one that slzo chooses."""
 
 
-def rate_text(rate: Rate) -> str:
-    """Return a rate as an option's text."""
-    return rate if isinstance(rate, str) else f"{rate:g}"
+def text_of(value: Any) -> str:
+    """Return a value as text for the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Method:
         name: Name of the row.
         command: ``fit``, or ``test`` for the untuned model.
         options: Options of slzo by name, as texts.
-        lrs: Learning rates to try on the first seed; ``test`` has none.
+        lrs: Learning rates to try on the first seed; ``None`` alone for ``test``.
     """
 
     name: str
     command: str
     options: dict[str, str]
-    lrs: tuple[Rate, ...]
+    lrs: tuple[Rate | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Table:
         options = {"data.task": task, **self.common, **self.tasks[task], **row.options, "seed_everything": str(seed)}
         if lr is not None:
             # the score before training is the same for all methods, so a separate row has it
-            options |= {"model.optimizer.lr": rate_text(lr), "record.test_before": "false", "record.reference": "false"}
+            options |= {"model.optimizer.lr": text_of(lr), "record.test_before": "false", "record.reference": "false"}
         return Cell(method, task, seed, lr, row.command, tuple(f"--{k}={v}" for k, v in options.items()))
 
     def grid(self, method: str, task: str) -> list["Cell"]:
         """Return the runs on the first seed."""
-        return [self.cell(method, task, self.seeds[0], lr) for lr in self.methods[method].lrs or (None,)]
+        return [self.cell(method, task, self.seeds[0], lr) for lr in self.methods[method].lrs]
 
     def seeds_of(self, method: str, task: str) -> tuple[int, ...]:
         """Return the seeds of a method; the untuned model needs only one, because held-out rows do not depend on the seed.
@@ -120,7 +121,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the run's files."""
-        return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{rate_text(self.lr)}")
+        return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{text_of(self.lr)}")
 
     def arguments(self, table: Table) -> list[str]:
         """Return the arguments of slzo."""
@@ -158,9 +159,7 @@ def _configs(value: Any, table: Path) -> tuple[Path, ...]:
     if not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
         raise SlzoError(f"configs {value!r}: give a list of slzo's configs, like [../quickstart.yaml]")
     paths = tuple(Path(os.path.relpath(table.parent / name)) for name in value)
-    for name, path in zip(value, paths, strict=True):
-        if not path.is_file():
-            raise SlzoError(f"configs {name!r}: no such file; paths are relative to the table config's folder")
+    for path in paths:
         _load(path, "configs")
     return paths
 
@@ -182,50 +181,40 @@ def _named(value: Any, option: str) -> dict[str, Any]:
     return {str(name): options for name, options in found.items()}
 
 
-def _options(value: Any, option: str) -> dict[str, str]:
+def _mapping(value: Any, option: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise SlzoError(f"{option} {value!r}: give options by name, like data.num_train: 1000")
-    for name in value or {}:
-        if _SET_HERE.fullmatch(str(name)):
+    return {str(name): item for name, item in (value or {}).items()}
+
+
+def _options(value: Any, option: str) -> dict[str, str]:
+    given = _mapping(value, option)
+    for name in given:
+        if _SET_HERE.fullmatch(name):
             raise SlzoError(f"{option}.{name}: set by this tool (from configs, tasks, seeds and lr); leave it out")
-    return {str(name): _text(item) for name, item in (value or {}).items()}
-
-
-def _text(value: Any) -> str:
-    """Return a value as text for the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return {name: text_of(item) for name, item in given.items()}
 
 
 def _method(name: str, value: Any) -> Method:
-    given = dict(value) if isinstance(value, dict) else value
-    command, lr = (given.pop("command", "fit"), given.pop("lr", None)) if isinstance(given, dict) else ("fit", None)
     option = f"methods.{name}"
+    given = _mapping(value, option)
+    command, lr = given.pop("command", "fit"), given.pop("lr", None)
     if command not in ("fit", "test"):
         raise SlzoError(f"{option}.command {command!r}: choose fit, or test for the untuned model")
-    if command == "test":
-        if lr is not None:
-            raise SlzoError(f"{option}.lr {lr!r}: nothing is trained with command test; leave it out")
-        return Method(name, command, _options(given, option), ())
+    if command == "test" and lr is not None:
+        raise SlzoError(f"{option}.lr {lr!r}: nothing is trained with command test; leave it out")
     rates = [_rate(item) for item in (lr if isinstance(lr, list) else ["auto" if lr is None else lr])]
     if not rates or None in rates:
         raise SlzoError(f"{option}.lr {lr!r}: give auto, a learning rate above 0, or a list of them to choose from")
-    return Method(name, command, _options(given, option), tuple(dict.fromkeys(rate for rate in rates if rate)))
+    return Method(name, command, _options(given, option), tuple(dict.fromkeys(rates)) if command == "fit" else (None,))
 
 
 def _rate(value: Any) -> Rate | None:
     """Return a learning rate, or ``None`` for anything else."""
-    if value == "auto":
-        return "auto"
-    rate = _number_of(value)
-    return rate if 0 < rate < math.inf else None
-
-
-def _number_of(value: Any) -> float:
-    """Return a number, or NaN for anything else; PyYAML reads 1e-3 as text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+    with suppress(TypeError, ValueError):  # PyYAML reads 1e-3 as text
+        if 0 < float(value) < math.inf:
+            return float(value)
+    return "auto" if value == "auto" else None
 
 
 def check_name(name: str, known: Iterable[str], option: str, what: str) -> None:

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from paper_tables.config import Table, rate_text
+from paper_tables.config import Table, text_of
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
 from slzo.utils.files import write_json, write_text
 from slzo.utils.sampling_error import standard_error
+from tables import markdown_table
 
 Entry = dict[str, Any]
 """Figures of a method on a task, as under ``entries`` in table.json: means over the finished seeds with the chosen learning rate.
@@ -104,19 +105,19 @@ def markdown(
     """Return the scores, their costs, and how they were made."""
     place = {(entry["method"], entry["task"]): entry for entry in entries}
     tasks = list(table.tasks)
-    lines = ["# Scores", "", _row(["method", *tasks, "average"]), _row(["---", *["---:"] * (len(tasks) + 1)])]
+    scores, costs = [], []
     for average in averages:
-        scores = [_score(place[average["method"], task]) for task in tasks]
-        lines.append(_row([average["method"], *scores, _percent(average["score"], average["score_se"])]))
-    lines += ["", *_score_notes(table, entries), "", "# Costs", ""]
+        of_tasks = [_score(place[average["method"], task]) for task in tasks]
+        scores.append([average["method"], *of_tasks, _percent(average["score"], average["score_se"])])
     head = ["method", "task", "lr", "dev loss", "tuned", "layer", "steps", "evaluations", "seconds", "peak GiB"]
     forms = {"dev_loss": ".4f", "tuned_parameters": ",.0f", "layer": "d", "steps": ",.0f", "evaluations": ",.0f"}
     forms |= {"train_seconds": ",.1f", "peak_memory_gb": ".2f"}
-    lines += [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     for entry in entries:
-        lr = "-" if entry["lr"] is None else rate_text(entry["lr"])
+        lr = "-" if entry["lr"] is None else text_of(entry["lr"])
         figures = [_number(entry[name], form) for name, form in forms.items()]
-        lines.append(_row([entry["method"], entry["task"], lr, *figures]))
+        costs.append([entry["method"], entry["task"], lr, *figures])
+    lines = ["# Scores", "", markdown_table(["method", *tasks, "average"], scores), "", *_score_notes(table, entries)]
+    lines += ["", "# Costs", "", markdown_table(head, costs, left=2)]
     lines += [
         "",
         f"Means over seeds. lr: the rate of the grid with the lowest dev loss on seed {table.seeds[0]}. dev loss: the lowest of "
@@ -168,17 +169,13 @@ def _trouble(results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[st
 
 
 def _title(item: Mapping[str, Any]) -> str:
-    lr = "" if item["lr"] is None else f", lr {rate_text(item['lr'])}"
+    lr = "" if item["lr"] is None else f", lr {text_of(item['lr'])}"
     return f"{item['method']}, {item['task']}, seed {item['seed']}{lr}"
 
 
 def _environment(item: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {item[name]}" for name in ("slzo", "torch", "transformers", "lightning"))
     return f"{versions}; {item['cores']} cores, OMP_NUM_THREADS {item['OMP_NUM_THREADS'] or 'not set'}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _score(entry: Entry) -> str:

@@ -224,7 +224,7 @@ class Work:
         """Return the figures of all finished cells of the table, including the grid."""
         table, found = self.table, []
         for method, task, seed in product(table.methods, table.tasks, table.seeds):
-            for lr in table.methods[method].lrs or (None,):
+            for lr in table.methods[method].lrs:
                 if (result := self.result(table.cell(method, task, seed, lr))) is not None:
                     found.append(result)
         return found

@@ -1,0 +1,28 @@
+"""The options of a tool: the fields of a dataclass, each with its default and its help."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, field
+from typing import Any, TypeVar
+
+from transformers.hf_argparser import DataClassType, HfArgumentParser
+
+_Options = TypeVar("_Options")
+
+
+def option(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
+    """Return a dataclass field for an option; without a default it is required. A list takes one or more words."""
+    if default is not False and default not in (MISSING, None, []):
+        help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    metadata = {"help": help.strip()} | ({} if choices is None else {"choices": list(choices)})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(options: type[_Options], description: str | None, arguments: Sequence[str] | None = None) -> _Options:
+    """Parse the options, by default those of the command line; a wrong one ends the process with its usage."""
+    parser = HfArgumentParser(
+        DataClassType(options), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return options(**vars(parser.parse_args(arguments)))
