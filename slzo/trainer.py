@@ -199,11 +199,11 @@ class ZOTrainer(Trainer):
         root = runs if self._fitted is None else self._fitted
         # a script may fit several times, and all its runs have the same command
         job = job_id() if to_continue and is_restarted() and command_line() is not None else None
-        if ckpt_path is None and job is not None:
-            ckpt_path = checkpoint_of_job(root, job)
-        if ckpt_path is None:
-            return None
-        found = find_checkpoint(ckpt_path, root, to_continue=to_continue)
+        found = None
+        if ckpt_path is not None:
+            found = find_checkpoint(ckpt_path, root, to_continue=to_continue)
+        elif job is not None:
+            found = checkpoint_of_job(root, job)
         self._set_known(found)
         return found
 

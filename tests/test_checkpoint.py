@@ -239,7 +239,7 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     for age, name in enumerate(("last.ckpt", "step=4.ckpt", "step=2.ckpt")):
         shutil.copy(CHECKPOINT, folder / name)
         os.utime(folder / name, (1e9 - age, 1e9 - age))
-    assert newest_checkpoint("runs").name == "last.ckpt"
+    assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     assert capsys.readouterr().err == ""
     for name in ("last.ckpt", "step=4.ckpt"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
@@ -264,7 +264,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     foreign.parent.mkdir(parents=True)
     shutil.copy(CHECKPOINT, foreign)
     own = Path("run/checkpoints", foreign.name)
-    assert checkpoint_of_run("run") == own
+    assert checkpoint_of_run("run").path == str(own)
     best = BestCheckpoint()
     best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT, state=SimpleNamespace(fn="fit")), None, {})
     best.load_state_dict(state)
@@ -272,7 +272,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     shutil.copytree("run", "moved/version_1")  # a resumed run and the one that it continued, in another place
     (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
     shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
-    assert checkpoint_of_run(Path("moved/version_1").absolute()) == foreign.absolute()
+    assert checkpoint_of_run(Path("moved/version_1").absolute()).path == str(foreign.absolute())
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -22,6 +22,7 @@ from torch.distributed import DistNetworkError, TCPStore
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.loggers import run_folder
 from slzo.resume import checkpoint_of_job
 from slzo.training import agreed_settings
@@ -401,11 +402,10 @@ def test_a_restarted_job_continues_the_run_of_its_own_command(tmp_path, monkeypa
         (folder.parent / "zo_start.ckpt").touch()
         if number < 2:
             (folder / "last.ckpt").touch()
-    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: folder / "checkpoints/last.ckpt")
+    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {}))
     found = {}
     for option in "abc":
         monkeypatch.setattr(sys, "argv", ["slzo", "fit", f"--{option}"])
         found[option] = checkpoint_of_job(tmp_path, "42")
-    last = "checkpoints/last.ckpt"
-    assert found == {"a": tmp_path / "version_0" / last, "b": tmp_path / "version_1" / last, "c": None}
+    assert [found["a"].path, found["b"].path, found["c"]] == ["version_0/last.ckpt", "version_1/last.ckpt", None]
     assert checkpoint_of_job(tmp_path, "43") is None

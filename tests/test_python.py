@@ -249,7 +249,7 @@ def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir):
     assert all(tensor.equal(same.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
-def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir):
+def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir, capsys):
     """Also in Lightning's format, which slzo reads."""
 
     def fit(module, steps, path=None):
@@ -266,6 +266,10 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
     assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
     assert read_checkpoint(saved.last_model_path).note["layer"] == 1
+    capsys.readouterr()
+    found = newest_checkpoint("to4")
+    assert (Path(found.path).name, found.step) == ("last.ckpt", 4)
+    assert capsys.readouterr().err == ""  # it is not taken for a damaged one
 
 
 class OwnRows(TaskDataModule):
@@ -380,9 +384,9 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
     fit(data_dir, model_dir, callbacks=[snapshots])
     best = min(summary()["validations"], key=lambda point: point["loss"])["step"]
     assert Path(summary()["best_checkpoint"]).name == f"step={best}.ckpt"
-    assert checkpoint_of_run(run_dir()).name == f"step={best}.ckpt"
+    assert Path(checkpoint_of_run(run_dir()).path).name == f"step={best}.ckpt"
     (run_dir() / "checkpoints/broken.ckpt").symlink_to("gone.ckpt")
-    assert newest_checkpoint("runs").name == "last.ckpt"
+    assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
         newest_checkpoint("nothing", "best")
 

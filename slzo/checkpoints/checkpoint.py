@@ -110,16 +110,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(str(path), content)
 
 
-def verify_checkpoint(path: str | Path) -> None:
-    """Compare the checksums of a checkpoint, without loading it.
-
-    Raises:
-        SlzoError: The file cannot be read, or is damaged.
-    """
-    with _one_line(f"ckpt_path {str(path)!r}"):
-        checkpoint_file.verify(path)
-
-
 def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint atomically.
 
