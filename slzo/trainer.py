@@ -232,7 +232,7 @@ def _run_logger(given: Any, root: str | Path | None) -> Any:
     runs = RUNS if root is None else str(Path(root) / RUNS)
     if given in (None, True):
         return RunLogger(runs)
-    if given is False:
+    if given is False or not _listed(given):
         return False if root is None else FolderLogger(runs)
     for logger in _listed(given):
         check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))

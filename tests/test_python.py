@@ -272,6 +272,12 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     assert capsys.readouterr().err == ""  # it is not taken for a damaged one
 
 
+@pytest.mark.parametrize("logger", [False, [], ()])
+def test_without_a_logger_nothing_is_written(logger):
+    trainer = ZOTrainer(logger=logger, **QUIET)
+    assert (trainer.log_dir, trainer.loggers, trainer.checkpoint_callbacks) == (None, [], [])
+
+
 class OwnRows(TaskDataModule):
     """A user's subclass."""
 
