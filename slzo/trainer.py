@@ -1,6 +1,7 @@
 """Lightning's Trainer with slzo's defaults: its callbacks, its checkpoint files and one folder per run."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,16 @@ class ZOTrainer(Trainer):
         ``best`` of the newest run.
 
         Raises:
-            SlzoError: Without a checkpoint, an earlier fit of this trainer had another model or other rows.
+            SlzoError: The model is no :class:`ZOModule`, or, without a checkpoint, an earlier fit of this trainer had another
+                model or other rows.
         """
+        model = _checked(model)
         for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):
             if clock is not None:
                 clock.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
+        if isinstance(datamodule, TaskRows):
             model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, to_continue=True)
@@ -151,8 +154,7 @@ class ZOTrainer(Trainer):
         Arguments are those of :meth:`lightning.pytorch.Trainer.test`. ``ckpt_path`` can also be ``last`` or ``best``; without it
         the current weights are scored, untuned or tuned.
         """
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def validate(
@@ -165,8 +167,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Score dev rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
@@ -179,8 +180,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Predict held-out rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
@@ -211,15 +211,27 @@ class ZOTrainer(Trainer):
         if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
             self.strategy.checkpoint_io.known = checkpoint
 
-    def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
-        """Return the path of the checkpoint to score; print that there is none, unless the model is tuned.
+    @contextmanager
+    def _scoring(self, ckpt_path: str | Path | None, model: LightningModule | None) -> Iterator[str | None]:
+        """Run Lightning with the path of the checkpoint to score; print that there is none, unless the model is tuned.
 
         Without a model, Lightning takes the one that was fitted, and its best checkpoint.
         """
-        checkpoint = self._find(ckpt_path)
-        if checkpoint is None and model is not None and not getattr(model, "is_tuned", False):
-            say("No ckpt_path given: scoring the untuned model.")
-        return None if checkpoint is None else checkpoint.path
+        scored = None if model is None else _checked(model)
+        with self._running():
+            checkpoint = self._find(ckpt_path)
+            if checkpoint is None and scored is not None and not scored.is_tuned:
+                say("No ckpt_path given: scoring the untuned model.")
+            yield None if checkpoint is None else checkpoint.path
+
+
+def _checked(model: object) -> ZOModule:
+    """Refuse modules of other classes, which slzo's callbacks cannot use."""
+    if not isinstance(model, ZOModule):
+        raise SlzoError(
+            f"model {type(model).__name__}: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
+        )
+    return model
 
 
 def _listed(given: Any) -> list[Any]:

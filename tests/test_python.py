@@ -14,6 +14,7 @@ import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import slzo
@@ -276,6 +277,16 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
 def test_without_a_logger_nothing_is_written(logger):
     trainer = ZOTrainer(logger=logger, **QUIET)
     assert (trainer.log_dir, trainer.loggers, trainer.checkpoint_callbacks) == (None, [], [])
+
+
+@pytest.mark.parametrize("method", ["fit", "test", "validate", "predict"])
+def test_modules_of_other_classes_are_refused_at_once(method, model_dir, data_dir):
+    line = "model BoringModel: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
+    with pytest.raises(SlzoError, match=line):
+        getattr(ZOTrainer(**QUIET), method)(BoringModel(), datamodule=rows(data_dir))
+    with pytest.raises(SlzoError, match="model: needs the rows of a TaskDataModule"):
+        getattr(ZOTrainer(max_steps=1, **QUIET), method)(ZOModule(str(model_dir)), datamodule=BoringDataModule())
+    assert not Path("runs").exists()
 
 
 class OwnRows(TaskDataModule):

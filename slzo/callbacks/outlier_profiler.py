@@ -1,7 +1,7 @@
 """Finds the dominant layer before training, with forward passes only."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -40,9 +40,7 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the profile; a resumed run has it from its checkpoint."""
-        prepared, folder = getattr(pl_module, "prepared", None), folder_of(trainer)
-        if not isinstance(prepared, Prepared):
-            return
+        prepared, folder = cast("Prepared", pl_module.prepared), folder_of(trainer)
         if not prepared.resumed:
             self.profile = prepared.profile
         if self.profile is None or folder is None or not trainer.is_global_zero:
