@@ -147,7 +147,7 @@ def _restored_model(
     if tuned is None:
         tuned = restore(parts, checkpoint, options, for_training=True)
     else:
-        restore_values(tuned, checkpoint, options)
+        restore_values(tuned, checkpoint)
     return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 
@@ -341,12 +341,7 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
         yield
         return
     last = model.tensors.clone_masters()
-    try:
-        model.tensors.load(state)
-    except KeyError as error:
-        raise SlzoError(
-            f"the best checkpoint has no tensor {error}; a callback has replaced it by another one: leave this callback out"
-        ) from error
+    model.tensors.load(state)
     try:
         yield
     finally:

@@ -3,8 +3,7 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, cast
 
@@ -130,34 +129,20 @@ def restore(
             )
     check_commit(note, options.model, parts.model.name_or_path)
     subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
-    with _fitting(options):
-        model = TunedModel.from_description(parts, note, options.engine, subset)
-        if checkpoint.content["state_dict"]:  # left out if the values are those of the base model
-            model.tensors.load(checkpoint.content["state_dict"])
+    model = TunedModel.from_description(parts, note, options.engine, subset)
+    if checkpoint.content["state_dict"]:  # left out if the values are those of the base model
+        model.tensors.load(checkpoint.content["state_dict"])
     return model
 
 
-def restore_values(model: TunedModel, checkpoint: Checkpoint, options: TrainingOptions) -> None:
+def restore_values(model: TunedModel, checkpoint: Checkpoint) -> None:
     """Set the tuned tensors of a model to those of a checkpoint.
 
     Raises:
         SlzoError: They differ in more than their values.
     """
     model.check(checkpoint.note)
-    with _fitting(options):
-        model.tensors.load(checkpoint.content["state_dict"])
-
-
-@contextmanager
-def _fitting(options: TrainingOptions) -> Iterator[None]:
-    """Convert the error of a tensor that does not fit the model."""
-    try:
-        yield
-    except KeyError as error:
-        raise SlzoError(
-            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
-            "with"
-        ) from error
+    model.tensors.load(checkpoint.content["state_dict"])
 
 
 def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
