@@ -44,7 +44,6 @@ from slzo.training import (
     auto_rate,
     check_layer_option,
     load_parts,
-    make_evaluator,
     make_stepper,
     restore,
     restore_values,
@@ -288,7 +287,7 @@ def score_test_rows(
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
     has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
-        make_evaluator(rows, prepared.model),
+        rows.evaluator(prepared.model),
         rows.eval_batches("test"),
         rows.running_score(prepared.model.parts.model.device),
         rows.selection_metric.metric,

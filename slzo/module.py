@@ -35,7 +35,7 @@ from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note
 from slzo.run import Prepared
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator, restore
+from slzo.training import adapt_rows, agreed_settings, load_parts, restore
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
@@ -351,13 +351,11 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.prepared is not None
-        choice, stepper = self.prepared.options.optimizer, self.prepared.stepper
-        optimizer = choice.make(stepper.model.tensors.masters)
+        stepper = self.prepared.stepper
+        optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
-        if choice.make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
@@ -415,8 +413,7 @@ class ZOModule(LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
-        tuned = self.tuned_model
-        return self.rows.evaluator(self.parts) if tuned is None else make_evaluator(self.rows, tuned)
+        return self.rows.evaluator(self.tuned_model or self.parts)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""

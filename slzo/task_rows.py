@@ -21,10 +21,9 @@ from slzo.data.row_encoding import encode_rows, prompt_batches
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits, draw_from
-from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, RunningScore, score_rows
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics
-from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
@@ -40,6 +39,7 @@ from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
 from slzo.zo.objectives.choice import choose_objective, selection_metric
 from slzo.zo.processes import ALONE, Processes
+from slzo.zo.tuned_model import TunedModel
 
 if TYPE_CHECKING:
     import torch
@@ -445,17 +445,16 @@ class TaskRows:
             return self.eval_batch_tokens
         return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
 
-    def evaluator(
-        self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
-    ) -> Evaluator:
-        """Return an evaluator for this task; for the arguments see :class:`slzo.evaluation.evaluator.Evaluator`."""
+    def evaluator(self, model: ModelParts | TunedModel) -> Evaluator:
+        """Return an evaluator that scores rows of this task with the live weights of a model."""
+        tuned = model if isinstance(model, TunedModel) else None
         return Evaluator(
-            parts,
+            model.parts if isinstance(model, TunedModel) else model,
             self.encoder.tokenizer,
             self.loss,
             self.scoring_tokens,
-            logits=logits,
-            prompt_states=prompt_states,
+            logits=None if tuned is None else tuned.logits,
+            prompt_states=None if tuned is None else tuned.prompt_states,
             decoding=self.decoding,
             rewards=None if self.reward is None else self.reward.rewards_of,
         )

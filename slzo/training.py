@@ -11,7 +11,6 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import check_commit
-from slzo.evaluation.evaluator import Evaluator
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -104,11 +103,6 @@ def tune(
     )
 
 
-def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
-    """Return an evaluator that scores rows with the live weights."""
-    return rows.evaluator(model.parts, model.logits, model.prompt_states)
-
-
 def restore(
     parts: ModelParts, checkpoint: Checkpoint, options: TrainingOptions, for_training: bool = False
 ) -> TunedModel:
@@ -168,7 +162,7 @@ def make_stepper(
         rows.objective,
         options.estimator,
         options.step if step is None else step,
-        evaluator=make_evaluator(rows, model),
+        evaluator=rows.evaluator(model),
         processes=rows.processes,
         shared_prefix=shared_prefix(model, rows),
         **{

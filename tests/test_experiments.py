@@ -23,7 +23,7 @@ from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, re
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.timing import spaced_batches
 from slzo.models.logits import needed_logits
-from slzo.training import make_evaluator, make_stepper, tune
+from slzo.training import make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -225,7 +225,7 @@ def test_trials_train_on_the_objective_of_fit(options):
     batch = next(trials.rows.training_batches(0, 4))
     model = tune(trials.parts, trials.options, trials.rows, 1)
     with torch.no_grad():
-        found = make_evaluator(trials.rows, model)(eval_batch(batch.rows)).predictions
+        found = trials.rows.evaluator(model)(eval_batch(batch.rows)).predictions
         (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([Point({}, 0.0)]).tolist()
     right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
     assert loss == pytest.approx(1 - sum(right) / 4)

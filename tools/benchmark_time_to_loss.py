@@ -31,7 +31,7 @@ from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.prefix_plan import plan_prefix
 from slzo.profiling import ProfileOptions, choose, profile_model
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
+from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
@@ -96,7 +96,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     batches = rows.training_batches()
 
     def score() -> float:
-        return rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
+        return rows.score(rows.evaluator(model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
 
     def step(number: int) -> int:
         stepper.step(next(batches), number, optimizer)
@@ -118,7 +118,7 @@ def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
     def score() -> float:  # as for slzo, which is faster than with the published loss
         tuned = tune(ModelParts(model, onednn=False), options, rows, 0)
         try:
-            return rows.score(make_evaluator(rows, tuned), rows.eval_batches("dev"))["loss"]
+            return rows.score(rows.evaluator(tuned), rows.eval_batches("dev"))["loss"]
         finally:
             tuned.release()
 

@@ -151,6 +151,13 @@ class OptimizerChoice:
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(partial(_fused, make), make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
 
+    def build(self, masters: Iterable[nn.Parameter], lr: float | None = None) -> tuple[Optimizer, Any | None]:
+        """Return the optimizer of parameters and its scheduler, ``None`` without one. ``lr`` replaces the rate of the options."""
+        optimizer = self.make(masters)
+        if lr is not None:
+            set_rate(optimizer, lr)
+        return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
+
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None = None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
 

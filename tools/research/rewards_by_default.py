@@ -28,7 +28,7 @@ from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
-from slzo.training import adapt_rows, load_parts, make_evaluator, tune
+from slzo.training import adapt_rows, load_parts, tune
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from json_task import people
@@ -140,7 +140,7 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     options = ZOModule(model).options
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
-    evaluator = make_evaluator(rows, tune(parts, options, rows, parts.num_layers - 1))
+    evaluator = rows.evaluator(tune(parts, options, rows, parts.num_layers - 1))
     found = [row for row in rows.rows("test")[:_SAMPLED_ROWS] for _ in range(_SAMPLES)]
     keys = tuple(sample_key(0, 0, row.example.id, number % _SAMPLES) for number, row in enumerate(found))
     answers = [answer.text for answer in evaluator.answers(found, Sampling(1.0, keys))]
