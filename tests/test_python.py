@@ -24,7 +24,7 @@ from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.schedule import callback_of
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
-from slzo.export import ExportOptions, export_checkpoint
+from slzo.export import export_checkpoint
 from slzo.fit import best_state
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
@@ -296,7 +296,7 @@ class OwnRows(TaskDataModule):
 def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
     own = OwnRows("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12)
     ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(ZOModule(str(model_dir), layer=1), datamodule=own)
-    export_checkpoint(read_checkpoint(last_checkpoint()), ExportOptions("out"))
+    export_checkpoint(read_checkpoint(last_checkpoint()), "out")
     assert json.loads(Path("out/slzo.json").read_text())["task"] == "sst2"
 
 
