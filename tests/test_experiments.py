@@ -283,16 +283,18 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
 
 
 @pytest.mark.slow
-def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):
+def test_a_sensitivity_may_be_followed_by_trainings_of_any_length(options, capsys):
     common = ["sweep", *options, "--output=swept", "--layers=[1]"]
     assert main([*common, ONLY]) == 0
     assert "no layer was trained" in capsys.readouterr().out
     assert all(row["loss"] == "" for row in sweep_csv())
     assert main([*common, "--steps=2"]) == 0
     assert sweep_csv()[1]["loss"] != ""
-    assert "steps: 2 -> 3" in error_line(capsys, *common, "--steps=3")
-    assert main([*common, ONLY]) == 0
-    assert "steps: 2 -> 3" in error_line(capsys, *common, "--steps=3")
+    for length in ("--steps=3", "--steps=2 --seconds=0.05", "--steps=2 --seconds=0.06"):
+        assert main([*common, *length.split()]) == 0
+    cells = {path.stem for path in Path("swept/cells").glob("train-1-seed-*.json")}
+    ends = ["2", "2-seconds-0.05", "2-seconds-0.06", "3"]
+    assert sorted(cell.partition("-steps-")[2] for cell in cells) == ends
 
 
 @pytest.mark.slow
@@ -372,20 +374,7 @@ def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(opti
     assert Path("swept/sweep_curves.png").stat().st_size > 10_000
     assert content["verdict"] in capsys.readouterr().out
     assert re.match(r"In 3 steps layer [13] reaches .* In 0\.2 s layer [13] reaches", content["verdict"])
-    assert content["settings"]["seconds"] == 0.2
-
-
-@pytest.mark.slow
-def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
-    common = ["sweep", *options, "--output=swept", "--layers=[1]", "--steps=2"]
-    assert main([*common, ONLY, "--seconds=1"]) == 0  # no training, no time
-    assert not Path("swept/sweep_curves.png").exists()
-    assert main(common) == 0
-    assert "seconds: None -> 0.05" in error_line(capsys, *common, "--seconds=0.05")
-    timed = [*common, "--output=timed", "--seconds=0.05"]
-    assert main(timed) == 0
-    for other in (common, [*common, "--seconds=0.06"]):
-        assert "seconds: 0.05 -> " in error_line(capsys, *other, "--output=timed")
+    assert content["plan"]["seconds"] == 0.2
 
 
 def test_a_cell_is_worked_on_once(tmp_path):
@@ -460,7 +449,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     }
     for (layer, seed), own in scores.items():
         diverged = "up" if (layer, seed) == (3, 1) else ""
-        store.save(f"train-{layer}-seed-{seed}", Trial(tuple(own), (1.0,), 1.0, diverged).to_dict())
+        store.save(plan.training_cell(layer, seed), Trial(tuple(own), (1.0,), 1.0, diverged).to_dict())
     found = layer_curves(seed_curves(store, plan))
     assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
     assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])

@@ -9,7 +9,7 @@ from typing import Any
 
 from slzo.experiments.layer_trials import SENSITIVITY_ROWS, LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan, sensitivity_cell
 from slzo.experiments.sweep_report import (
     curves_verdict,
     format_rows,
@@ -38,14 +38,9 @@ def sweep_layers(
         raise SlzoError(
             f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
         )
-    settings = trials.settings() | {
-        "directions": plan.directions,
-        "steps": plan.steps or None,
-        "seconds": plan.seconds if plan.steps else None,
-        "seed_of_sensitivity": plan.seeds[0],
-    }
-    # the sensitivity does not depend on the steps, so trainings may be added later
-    store = CellStore(output or trials.default_folder(), settings, open_settings=("steps", "seconds"))
+    # the lengths of trainings are in the names of their cells, so others may be added later
+    settings = trials.settings() | {"directions": plan.directions, "seed_of_sensitivity": plan.seeds[0]}
+    store = CellStore(output or trials.default_folder(), settings)
     profile = profile_model()
     run_cells(trials, store, plan)
     if is_worker():
@@ -74,9 +69,9 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     rows = evaluations * plan.steps * trials.rows.batch_size + trials.num_dev
     if plan.seconds is not None:  # all trainings cost the same, about twice the sensitivity of layer 0
         each = 4.0 * MIN_DIRECTIONS * SENSITIVITY_ROWS * cost.layers(0)
-        work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), each)
+        work |= dict.fromkeys((plan.training_cell(*training) for training in plan.trainings), each)
     else:
-        work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
+        work |= {plan.training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
 
     def sensitivity(layer: int) -> dict[str, Any]:
         found = trials.sensitivity(layer, plan.directions, plan.seeds[0])
@@ -88,7 +83,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
     cells = {sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}
-    cells |= {training_cell(*training): partial(train, *training) for training in plan.trainings}
+    cells |= {plan.training_cell(*training): partial(train, *training) for training in plan.trainings}
     store.complete(cells, _Clock(work, store).tick)
 
 

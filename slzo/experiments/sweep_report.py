@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
@@ -67,7 +67,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     for measured in profile.layers:
         layer = measured.index
         found = store.result(sensitivity_cell(layer)) if plan.directions else {}
-        names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
+        names = [plan.training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
         loss = [trial.lowest.loss for trial in good]
@@ -227,7 +227,7 @@ def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Sc
     """Return the dev scores during each training that did not diverge, by layer."""
     found: dict[int, list[Sequence[Score]]] = {}
     for layer, seed in plan.trainings:
-        trial = Trial.from_dict(store.result(training_cell(layer, seed)))
+        trial = Trial.from_dict(store.result(plan.training_cell(layer, seed)))
         if not trial.diverged:
             found.setdefault(layer, []).append(trial.scores)
     return found
