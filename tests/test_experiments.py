@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -415,22 +416,21 @@ def test_a_folder_that_another_process_works_in_keeps_its_settings(tmp_path):
     CellStore(tmp_path / "s", {"eps": 2})
 
 
-def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys, tmp_path):
-    """5 s for 10 units: 45 s for the 90 left, and 40 s without 10 that another process has done."""
+def test_the_time_left_is_that_of_the_cells_before(monkeypatch, capsys, tmp_path):
+    """After 5 s and 11 s, without the cell that another process has done."""
     now, store = [100.0], CellStore(tmp_path / "s", {})
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-    clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0}, store)
-    store.save("sensitivity-0", {})
-    result = {"mean": 1.0, "standard_error": 0.5, "directions": 20}
-    now[0] = 105.0
-    clock.tick("sensitivity-0", result)
-    store.save("sensitivity-1", {})
-    store.save("train-0-seed-0", {})
-    now[0] = 145.0
-    clock.tick("train-0-seed-0", result)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("(5 s; 2 cells left, about 45 s)")
-    assert lines[1].endswith("(40 s; done)")
+
+    def measure(seconds):
+        now[0] += seconds
+        store.save("other", {})
+        return {"mean": 1.0, "standard_error": 0.5, "directions": 20}
+
+    sweep._complete(
+        store, {name: partial(measure, s) for name, s in {"a": 5.0, "b": 11.0, "other": 1.0, "c": 2.0}.items()}
+    )
+    ends = [line.partition("(")[2] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["2 cells left, about 10 s)", "1 cells left, about 8 s)", "done)"]
 
 
 def curve(*points):
