@@ -287,7 +287,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
 def test_a_sensitivity_may_be_followed_by_trainings_of_any_length(options, capsys):
     common = ["sweep", *options, "--output=swept", "--layers=[1]"]
     assert main([*common, ONLY]) == 0
-    assert "no layer was trained" in capsys.readouterr().out
+    assert "No layer was trained" in capsys.readouterr().out
     assert all(row["loss"] == "" for row in sweep_csv())
     assert main([*common, "--steps=2"]) == 0
     assert sweep_csv()[1]["loss"] != ""
@@ -374,7 +374,9 @@ def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(opti
         assert all(math.isfinite(loss) for loss in losses)
     assert Path("swept/sweep_curves.png").stat().st_size > 10_000
     assert content["verdict"] in capsys.readouterr().out
-    assert re.match(r"In 3 steps layer [13] reaches .* In 0\.2 s layer [13] reaches", content["verdict"])
+    assert re.match(
+        r"In 3 steps: .*[13],? has the lowest dev loss.* In 0\.2 s: .*[13],? has the lowest", content["verdict"]
+    )
     assert content["plan"]["seconds"] == 0.2
 
 
@@ -464,13 +466,16 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
         1: [curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35))],
         2: [curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46))],
     }
+    one = "from one seed, so without a standard error"
     assert curves_verdict(curves, plan, 2) == (
-        "In 20 steps layer 2 reaches the lowest dev loss, 0.4200 (one seed). "
-        "In 30 s layer 1 reaches the lowest dev loss, 0.4000 (one seed), the chosen layer 2 0.4200 (one seed)."
+        f"In 20 steps: The chosen layer, 2, has the lowest dev loss, 0.42; layer 1 has 0.5, {one}. "
+        f"In 30 s: Layer 1 has the lowest dev loss, 0.4; the chosen layer, 2, has 0.42, {one}."
     )
     curves[2].append(curve((0, 0, 1.0), (20, 28, 0.44), (24, 32, 0.48)))
-    assert "layer 2 reaches the lowest dev loss, 0.4300 +- 0.0100." in curves_verdict(curves, plan, 2)
-    assert "chosen" not in curves_verdict(curves, plan, 3)
+    assert "layer, 2, has the lowest dev loss, 0.43 +- 0.01; layer 1 has 0.5, from one seed" in curves_verdict(
+        curves, plan, 2
+    )
+    assert "the chosen layer, 3, diverged or was not trained." in curves_verdict(curves, plan, 3)
 
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
@@ -481,26 +486,29 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
-        ([row(2, 0.1), row(11, 0.4, True)], ["11, wins: it lowers the dev loss by 0.4000, 0.3000 more", "21.2 standard"]),
-        ([row(2, 0.39), row(11, 0.4, True)], ["The chosen layer, 11, leads, but not clearly", "0.7 standard errors"]),
-        ([row(2, 0.41), row(11, 0.4, True)], ["does not clearly lose: layer 2", "0.4100, 0.0100 more, 0.7 standard errors"]),
+        ([row(2, 0.1), row(11, 0.4, True)],
+         ["The chosen layer, 11, has the lowest dev loss, 0.6 +- 0.01;", "layer 2 has 0.9 +- 0.01, 21.2 standard errors"]),
+        ([row(2, 0.39), row(11, 0.4, True)],
+         ["chosen layer, 11, has the lowest", "0.7 standard errors behind, which is not clear"]),
+        ([row(2, 0.41), row(11, 0.4, True)],
+         ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 0.7 standard errors behind, which is not"]),
         ([row(2, 0.1, se=None), row(11, 0.4, True, se=None)], ["from one seed, so without a standard error"]),
-        ([row(2, 0.5), row(11, 0.4, True)], ["does not win: layer 2"]),
+        ([row(2, 0.5), row(11, 0.4, True)], ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 7.1 standard"]),
         ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
         ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),
         ([row(2, diverged=1), row(11, None, True, diverged=1)], ["Every training diverged", "slzo sweep --lrs auto"]),
-        ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1000"]),
+        ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1."]),
         ([row(2), row(11)], ["chooses no layer"]),
         ([row(2, sensitivity=1.2), row(11, None, True), row(12, sensitivity=0.5)],
-         ["number 2 of 3 in sensitivity, at 1 +- 0.1; layer 2 leads at 1.2 +- 0.1", "by 1.4 standard errors, so not clearly"]),
-        ([row(2, sensitivity=3.0), row(11, None, True)], ["number 2 of 2", "by 14.1 standard errors; no layer was trained"]),
+         ["Layer 2 has the highest sensitivity, 1.2 +- 0.1; the chosen layer, 11, has 1 +- 0.1, 1.4 standard errors behind,"]),
+        ([row(2, sensitivity=3.0), row(11, None, True)], ["11, has 1 +- 0.1, 14.1 standard errors behind. No layer was"]),
         ([row(2, sensitivity=0.9), row(11, None, True)],
-         ["is the most sensitive, but not clearly, at 1 +- 0.1, 0.7 standard errors ahead of the next, layer 2;"]),
-        ([row(2, sensitivity=0.1), row(11, None, True)], ["The chosen layer, 11, is the most sensitive, at"]),
+         ["chosen layer, 11, has the highest sensitivity, 1 +- 0.1; layer 2 has 0.9 +- 0.1, 0.7 standard errors behind, which"]),
+        ([row(2, sensitivity=0.1), row(11, None, True)], ["The chosen layer, 11, has the highest sensitivity"]),
     ],
 )  # fmt: skip
 def test_verdicts(rows, parts):
-    found = verdict(rows, "accuracy")
+    found = verdict(rows)
     assert [part for part in parts if part not in found] == [], found
 
 

@@ -49,9 +49,9 @@ def sweep_layers(
     rows = layer_results(store, plan, profile)
     curves = seed_curves(store, plan)
     if plan.seconds is not None and curves:
-        sentence = curves_verdict(curves, plan, profile.dominant_layer)
+        sentence = curves_verdict(curves, plan, profile.dominant_layer, profile.title)
     else:
-        sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
+        sentence = verdict(rows, profile.title)
     title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
     write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title)
     say(format_rows(rows))
