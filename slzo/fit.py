@@ -41,6 +41,7 @@ from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
 from slzo.training import (
     adapt_rows,
+    agreed_settings,
     auto_rate,
     check_layer_option,
     load_parts,
@@ -82,9 +83,10 @@ def prepare(
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_rows(rows)
+    settings = agreed_settings(options, rows)
     checkpoint, plan = run.checkpoint, None
     if checkpoint is not None:
-        checkpoint.check_resumable(options.optimizer.classes)
+        checkpoint.check_resumable(settings)
     if run.time is None:  # otherwise the plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
     if checkpoint is not None:
@@ -121,7 +123,7 @@ def prepare(
         stepper.load_state_dict(checkpoint.note)
         stepper.num_evaluations += evaluations
     resumed = checkpoint is not None
-    prepared = Prepared(options, loaded, model, stepper, data, choice, profile, plan, resumed, time)
+    prepared = Prepared(options, settings, loaded, model, stepper, data, choice, profile, plan, resumed, time)
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     if not resumed:
         _announce(prepared)

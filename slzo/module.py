@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from slzo.callbacks.run_context import run_context, steps_per_epoch
 from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoints.checkpoint import Checkpoint, changed_options, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
@@ -150,7 +150,7 @@ class ZOModule(LightningModule):
         self.model: Any = None
         self.masters = nn.ParameterList()
         self._score: RunningScore | None = None
-        # for loggers, checkpoints and model cards; a resumed run compares them with its own options
+        # for loggers, checkpoints and model cards
         self.save_hyperparameters(
             {
                 **{name: getattr(self.options, name) for name in _RECORDED},
@@ -491,17 +491,10 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_tokenizer(note)
             return
-        old, new = (flat_settings("data", settings) for settings in (note["rows"], rows.step_settings()))
-        if changes := differences(old, new):
-            warn(f"these data options differ from the checkpoint's: {changes}")
-        if different := changed_options(checkpoint, self.hparams):
+        if changes := differences(note["settings"], agreed_settings(self.options, rows)):
             warn(
-                f"these model options differ from the checkpoint's: {different}; the new values are used, except that seed, "
-                "learning rate and optimizer state continue from the checkpoint"
-            )
-        if changes := differences(note["optimizer"]["options"], self.options.optimizer.options):
-            warn(
-                f"these options differ from the checkpoint's: {changes}; a resumed optimizer or scheduler keeps its own"
+                f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
+                "model.optimizer and model.lr_scheduler, which continue from the checkpoint"
             )
 
     def _release(self) -> None:

@@ -31,13 +31,14 @@ from slzo.zo.tuned_model import TunedModel
 
 
 def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
-    """Return the options of model and rows in which all processes of a run must agree, by name, as primitives."""
+    """Return the options of model and rows that a checkpoint holds and in which all processes agree, by name, as primitives."""
     own = {
         **options.flat(),
         "layer": options.layer,
         "seed": options.noise_seed,
         "parallel": options.parallel,
         "max_nonfinite": options.max_nonfinite,
+        "trust_remote_code": options.trust_remote_code,
         **flat_settings("engine", asdict(options.engine)),
     }
     return flat_settings("model", own) | flat_settings("data", rows.step_settings())

@@ -61,9 +61,9 @@ def change(function):
 
 
 def test_the_format_is_noted_and_another_one_refused(run, capsys):
-    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 1
-    change(put(2, "slzo", "format"))
-    assert "has format 2, and this slzo reads 1" in error_line(capsys, *EXPORT)
+    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 2
+    change(put(1, "slzo", "format"))
+    assert "has format 1, and this slzo reads 2" in error_line(capsys, *EXPORT)
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
 def test_another_optimizer_or_scheduler_on_resume_is_refused(run, capsys):
     line = error_line(capsys, *FIT, "--model.optimizer=SGD", "--model.optimizer.lr=1e-3")
     assert "model.optimizer SGD: the checkpoint was trained with Adam" in line
-    change(put("LinearLR", "slzo", "optimizer", "scheduler"))
+    change(put("LinearLR", "slzo", "settings", "model.lr_scheduler"))
     line = error_line(capsys, *FIT, "--model.lr_scheduler=ConstantLR")
     assert "model.lr_scheduler ConstantLR: the checkpoint was trained with LinearLR" in line
     assert not list(Path("runs").glob("*"))

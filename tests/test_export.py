@@ -316,7 +316,7 @@ def test_names_are_texts_in_a_card(tmp_path):
         "layer_reason": name,
         "hub": {},
         "data": {"rows": {}},
-        "rows": {"task": name, "batch_size": 8},
+        "settings": {"data.task": name, "data.batch_size": 8},
     }
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
@@ -350,7 +350,7 @@ def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, m
         "layer": None,
         "hub": {},
         "data": {"rows": {}},
-        "rows": {"task": "sst2", "batch_size": 8},
+        "settings": {"data.task": "sst2", "data.batch_size": 8},
     }
     adapter = PeftFiles({"r": rank}, {})
     facts = Facts("adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, adapter)

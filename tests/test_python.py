@@ -162,7 +162,7 @@ def test_a_resumed_optimizer_keeps_its_options_and_says_so(model_dir, data_dir, 
     fit(2, partial(cosine, T_max=2))
     trainer = fit(4, partial(cosine, T_max=4), weight_decay=0.5)
     changes = "model.lr_scheduler.T_max: 2 -> 4; model.optimizer.weight_decay: 0.01 -> 0.5"
-    assert f"these options differ from the checkpoint's: {changes}; a resumed" in capsys.readouterr().err
+    assert f"these options differ from the checkpoint's: {changes}; the new" in capsys.readouterr().err
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.01
     fit(2, partial(once, max_lr=1e-3, total_steps=2))
     with pytest.raises(SlzoError, match=r"model\.lr_scheduler: .* is 2 \(the run takes 4 steps\); a resumed run keeps"):

@@ -189,7 +189,7 @@ def test_a_card_imports_no_task_of_a_checkpoint(options, monkeypatch):
     monkeypatch.syspath_prepend(str(Path.cwd()))
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     content = read_checkpoint(last_checkpoint()).content
-    content["slzo"]["rows"]["task"] = "card_task.Task"
+    content["slzo"]["settings"]["data.task"] = "card_task.Task"
     checkpoint_file.write(content, last_checkpoint())
     export_checkpoint(read_checkpoint(last_checkpoint()), "out")
     assert "card_task.Task" in Path("out/README.md").read_text()

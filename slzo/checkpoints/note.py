@@ -9,7 +9,7 @@ from torch import Tensor
 from slzo.utils.errors import SlzoError
 from slzo.utils.hub import model_commit, split_revision
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 _MISSING = object()
 _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -29,10 +29,9 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "nonfinite_in_row": (int,),
         "base": (dict,),
         "data": (dict,),
-        "rows": (dict,),
+        "settings": (dict,),
         "environment": (dict,),
         "hub": (dict,),
-        "optimizer": (dict,),
         "onednn": (bool, type(None)),
     }
 )

@@ -45,10 +45,9 @@ class Facts:
     scored: bool = False
 
     @property
-    def data(self) -> Mapping[str, Any]:
-        """Settings of the data: the task with its version and arguments, rows, batch size."""
-        settings: Mapping[str, Any] = self.note["rows"]
-        return settings
+    def task(self) -> str:
+        """Name of the task, or its class path."""
+        return str(self.note["settings"]["data.task"])
 
     @property
     def data_set(self) -> HubSource | None:
@@ -80,7 +79,7 @@ class Facts:
             "dtype": self.note["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
             "fingerprint": self.note["base"],
-            **({"task": self.data["task"]} if self.data["task"] in TASKS else {}),
+            **({"task": self.task} if self.task in TASKS else {}),
             **{name: value for name, value in chat.items() if value},
         }
 

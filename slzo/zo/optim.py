@@ -99,26 +99,6 @@ class OptimizerChoice:
         """Whether the learning rate is automatic."""
         return self.lr == AUTO_LR
 
-    @property
-    def classes(self) -> dict[str, str | None]:
-        """Classes of optimizer and scheduler; a saved state can be loaded only into the same classes."""
-        scheduler = self.settings["scheduler"]
-        return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of optimizer and scheduler by name, except the learning rate; a saved state brings its own."""
-        scheduler = self.settings["scheduler"] or {}
-        own = {"model.optimizer": self.settings, "model.lr_scheduler": scheduler}
-        # fused and foreach only say how the same step is computed
-        left_out = ("class", "lr", "scheduler", "last_epoch", "fused", "foreach")
-        return {
-            f"{option}.{name}": value
-            for option, settings in own.items()
-            for name, value in settings.items()
-            if name not in left_out and name[0] != "_"
-        }
-
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try optimizer and scheduler on a small matrix, so that errors appear before anything expensive is done.

@@ -141,12 +141,15 @@ class TrainingOptions:
 
     def flat(self) -> dict[str, Any]:
         """Return the options that steps depend on by dotted name, such as ``scope.rank``, primitives only."""
+        optimizer = dict(self.optimizer.settings)
+        scheduler = optimizer.pop("scheduler") or {}
         return {
             "model": self.model,
             "dtype": self.dtype,
             "quantization": self.quantization,
             **flat_settings("scope", self.scope_settings),
             **flat_settings("estimator", constructor_settings(self.estimator, "model.estimator")),
-            **flat_settings("optimizer", self.optimizer.settings),
+            **flat_settings("optimizer", optimizer),
+            **flat_settings("lr_scheduler", scheduler),
             **asdict(self.step),
         }
