@@ -66,8 +66,7 @@ class TaskRows:
         task: Task name ({TASKS}), TemplateTask or ChatTask.
             Required. TemplateTask (a prompt template with candidates or free answers) and ChatTask (conversations) read your own
             files.
-        tokenizer: Model whose tokenizer is used; by default the model that is trained or scored, on the command line always
-            model.model.
+        tokenizer: Model whose tokenizer is used; by default the model that is trained or scored.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
@@ -95,7 +94,7 @@ class TaskRows:
         allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
         seed: Seed of the random draws; by default that of seed_everything.
-        trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
+        trust_remote_code: Run code of the given tokenizer that comes with a Hub repository; for others, model.trust_remote_code.
     """
 
     def __init__(

@@ -42,8 +42,6 @@ from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 
 _MAX_SEED = 2**32 - 1
-# options of the rows that follow those of the model
-_LINKED = {"data.tokenizer": "model.model", "data.trust_remote_code": "model.trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class App:
     def set_up_rows(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
         self.rows.trainer = self.trainer
+        self.rows.follow_model(self.model.options.model, self.model.options.trust_remote_code)
         self.rows.prepare_data()
         self.rows.setup("fit")
         return self.rows
@@ -174,16 +173,11 @@ class SlzoCLI(LightningCLI):
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
             }
         )
-        for target, source in _LINKED.items():
-            parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(args)
-        for option in parser.given:
-            if (source := _LINKED.get(option.name)) is not None:
-                raise SlzoError(f"{option.name} {option.value!r}: follows {source} on the command line; leave it out")
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, spelled_out(args))
