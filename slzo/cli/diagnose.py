@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slzo.cli.given import Given, loaded, parents
+from slzo.cli.given import loaded, parents
 from slzo.cli.option_types import (
     argument_types,
     class_at,
@@ -28,6 +28,7 @@ from slzo.cli.option_types import (
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.class_paths import import_failure, required_arguments
 from slzo.utils.errors import SlzoError
+from slzo.utils.settings import Given
 
 _MAX_CHOICES = 40
 _MAX_LISTED = 8

@@ -1,7 +1,7 @@
 """The options of a training."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from slzo.models.device_map import DeviceMapChoice
@@ -151,5 +151,6 @@ class TrainingOptions:
             **flat_settings("estimator", constructor_settings(self.estimator, "model.estimator")),
             **flat_settings("optimizer", optimizer),
             **flat_settings("lr_scheduler", scheduler),
-            **asdict(self.step),
+            "eps": "auto" if self.step.eps is None else self.step.eps,
+            "num_queries": self.step.num_queries,
         }
