@@ -404,8 +404,8 @@ class TaskRows:
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        num_tokens = [row.encoded.num_tokens for row in rows] if world_size > 1 else None
-        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, num_tokens, steps_done)
+        num_tokens = [row.encoded.num_tokens for row in rows]
+        sampler = StepBatchSampler(num_tokens, size, seed, rank, world_size, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler
