@@ -22,7 +22,6 @@ from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.timing import measure_times
 from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
@@ -39,6 +38,7 @@ from slzo.resume import check_environment, open_step_log
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
+from slzo.timing import measure_times
 from slzo.training import (
     adapt_rows,
     agreed_settings,
@@ -54,7 +54,8 @@ from slzo.training import (
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
-from slzo.utils.runtime import gather_from_processes, peak_memory_gb
+from slzo.utils.process_group import gather_from_processes
+from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes

@@ -14,8 +14,6 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from slzo.callbacks.run_context import run_context, steps_per_epoch
-from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
@@ -34,6 +32,8 @@ from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note
 from slzo.run import Prepared
+from slzo.run_context import run_context, steps_per_epoch
+from slzo.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.strategy import shard_group_of
 from slzo.training import adapt_rows, agreed_settings, load_parts, restore
 from slzo.utils.console import warn
@@ -41,7 +41,8 @@ from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
-from slzo.utils.runtime import check_agreement, peak_memory_gb
+from slzo.utils.process_group import check_agreement
+from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate

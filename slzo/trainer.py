@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
+from slzo.schedule import callback_of, folder_of
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.trainer_options import TRAINER_DEFAULTS, check_callbacks, check_options, limit_defaults, take_time_limit

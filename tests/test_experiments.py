@@ -22,8 +22,8 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
-from slzo.experiments.timing import spaced_batches
 from slzo.models.logits import needed_logits
+from slzo.timing import spaced_batches
 from slzo.training import make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point

@@ -37,6 +37,9 @@ ROOMS = {
     "slzo.trainer_options": "trainer",
     "slzo.run": "fit",
     "slzo.prefix_plan": "training",
+    "slzo.timing": "training",
+    "slzo.schedule": "module",
+    "slzo.run_context": "module",
 }
 
 

@@ -29,7 +29,7 @@ from slzo.training import agreed_settings
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat
-from slzo.utils.runtime import check_agreement
+from slzo.utils.process_group import check_agreement
 
 SECONDS = 240
 
@@ -386,10 +386,10 @@ def test_processes_agree_on_all_that_their_steps_depend_on():
 
 def test_agreement_names_rank_and_value(monkeypatch):
     found = [{"lr": 1, "layer": 2}, {"lr": 1, "layer": 2}, {"lr": 1, "layer": 3}]
-    monkeypatch.setattr("slzo.utils.runtime.gather_from_processes", lambda _: found)
+    monkeypatch.setattr("slzo.utils.process_group.gather_from_processes", lambda _: found)
     with pytest.raises(SlzoError, match="rank 0 -> rank 2: layer: 2 -> 3; give all the same files"):
         check_agreement({}, "give all the same files")
-    monkeypatch.setattr("slzo.utils.runtime.gather_from_processes", lambda _: found[:2])
+    monkeypatch.setattr("slzo.utils.process_group.gather_from_processes", lambda _: found[:2])
     check_agreement({}, "")
 
 

@@ -21,11 +21,11 @@ import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
 from slzo.export import export_checkpoint
 from slzo.fit import best_state
+from slzo.schedule import callback_of
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import AUTO_LR

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from slzo.callbacks.run_context import dev_batches, num_dev_rows
-from slzo.callbacks.schedule import is_quick, validation_due
 from slzo.module import ZOModule
+from slzo.run_context import dev_batches, num_dev_rows
+from slzo.schedule import is_quick, validation_due
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.time_plan import Passes

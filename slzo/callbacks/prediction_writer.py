@@ -10,7 +10,7 @@ from slzo.models.placement import placement_of
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.files import output_file, replacing
-from slzo.utils.runtime import gather_from_processes
+from slzo.utils.process_group import gather_from_processes
 
 
 class PredictionWriter(Callback):

@@ -12,8 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.run_context import num_dev_rows, planned_steps
-from slzo.callbacks.schedule import callback_of, folder_of, is_quick
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -22,6 +20,8 @@ from slzo.report.run_facts import FitOutcome
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.resume import loaded_from_hub
 from slzo.run import Prepared
+from slzo.run_context import num_dev_rows, planned_steps
+from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment

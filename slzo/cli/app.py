@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
-from slzo.callbacks.run_context import run_context
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.class_defaults import class_defaults
@@ -35,6 +34,7 @@ from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
+from slzo.run_context import run_context
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import DataFingerprint
-from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.task_rows import TaskRows
+from slzo.timing import measure_times, spaced_batches
 from slzo.training import auto_rate, make_stepper, measure_step, tune, uses_auto
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
