@@ -11,6 +11,7 @@ TOOLS = sorted(
     path.relative_to(ROOT) for folder in ("tools", "tools/research") for path in (ROOT / folder).glob("*.py")
 )
 WITHOUT_OPTIONS = {"tiny.py", "faults.py", "plain_training.py", "published_step.py", "docs_reference.py"}
+WITHOUT_OPTIONS |= {"command_parsers.py"}
 
 
 @pytest.mark.slow

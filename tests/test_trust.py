@@ -9,10 +9,10 @@ import pytest
 import yaml
 from helpers import error_line, last_checkpoint, run_dir, summary
 
+from command_parsers import parser_of
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.cli.app import parser_of
 from slzo.cli.option_types import types_in
 from slzo.commands.registry import COMMANDS
 from slzo.export import export_checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 from jsonargparse import Namespace
 from mkdocs.structure.files import File, Files
 
+from command_parsers import parser_of
 from slzo.callbacks.defaults import DEFAULTS
-from slzo.cli.app import parser_of
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.export import export_checkpoint

@@ -22,7 +22,6 @@ from slzo.cli.parser import (
     CommandParser,
     add_command_arguments,
     command_function,
-    plain_parser,
     read_given,
 )
 from slzo.cli.run_config import with_run_config
@@ -246,19 +245,3 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         command_function(command)(app, **own)
     except MisconfigurationException as error:  # Lightning found a user's error during the run
         raise SlzoError(f"trainer: {one_line(error, None)}") from error
-
-
-def parser_of(command: Command) -> CommandParser:
-    """Return the parser of a command's options."""
-    if not command.has_app:
-        return plain_parser(command)
-    return _ParserOnly(command).parser
-
-
-class _ParserOnly(SlzoCLI):
-    """Builds the parser and nothing else."""
-
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self.seed_everything_default, self.parser_class, self.auto_configure_optimizers = 0, AppParser, False
-        self.setup_parser(False, {"description": command.help}, {})
