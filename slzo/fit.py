@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.note import check_commit
 from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.timing import measure_times
 from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
@@ -39,15 +38,15 @@ from slzo.resume import check_environment, open_step_log
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
+from slzo.timing import measure_times
 from slzo.training import (
     adapt_rows,
+    agreed_settings,
     auto_rate,
     check_layer_option,
     load_parts,
-    make_evaluator,
     make_stepper,
     restore,
-    restore_values,
     restored_rate,
     tune,
     uses_auto,
@@ -55,7 +54,8 @@ from slzo.training import (
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
-from slzo.utils.runtime import gather_from_processes, peak_memory_gb
+from slzo.utils.process_group import gather_from_processes
+from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
@@ -77,15 +77,17 @@ def prepare(
 ) -> Prepared:
     """Do everything that comes before the first step. The rows are already set up for ``fit``.
 
-    ``loaded`` is the untuned model if it is already loaded, ``tuned`` the model of an earlier ``fit``, to tune it further.
+    ``loaded`` is the untuned model if it is already loaded. ``tuned`` is the model of an earlier ``fit``, to tune it further
+    without a checkpoint.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_objective(rows.objective)
+    settings = agreed_settings(options, rows)
     checkpoint, plan = run.checkpoint, None
     if checkpoint is not None:
-        checkpoint.check_resumable(options.optimizer.classes)
+        checkpoint.check_resumable(settings)
     if run.time is None:  # otherwise the plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
     if checkpoint is not None:
@@ -106,7 +108,9 @@ def prepare(
     else:
         data, seed = rows.fingerprint(checkpoint.note["data"]), checkpoint.note["noise_seed"]
         check_environment(checkpoint.note, run.device, rows.processes.world_size)
-        model, choice = _restored_model(options, loaded, checkpoint, tuned)
+        layer = checkpoint.note["layer"]
+        choice = None if layer is None else Choice(layer, checkpoint.note["layer_reason"])
+        model = restore(loaded, checkpoint, options, for_training=True)
     if tuned is not None:
         model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows, held_out=True)
@@ -122,7 +126,7 @@ def prepare(
         stepper.load_state_dict(checkpoint.note)
         stepper.num_evaluations += evaluations
     resumed = checkpoint is not None
-    prepared = Prepared(options, loaded, model, stepper, data, choice, profile, plan, resumed, time)
+    prepared = Prepared(options, settings, loaded, model, stepper, data, choice, profile, plan, resumed, time)
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     if not resumed:
         _announce(prepared)
@@ -137,18 +141,6 @@ def _new_model(
         return tuned, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), None
     profile, choice = choose_layer(parts, options, rows, run)
     return tune(parts, options, rows, None if choice is None else choice.layer), choice, profile
-
-
-def _restored_model(
-    options: TrainingOptions, parts: ModelParts, checkpoint: Checkpoint, tuned: TunedModel | None
-) -> tuple[TunedModel, Choice | None]:
-    """Return the model of a checkpoint with its tuned tensors; Lightning restores the optimizer afterwards."""
-    note = checkpoint.note
-    if tuned is None:
-        tuned = restore(parts, checkpoint, options, for_training=True)
-    else:
-        restore_values(tuned, checkpoint, options)
-    return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 
 def choose_layer(
@@ -287,7 +279,7 @@ def score_test_rows(
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
     has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
-        make_evaluator(rows, prepared.model),
+        rows.evaluator(prepared.model),
         rows.eval_batches("test"),
         rows.running_score(prepared.model.parts.model.device),
         rows.selection_metric.metric,
@@ -340,12 +332,7 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
         yield
         return
     last = model.tensors.clone_masters()
-    try:
-        model.tensors.load(state)
-    except KeyError as error:
-        raise SlzoError(
-            f"the best checkpoint has no tensor {error}; a callback has replaced it by another one: leave this callback out"
-        ) from error
+    model.tensors.load(state)
     try:
         yield
     finally:

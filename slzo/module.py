@@ -14,10 +14,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from slzo.callbacks.run_context import run_context, steps_per_epoch
-from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoints.checkpoint import Checkpoint, changed_options, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
@@ -34,14 +32,17 @@ from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note
 from slzo.run import Prepared
+from slzo.run_context import run_context, steps_per_epoch
+from slzo.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator, restore
+from slzo.training import adapt_rows, agreed_settings, load_parts, restore
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
-from slzo.utils.runtime import check_agreement, peak_memory_gb
+from slzo.utils.process_group import check_agreement
+from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
@@ -150,7 +151,7 @@ class ZOModule(LightningModule):
         self.model: Any = None
         self.masters = nn.ParameterList()
         self._score: RunningScore | None = None
-        # for loggers, checkpoints and model cards; a resumed run compares them with its own options
+        # for loggers, checkpoints and model cards
         self.save_hyperparameters(
             {
                 **{name: getattr(self.options, name) for name in _RECORDED},
@@ -234,7 +235,9 @@ class ZOModule(LightningModule):
         return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
-        """Do everything before the first step; a model that is already tuned is tuned further."""
+        """Do everything before the first step; without a checkpoint, a model that is already tuned is tuned further."""
+        if checkpoint is not None:
+            self._release()
         trainer, rows = self.trainer, self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
         run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
@@ -351,13 +354,11 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.prepared is not None
-        choice, stepper = self.prepared.options.optimizer, self.prepared.stepper
-        optimizer = choice.make(stepper.model.tensors.masters)
+        stepper = self.prepared.stepper
+        optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
-        if choice.make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
@@ -415,8 +416,7 @@ class ZOModule(LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
-        tuned = self.tuned_model
-        return self.rows.evaluator(self.parts) if tuned is None else make_evaluator(self.rows, tuned)
+        return self.rows.evaluator(self.tuned_model or self.parts)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""
@@ -466,13 +466,7 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
-        try:
-            self.tuned_model.tensors.load(state_dict)
-        except KeyError as error:
-            raise SlzoError(
-                f"ckpt_path: tensor {error} of the checkpoint does not fit model {self.options.model!r} with dominant layer "
-                f"{self.tuned_model.layer} and scope {self.options.scope.describe()!r}; use the options it was trained with"
-            ) from error
+        self.tuned_model.tensors.load(state_dict)
         return torch.nn.Module().load_state_dict({})  # nothing is missing or unexpected
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -487,7 +481,6 @@ class ZOModule(LightningModule):
         in_fit = trainer.state.fn == "fit"
         if in_fit and self.prepared is not None and not self.prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
-            self._release()
             self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
         if self.tuned_model is None:
             start = Checkpoint(str(trainer.ckpt_path), checkpoint)
@@ -500,17 +493,10 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_tokenizer(note)
             return
-        old, new = (flat_settings("data", settings) for settings in (note["rows"], rows.step_settings()))
-        if changes := differences(old, new):
-            warn(f"these data options differ from the checkpoint's: {changes}")
-        if different := changed_options(checkpoint, self.hparams):
+        if changes := differences(note["settings"], agreed_settings(self.options, rows)):
             warn(
-                f"these model options differ from the checkpoint's: {different}; the new values are used, except that seed, "
-                "learning rate and optimizer state continue from the checkpoint"
-            )
-        if changes := differences(note["optimizer"]["options"], self.options.optimizer.options):
-            warn(
-                f"these options differ from the checkpoint's: {changes}; a resumed optimizer or scheduler keeps its own"
+                f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
+                "model.optimizer and model.lr_scheduler, which continue from the checkpoint"
             )
 
     def _release(self) -> None:

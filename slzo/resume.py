@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slzo.checkpoints.checkpoint import write_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
@@ -57,14 +57,13 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "trust_remote_code": options.trust_remote_code,
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,
-        "optimizer": {**options.optimizer.classes, "options": options.optimizer.options},
         "chat": rows.task.chat is not None,
         "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
         "chat_template": rows.chat_template,
         "candidates": None if candidates is None else list(candidates),
         "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
         "data": prepared.data.to_dict(),
-        "rows": rows.step_settings(),
+        "settings": dict(prepared.settings),
         "environment": numerics(model.parts.model.device, rows.processes.world_size),
         "hub": loaded_from_hub(prepared, rows),
     }
@@ -155,16 +154,16 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     }
 
 
-def checkpoint_of_job(root: str | Path, job: str) -> Path | None:
-    """Return the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
+def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
+    """Read the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
     mine = (job, program_line())  # a job may run several commands
     found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == mine]
     found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
     if not found:
         return None
-    path = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
-    say(f"SLURM job {job} was restarted and continues {path}")
-    return path
+    checkpoint = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
+    say(f"SLURM job {job} was restarted and continues {checkpoint.path}")
+    return checkpoint
 
 
 def _job_of(environment: Path) -> tuple[str, str] | None:

@@ -47,6 +47,7 @@ class Prepared:
     """Everything that the steps of a training need."""
 
     options: TrainingOptions  # with the decisions made in preparation
+    settings: Mapping[str, Any]  # the options as given, of model and rows
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper

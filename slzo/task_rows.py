@@ -21,10 +21,9 @@ from slzo.data.row_encoding import encode_rows, prompt_batches
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits, draw_from
-from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, RunningScore, score_rows
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics
-from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
@@ -40,6 +39,7 @@ from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
 from slzo.zo.objectives.choice import choose_objective, selection_metric
 from slzo.zo.processes import ALONE, Processes
+from slzo.zo.tuned_model import TunedModel
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +66,7 @@ class TaskRows:
         task: Task name ({TASKS}), TemplateTask or ChatTask.
             Required. TemplateTask (a prompt template with candidates or free answers) and ChatTask (conversations) read your own
             files.
-        tokenizer: Model whose tokenizer is used; by default the model that is trained or scored, on the command line always
-            model.model.
+        tokenizer: Model whose tokenizer is used; by default the model that is trained or scored.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
@@ -95,7 +94,7 @@ class TaskRows:
         allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
         seed: Seed of the random draws; by default that of seed_everything.
-        trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
+        trust_remote_code: Run code of the given tokenizer that comes with a Hub repository; for others, model.trust_remote_code.
     """
 
     def __init__(
@@ -405,8 +404,8 @@ class TaskRows:
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        num_tokens = [row.encoded.num_tokens for row in rows] if world_size > 1 else None
-        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, num_tokens, steps_done)
+        num_tokens = [row.encoded.num_tokens for row in rows]
+        sampler = StepBatchSampler(num_tokens, size, seed, rank, world_size, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler
@@ -445,17 +444,16 @@ class TaskRows:
             return self.eval_batch_tokens
         return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
 
-    def evaluator(
-        self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
-    ) -> Evaluator:
-        """Return an evaluator for this task; for the arguments see :class:`slzo.evaluation.evaluator.Evaluator`."""
+    def evaluator(self, model: ModelParts | TunedModel) -> Evaluator:
+        """Return an evaluator that scores rows of this task with the live weights of a model."""
+        tuned = model if isinstance(model, TunedModel) else None
         return Evaluator(
-            parts,
+            model.parts if isinstance(model, TunedModel) else model,
             self.encoder.tokenizer,
             self.loss,
             self.scoring_tokens,
-            logits=logits,
-            prompt_states=prompt_states,
+            logits=None if tuned is None else tuned.logits,
+            prompt_states=None if tuned is None else tuned.prompt_states,
             decoding=self.decoding,
             rewards=None if self.reward is None else self.reward.rewards_of,
         )

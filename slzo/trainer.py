@@ -1,6 +1,7 @@
 """Lightning's Trainer with slzo's defaults: its callbacks, its checkpoint files and one folder per run."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
+from slzo.schedule import callback_of, folder_of
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.trainer_options import TRAINER_DEFAULTS, check_callbacks, check_options, limit_defaults, take_time_limit
@@ -96,14 +97,16 @@ class ZOTrainer(Trainer):
         ``best`` of the newest run.
 
         Raises:
-            SlzoError: Without a checkpoint, an earlier fit of this trainer had another model or other rows.
+            SlzoError: The model is no :class:`ZOModule`, or, without a checkpoint, an earlier fit of this trainer had another
+                model or other rows.
         """
+        model = _checked(model)
         for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):
             if clock is not None:
                 clock.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
+        if isinstance(datamodule, TaskRows):
             model.options.check_objective(datamodule.objective)
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, to_continue=True)
@@ -151,8 +154,7 @@ class ZOTrainer(Trainer):
         Arguments are those of :meth:`lightning.pytorch.Trainer.test`. ``ckpt_path`` can also be ``last`` or ``best``; without it
         the current weights are scored, untuned or tuned.
         """
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def validate(
@@ -165,8 +167,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Score dev rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
@@ -179,8 +180,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Predict held-out rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._running():
-            path = self._to_score(ckpt_path, model)
+        with self._scoring(ckpt_path, model) as path:
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
@@ -199,11 +199,11 @@ class ZOTrainer(Trainer):
         root = runs if self._fitted is None else self._fitted
         # a script may fit several times, and all its runs have the same command
         job = job_id() if to_continue and is_restarted() and command_line() is not None else None
-        if ckpt_path is None and job is not None:
-            ckpt_path = checkpoint_of_job(root, job)
-        if ckpt_path is None:
-            return None
-        found = find_checkpoint(ckpt_path, root, to_continue=to_continue)
+        found = None
+        if ckpt_path is not None:
+            found = find_checkpoint(ckpt_path, root, to_continue=to_continue)
+        elif job is not None:
+            found = checkpoint_of_job(root, job)
         self._set_known(found)
         return found
 
@@ -211,15 +211,27 @@ class ZOTrainer(Trainer):
         if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
             self.strategy.checkpoint_io.known = checkpoint
 
-    def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
-        """Return the path of the checkpoint to score; print that there is none, unless the model is tuned.
+    @contextmanager
+    def _scoring(self, ckpt_path: str | Path | None, model: LightningModule | None) -> Iterator[str | None]:
+        """Run Lightning with the path of the checkpoint to score; print that there is none, unless the model is tuned.
 
         Without a model, Lightning takes the one that was fitted, and its best checkpoint.
         """
-        checkpoint = self._find(ckpt_path)
-        if checkpoint is None and model is not None and not getattr(model, "is_tuned", False):
-            say("No ckpt_path given: scoring the untuned model.")
-        return None if checkpoint is None else checkpoint.path
+        scored = None if model is None else _checked(model)
+        with self._running():
+            checkpoint = self._find(ckpt_path)
+            if checkpoint is None and scored is not None and not scored.is_tuned:
+                say("No ckpt_path given: scoring the untuned model.")
+            yield None if checkpoint is None else checkpoint.path
+
+
+def _checked(model: object) -> ZOModule:
+    """Refuse modules of other classes, which slzo's callbacks cannot use."""
+    if not isinstance(model, ZOModule):
+        raise SlzoError(
+            f"model {type(model).__name__}: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
+        )
+    return model
 
 
 def _listed(given: Any) -> list[Any]:
@@ -232,7 +244,7 @@ def _run_logger(given: Any, root: str | Path | None) -> Any:
     runs = RUNS if root is None else str(Path(root) / RUNS)
     if given in (None, True):
         return RunLogger(runs)
-    if given is False:
+    if given is False or not _listed(given):
         return False if root is None else FolderLogger(runs)
     for logger in _listed(given):
         check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))

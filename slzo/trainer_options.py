@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
-from slzo.callbacks.schedule import check_precision
 from slzo.callbacks.time_limit import TimeLimit
+from slzo.schedule import check_precision
 from slzo.strategy import SHARDED
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_local

@@ -3,8 +3,7 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import check_commit
-from slzo.evaluation.evaluator import Evaluator
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -33,13 +31,14 @@ from slzo.zo.tuned_model import TunedModel
 
 
 def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
-    """Return the options of model and rows in which all processes of a run must agree, by name, as primitives."""
+    """Return the options of model and rows that a checkpoint holds and in which all processes agree, by name, as primitives."""
     own = {
         **options.flat(),
         "layer": options.layer,
         "seed": options.noise_seed,
         "parallel": options.parallel,
         "max_nonfinite": options.max_nonfinite,
+        "trust_remote_code": options.trust_remote_code,
         **flat_settings("engine", asdict(options.engine)),
     }
     return flat_settings("model", own) | flat_settings("data", rows.step_settings())
@@ -105,11 +104,6 @@ def tune(
     )
 
 
-def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
-    """Return an evaluator that scores rows with the live weights."""
-    return rows.evaluator(model.parts, model.logits, model.prompt_states)
-
-
 def restore(
     parts: ModelParts, checkpoint: Checkpoint, options: TrainingOptions, for_training: bool = False
 ) -> TunedModel:
@@ -130,34 +124,10 @@ def restore(
             )
     check_commit(note, options.model, parts.model.name_or_path)
     subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
-    with _fitting(options):
-        model = TunedModel.from_description(parts, note, options.engine, subset)
-        if checkpoint.content["state_dict"]:  # left out if the values are those of the base model
-            model.tensors.load(checkpoint.content["state_dict"])
-    return model
-
-
-def restore_values(model: TunedModel, checkpoint: Checkpoint, options: TrainingOptions) -> None:
-    """Set the tuned tensors of a model to those of a checkpoint.
-
-    Raises:
-        SlzoError: They differ in more than their values.
-    """
-    model.check(checkpoint.note)
-    with _fitting(options):
+    model = TunedModel.from_description(parts, note, options.engine, subset)
+    if checkpoint.content["state_dict"]:  # left out if the values are those of the base model
         model.tensors.load(checkpoint.content["state_dict"])
-
-
-@contextmanager
-def _fitting(options: TrainingOptions) -> Iterator[None]:
-    """Convert the error of a tensor that does not fit the model."""
-    try:
-        yield
-    except KeyError as error:
-        raise SlzoError(
-            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
-            "with"
-        ) from error
+    return model
 
 
 def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
@@ -183,7 +153,7 @@ def make_stepper(
         rows.objective,
         options.estimator,
         options.step if step is None else step,
-        evaluator=make_evaluator(rows, model),
+        evaluator=rows.evaluator(model),
         processes=rows.processes,
         shared_prefix=shared_prefix(model, rows),
         **{

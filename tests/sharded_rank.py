@@ -19,7 +19,7 @@ from slzo.models.placement import placement_of
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
-from slzo.utils.runtime import leave_process_group
+from slzo.utils.process_group import leave_process_group
 
 CPU = torch.device("cpu")
 LAYER = 2

@@ -248,7 +248,7 @@ def test_a_run_that_is_resumed_with_a_given_rate_says_so(auto, capsys):
     given = ["--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--model.eps=1e-2"]
     assert main(["fit", *auto, *given, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
     assert (
-        "model.optimizer.lr: auto -> 0.001; model.eps: auto -> 0.01; the new values are used" in capsys.readouterr().err
+        "model.eps: auto -> 0.01; model.optimizer.lr: auto -> 0.001; the new values are used" in capsys.readouterr().err
     )
     assert summary(1)["eps"] == 1e-2
 

@@ -91,11 +91,12 @@ CHANGES = {
         (None, {"model.estimator": "OneSided"}),
     ],
     "`model.dtype`, `model.quantization`": [(None, {"model.dtype": "bfloat16"})],
-    "`model.engine` options, `model.max_nonfinite`": [
+    "`model.engine` options, `model.max_nonfinite`, `model.parallel`": [
         (None, {"model.engine.packed": False}),
         (None, {"model.max_nonfinite": 5}),
+        (None, {"model.parallel": "directions"}),
     ],
-    "`model.parallel`, `model.device_map`, `model.offload_folder`": [(None, {"model.parallel": "directions"})],
+    "`model.device_map`, `model.offload_folder`": [(None, {"model.device_map": "sequential"})],
     "`data.batch_size`, `data.objective`, `data.reward`": [
         (None, {"data.batch_size": 4}),
         (None, {"data.objective": "metric"}),

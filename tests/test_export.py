@@ -310,11 +310,18 @@ def test_names_are_texts_in_a_card(tmp_path):
     """Markdown and HTML in them change nothing else; the code fences are longer than what they hold."""
     name = "a`b``\n---\n# [x](y) <script> | _i_ my_rows"
     licence = Licence("other", name, "javascript:alert(1)")
-    note = {"dtype": "float32", "layer": 1, "layer_reason": name, "hub": {}, "data": {"rows": {}}}
+    note = {
+        "dtype": "float32",
+        "layer": 1,
+        "layer_reason": name,
+        "hub": {},
+        "data": {"rows": {}},
+        "settings": {"data.task": name, "data.batch_size": 8},
+    }
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
     origin = Origin(name, False, licence=licence)
-    facts = Facts("adapter", origin, note, 1, name, 2, 4, PeftFiles({"r": 2}, {}), {"task": name}, told, True)
+    facts = Facts("adapter", origin, note, 1, name, 2, 4, PeftFiles({"r": 2}, {}), told, True)
     write_card(facts, ADAPTER, tmp_path, name)
     metadata, text = card(tmp_path)
     assert metadata["model-index"][0]["name"] == " ".join(name.split())
@@ -338,7 +345,13 @@ def test_the_code_of_a_card_trusts_the_code_of_a_model_that_has_some(format, own
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])
 def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, model_dir, tmp_path):
-    note = {"dtype": "float32", "layer": None, "hub": {}}
+    note = {
+        "dtype": "float32",
+        "layer": None,
+        "hub": {},
+        "data": {"rows": {}},
+        "settings": {"data.task": "sst2", "data.batch_size": 8},
+    }
     adapter = PeftFiles({"r": rank}, {})
     facts = Facts("adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, adapter)
     write_card(facts, ADAPTER, tmp_path, "title")

@@ -59,8 +59,8 @@ def test_an_export_format(options, monkeypatch):
     monkeypatch.setattr(export, "FORMATS", MappingProxyType({**export.FORMATS, "npz": scope["NPZ"]}))
     assert main(["fit", *options]) == 0
     path = last_checkpoint()
-    done = export.export_checkpoint(read_checkpoint(path), export.ExportOptions("out", "npz"))
-    with np.load(done.folder / "tuned.npz") as arrays:
+    folder = export.export_checkpoint(read_checkpoint(path), "out", "npz")
+    with np.load(folder / "tuned.npz") as arrays:
         assert {name: array.tolist() for name, array in arrays.items()} == {
             name: tensor.tolist() for name, tensor in tuned(path).items()
         }

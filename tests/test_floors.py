@@ -15,9 +15,9 @@ FLOORS = [
     ["cli"],
     ["trainer"],
     ["module", "loggers", "checkpoint_io"],
-    ["datamodule", "fit", "strategy"],
-    ["experiments", "memory_plan", "profiling", "prompting"],
-    ["training", "export", "report"],
+    ["datamodule", "fit", "prompting", "strategy"],
+    ["experiments", "export", "memory_plan", "profiling"],
+    ["training", "report"],
     ["task_rows"],
     ["zo"],
     ["evaluation"],
@@ -37,6 +37,9 @@ ROOMS = {
     "slzo.trainer_options": "trainer",
     "slzo.run": "fit",
     "slzo.prefix_plan": "training",
+    "slzo.timing": "training",
+    "slzo.schedule": "module",
+    "slzo.run_context": "module",
 }
 
 

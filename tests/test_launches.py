@@ -22,13 +22,14 @@ from torch.distributed import DistNetworkError, TCPStore
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.loggers import run_folder
 from slzo.resume import checkpoint_of_job
 from slzo.training import agreed_settings
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat
-from slzo.utils.runtime import check_agreement
+from slzo.utils.process_group import check_agreement
 
 SECONDS = 240
 
@@ -385,10 +386,10 @@ def test_processes_agree_on_all_that_their_steps_depend_on():
 
 def test_agreement_names_rank_and_value(monkeypatch):
     found = [{"lr": 1, "layer": 2}, {"lr": 1, "layer": 2}, {"lr": 1, "layer": 3}]
-    monkeypatch.setattr("slzo.utils.runtime.gather_from_processes", lambda _: found)
+    monkeypatch.setattr("slzo.utils.process_group.gather_from_processes", lambda _: found)
     with pytest.raises(SlzoError, match="rank 0 -> rank 2: layer: 2 -> 3; give all the same files"):
         check_agreement({}, "give all the same files")
-    monkeypatch.setattr("slzo.utils.runtime.gather_from_processes", lambda _: found[:2])
+    monkeypatch.setattr("slzo.utils.process_group.gather_from_processes", lambda _: found[:2])
     check_agreement({}, "")
 
 
@@ -401,11 +402,10 @@ def test_a_restarted_job_continues_the_run_of_its_own_command(tmp_path, monkeypa
         (folder.parent / "zo_start.ckpt").touch()
         if number < 2:
             (folder / "last.ckpt").touch()
-    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: folder / "checkpoints/last.ckpt")
+    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {}))
     found = {}
     for option in "abc":
         monkeypatch.setattr(sys, "argv", ["slzo", "fit", f"--{option}"])
         found[option] = checkpoint_of_job(tmp_path, "42")
-    last = "checkpoints/last.ckpt"
-    assert found == {"a": tmp_path / "version_0" / last, "b": tmp_path / "version_1" / last, "c": None}
+    assert [found["a"].path, found["b"].path, found["c"]] == ["version_0/last.ckpt", "version_1/last.ckpt", None]
     assert checkpoint_of_job(tmp_path, "43") is None

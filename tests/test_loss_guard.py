@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.run_context import num_dev_rows
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.cli.app import SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.run_context import num_dev_rows
 from slzo.zo import auto_step
 from slzo.zo.optim import halve_rate
 from slzo.zo.tuned import TunedTensors

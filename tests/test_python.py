@@ -14,17 +14,18 @@ import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
-from slzo.export import ExportOptions, export_checkpoint
+from slzo.export import export_checkpoint
 from slzo.fit import best_state
+from slzo.schedule import callback_of
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import AUTO_LR
@@ -161,7 +162,7 @@ def test_a_resumed_optimizer_keeps_its_options_and_says_so(model_dir, data_dir, 
     fit(2, partial(cosine, T_max=2))
     trainer = fit(4, partial(cosine, T_max=4), weight_decay=0.5)
     changes = "model.lr_scheduler.T_max: 2 -> 4; model.optimizer.weight_decay: 0.01 -> 0.5"
-    assert f"these options differ from the checkpoint's: {changes}; a resumed" in capsys.readouterr().err
+    assert f"these options differ from the checkpoint's: {changes}; the new" in capsys.readouterr().err
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.01
     fit(2, partial(once, max_lr=1e-3, total_steps=2))
     with pytest.raises(SlzoError, match=r"model\.lr_scheduler: .* is 2 \(the run takes 4 steps\); a resumed run keeps"):
@@ -249,7 +250,7 @@ def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir):
     assert all(tensor.equal(same.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
-def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir):
+def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir, capsys):
     """Also in Lightning's format, which slzo reads."""
 
     def fit(module, steps, path=None):
@@ -266,6 +267,26 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
     assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
     assert read_checkpoint(saved.last_model_path).note["layer"] == 1
+    capsys.readouterr()
+    found = newest_checkpoint("to4")
+    assert (Path(found.path).name, found.step) == ("last.ckpt", 4)
+    assert capsys.readouterr().err == ""  # it is not taken for a damaged one
+
+
+@pytest.mark.parametrize("logger", [False, [], ()])
+def test_without_a_logger_nothing_is_written(logger):
+    trainer = ZOTrainer(logger=logger, **QUIET)
+    assert (trainer.log_dir, trainer.loggers, trainer.checkpoint_callbacks) == (None, [], [])
+
+
+@pytest.mark.parametrize("method", ["fit", "test", "validate", "predict"])
+def test_modules_of_other_classes_are_refused_at_once(method, model_dir, data_dir):
+    line = "model BoringModel: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
+    with pytest.raises(SlzoError, match=line):
+        getattr(ZOTrainer(**QUIET), method)(BoringModel(), datamodule=rows(data_dir))
+    with pytest.raises(SlzoError, match="model: needs the rows of a TaskDataModule"):
+        getattr(ZOTrainer(max_steps=1, **QUIET), method)(ZOModule(str(model_dir)), datamodule=BoringDataModule())
+    assert not Path("runs").exists()
 
 
 class OwnRows(TaskDataModule):
@@ -275,7 +296,7 @@ class OwnRows(TaskDataModule):
 def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
     own = OwnRows("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12)
     ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(ZOModule(str(model_dir), layer=1), datamodule=own)
-    export_checkpoint(read_checkpoint(last_checkpoint()), ExportOptions("out"))
+    export_checkpoint(read_checkpoint(last_checkpoint()), "out")
     assert json.loads(Path("out/slzo.json").read_text())["task"] == "sst2"
 
 
@@ -380,9 +401,9 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
     fit(data_dir, model_dir, callbacks=[snapshots])
     best = min(summary()["validations"], key=lambda point: point["loss"])["step"]
     assert Path(summary()["best_checkpoint"]).name == f"step={best}.ckpt"
-    assert checkpoint_of_run(run_dir()).name == f"step={best}.ckpt"
+    assert Path(checkpoint_of_run(run_dir()).path).name == f"step={best}.ckpt"
     (run_dir() / "checkpoints/broken.ckpt").symlink_to("gone.ckpt")
-    assert newest_checkpoint("runs").name == "last.ckpt"
+    assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
         newest_checkpoint("nothing", "best")
 

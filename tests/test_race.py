@@ -9,8 +9,8 @@ import pytest
 from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statistics, run_dir, summary
 
 from slzo.__main__ import main
-from slzo.callbacks.run_context import planned_steps
 from slzo.models.prefix_cache import PrefixCache
+from slzo.run_context import planned_steps
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import ALONE, Processes

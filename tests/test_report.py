@@ -72,7 +72,15 @@ def write_run(folder, lr=0.1):
     files = {
         "summary.json": SUMMARY,
         "environment.json": {"versions": {"torch": "9.9"}, "devices": [], "device": "cpu", "command": "slzo fit"},
-        "outlier_profile.json": {"dominant_layer": 2, "rule": "a rule", "layers": layers, "thresholds": [["ratio", 7]]},
+        "outlier_profile.json": {
+            "dominant_layer": 2,
+            "title": "chosen layer",
+            "rule": "a rule",
+            "layers": layers,
+            "thresholds": [["ratio", 7]],
+            "margin_reason": "",
+            "notes": [],
+        },
         "history.json": {"points": [{"step": s, "seconds": s, "loss": 1 / s, **metrics} for s in (10, 20)]},
         "samples.json": {
             "rows": [{"id": "0", "prompt": "<b>good & warm", "gold": ["great"], "before": "bad", "after": "great"}]

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, run_dir, same_tensors, summary, tuned
+from helpers import last_checkpoint, run_dir, same_tensors, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slzo
 from slzo import fit
 from slzo.__main__ import main
-from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.models.parts import ModelParts
 from slzo.report import forecast
 from slzo.report.forecast import Forecast, duration
@@ -130,16 +130,6 @@ def test_a_run_without_validations_has_a_history(options):
     assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
     assert main(["fit", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"]) == 0
     assert [[p["step"] for p in record("history.json", number)["points"]] for number in (0, 1)] == [[2, 4]] * 2
-
-
-def test_a_checkpoint_whose_record_is_incomplete_is_one_line(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
-    content = read_checkpoint(last_checkpoint()).content
-    del content["callbacks"]["RunRecord"]["points"]
-    write_checkpoint(content, "older.ckpt")
-    line = error_line(capsys, "fit", *options, "--ckpt_path=older.ckpt")
-    assert "has no points, so another version of slzo wrote it" in line
-    assert main(["test", *options, "--ckpt_path=older.ckpt"]) == 0
 
 
 def test_the_last_step_is_validated(options):

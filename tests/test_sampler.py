@@ -8,7 +8,7 @@ pytestmark = pytest.mark.fast
 
 
 def sampler(done=0, **options):
-    return StepBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done)
+    return StepBatchSampler(**{"num_tokens": [1] * 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done)
 
 
 def test_every_row_comes_once_per_epoch():
@@ -28,7 +28,7 @@ def test_a_pass_goes_on_from_the_present_step_across_epochs(done):
 
 def test_each_pass_asks_for_the_present_step():
     done = 0
-    one = StepBatchSampler(50, 8, 3, steps_done=lambda: done)
+    one = StepBatchSampler([1] * 50, 8, 3, steps_done=lambda: done)
     first = list(one)
     assert list(one) == first
     done = 2
@@ -67,5 +67,5 @@ def test_each_part_has_rows_and_none_has_too_many():
 
 def test_a_rest_too_small_for_every_process_is_left_out():
     for rank in (0, 1):
-        part = sampler(num_rows=33, rank=rank, world_size=2)
+        part = sampler(num_tokens=[1] * 33, rank=rank, world_size=2)
         assert len(list(part)) == len(part) == 2

@@ -453,7 +453,7 @@ def test_masked_checkpoints_of_another_shape_are_refused():
     name = tuned.names[0]
     parameters = dict(tiny_model().named_parameters())
     parameters[name] = torch.zeros(200, 200)
-    with pytest.raises(KeyError, match=rf"{name} of shape \[32, 32\]"):
+    with pytest.raises(SlzoError, match=rf"tensor '{name}' of shape \[32, 32\]"):
         TunedTensors.from_description(parameters, description)
 
 

@@ -189,7 +189,7 @@ def test_boolq_keeps_a_question_mark_and_copa_has_two_conjunctions():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sst9", r"^data.task 'sst9': unknown task; choose one of boolq, .*wsc; did you mean 'sst2'"),
+        ("sst9", r"^data.task 'sst9': unknown task; choose one of boolq, .*wsc; did you mean sst2"),
         ("!!", r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; for your own files use [a-zA-Z. ]*$"),
     ],
 )

@@ -18,14 +18,14 @@ from helpers import (
     tuned,
 )
 
+from slzo import timing
 from slzo.__main__ import main
 from slzo.callbacks import time_limit
 from slzo.callbacks.defaults import with_defaults
-from slzo.callbacks.schedule import check_interval
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
-from slzo.experiments import timing
 from slzo.module import ZOModule
+from slzo.schedule import check_interval
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import limit_defaults
 from slzo.utils.errors import SlzoError

@@ -22,6 +22,7 @@ WITHOUT_OPTIONS = {
         "faults",
         "published_step",
         "docs_reference",
+        "command_parsers",
         "slzo_step",
         "options",
         "measuring",

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from helpers import error_line, last_checkpoint, run_dir, summary
 
+from command_parsers import parser_of
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.cli.app import parser_of
 from slzo.cli.option_types import types_in
 from slzo.commands.registry import COMMANDS
-from slzo.export import ExportOptions, export_checkpoint
+from slzo.export import export_checkpoint
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.config_code import CODE_OPTIONS, GROUPS, code_in
 
@@ -189,9 +189,9 @@ def test_a_card_imports_no_task_of_a_checkpoint(options, monkeypatch):
     monkeypatch.syspath_prepend(str(Path.cwd()))
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     content = read_checkpoint(last_checkpoint()).content
-    content["slzo"]["rows"]["task"] = "card_task.Task"
+    content["slzo"]["settings"]["data.task"] = "card_task.Task"
     checkpoint_file.write(content, last_checkpoint())
-    export_checkpoint(read_checkpoint(last_checkpoint()), ExportOptions("out"))
+    export_checkpoint(read_checkpoint(last_checkpoint()), "out")
     assert "card_task.Task" in Path("out/README.md").read_text()
     assert json.loads(Path("out/slzo.json").read_text())["format"] in ("merged", "adapter")
     assert not Path("ran").exists()

@@ -1,7 +1,6 @@
 """The core without Lightning: choose, evaluate, step, describe, restore."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from slzo.models import startup_check
 from slzo.models.parts import ModelParts
 from slzo.models.placement import Placement, set_placement
 from slzo.models.startup_check import split_and_verify
-from slzo.training import restore_values
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -175,10 +173,9 @@ def test_values_of_a_checkpoint_that_do_not_fit_are_refused():
     before = model.tensors.clone_masters()
     values = {name: master + 1 for name, master in before.items()}
     missing = values.pop(next(iter(before)))
-    options = SimpleNamespace(model="tiny")
-    with pytest.raises(SlzoError, match=f"ckpt_path: tensor '{next(iter(before))}' .* does not fit model 'tiny'"):
-        restore_values(model, SimpleNamespace(note=model.description(), content={"state_dict": values}), options)
+    with pytest.raises(SlzoError, match=f"ckpt_path: tensor '{next(iter(before))}' does not fit the tuned tensors"):
+        model.tensors.load(values)
     assert all(torch.equal(master, before[name]) for name, master in model.tensors.clone_masters().items())
     whole = {next(iter(before)): missing, **values}
-    restore_values(model, SimpleNamespace(note=model.description(), content={"state_dict": whole}), options)
+    model.tensors.load(whole)
     assert all(torch.equal(master, whole[name]) for name, master in model.tensors.clone_masters().items())

@@ -32,7 +32,7 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.prefix_plan import plan_prefix
-from slzo.training import adapt_rows, auto_rate, make_evaluator, make_stepper, tune
+from slzo.training import adapt_rows, auto_rate, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
@@ -106,7 +106,7 @@ def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float 
     batches = rows.training_batches()
 
     def score() -> float:
-        return rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
+        return rows.score(rows.evaluator(model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
 
     def step(number: int) -> int:
         stepper.step(next(batches), number, optimizer)
@@ -129,7 +129,7 @@ def published(options: Options, lr: float) -> dict[str, Any]:
     def score() -> float:  # as for slzo, which is faster than with the published loss
         tuned = tune(ModelParts(model, onednn=False), training, rows, 0)
         try:
-            return rows.score(make_evaluator(rows, tuned), rows.eval_batches("dev"))["loss"]
+            return rows.score(rows.evaluator(tuned), rows.eval_batches("dev"))["loss"]
         finally:
             tuned.release()
 

@@ -8,11 +8,11 @@ from typing import Any
 from jsonargparse import Namespace
 from mkdocs.structure.files import File, Files
 
+from command_parsers import parser_of
 from slzo.callbacks.defaults import DEFAULTS
-from slzo.cli.app import parser_of
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
-from slzo.export import ExportOptions, export_checkpoint
+from slzo.export import export_checkpoint
 from slzo.module import ZOModule
 from slzo.private.parsers import options_of
 from slzo.trainer import ZOTrainer
@@ -21,7 +21,7 @@ from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
 _GROUPS = ("model", "data", *DEFAULTS)
 _TRAINER = (ZOTrainer.fit, ZOTrainer.validate, ZOTrainer.test, ZOTrainer.predict)
 _CORE = (take_step, Request, ClosureLoss, TunedTensors)
-_PUBLIC = (ZOTrainer, *_TRAINER, ZOModule, TaskDataModule, export_checkpoint, ExportOptions, *_CORE)
+_PUBLIC = (ZOTrainer, *_TRAINER, ZOModule, TaskDataModule, export_checkpoint, *_CORE)
 
 
 def on_files(files: Files, config: Any) -> Files:

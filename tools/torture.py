@@ -121,9 +121,9 @@ class Fit(Scenario):
 
     def result(self, folder: Path) -> Any:
         last = newest_checkpoint(folder / "runs")
-        state = read_checkpoint(last).content["state_dict"]
+        state = last.content["state_dict"]
         weights = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
-        return weights, _record(last.parent.parent)
+        return weights, _record(last.run_folder)
 
 
 class Edited(Fit):

@@ -5,7 +5,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Outcome
 
 _LONGEST = 1000
@@ -28,8 +27,8 @@ class AnswerLog(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        outcome = outputs.get("outcome") if isinstance(outputs, dict) else None
-        if not isinstance(outcome, Outcome) or not isinstance(batch, EvalBatch) or not outcome.num_tokens:
+        outcome: Outcome = outputs["outcome"]
+        if not outcome.num_tokens:
             return
         for place, row in enumerate(batch.rows[: max(0, self.num_examples - len(self._shown))]):
             reward = "" if outcome.rewarded is None else f"\n\n**reward** {outcome.rewarded.totals[place]:.4g}"

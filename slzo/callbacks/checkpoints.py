@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.schedule import callback_of, folder_of, is_last_step, validation_due
 from slzo.callbacks.stop_signals import StopSignals, largest
 from slzo.checkpoints.find import best_file
+from slzo.schedule import callback_of, folder_of, is_last_step, validation_due
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line

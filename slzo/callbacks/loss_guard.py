@@ -6,9 +6,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from slzo.callbacks.run_context import dev_batches, num_dev_rows
-from slzo.callbacks.schedule import is_quick, validation_due
 from slzo.module import ZOModule
+from slzo.run_context import dev_batches, num_dev_rows
+from slzo.schedule import is_quick, validation_due
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.time_plan import Passes
@@ -54,8 +54,9 @@ class LossGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the dev rows before training; their prefix states are needed later anyway."""
-        if self.factor is None or not isinstance(pl_module, ZOModule) or is_quick(trainer):
+        if self.factor is None or is_quick(trainer):
             return
+        assert isinstance(pl_module, ZOModule)
         assert pl_module.prepared is not None
         self.rolled_back_at = -1
         if trainer.enable_validation and trainer.val_check_batch is None:
@@ -73,8 +74,9 @@ class LossGuard(Callback):
             self._keep(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.factor is None or not validation_due(trainer) or not isinstance(pl_module, ZOModule):
+        if self.factor is None or not validation_due(trainer):
             return
+        assert isinstance(pl_module, ZOModule)
         metric = pl_module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
         if (factor := self.factor) == "auto":

@@ -1,15 +1,15 @@
 """Finds the dominant layer before training, with forward passes only."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from slzo.callbacks.schedule import folder_of
 from slzo.profiling import ProfileOptions
 from slzo.report.profile_files import PICTURE, write_profile
 from slzo.run import Prepared
+from slzo.schedule import folder_of
 from slzo.utils.docs import class_names, with_lists
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import RULES, Auto, SelectionRule
@@ -40,9 +40,7 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the profile; a resumed run has it from its checkpoint."""
-        prepared, folder = getattr(pl_module, "prepared", None), folder_of(trainer)
-        if not isinstance(prepared, Prepared):
-            return
+        prepared, folder = cast("Prepared", pl_module.prepared), folder_of(trainer)
         if not prepared.resumed:
             self.profile = prepared.profile
         if self.profile is None or folder is None or not trainer.is_global_zero:

@@ -10,7 +10,7 @@ from slzo.models.placement import placement_of
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.files import output_file, replacing
-from slzo.utils.runtime import gather_from_processes
+from slzo.utils.process_group import gather_from_processes
 
 
 class PredictionWriter(Callback):
@@ -34,8 +34,8 @@ class PredictionWriter(Callback):
         self._records.extend(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, ZOModule):
-            placement_of(pl_module.parts.model).barrier()
+        assert isinstance(pl_module, ZOModule)
+        placement_of(pl_module.parts.model).barrier()
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else self.output

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
-from slzo.callbacks.schedule import callback_of
+from slzo.schedule import callback_of
 from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
 from slzo.utils.peers import Peer, PeerWatch, end_process
-from slzo.utils.runtime import gather_from_processes, leave_process_group
+from slzo.utils.process_group import gather_from_processes, leave_process_group
 
 _STATUS = 2
 _LAUNCHER = "SLZO_LAUNCHER"

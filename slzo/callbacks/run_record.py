@@ -12,8 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.run_context import num_dev_rows, planned_steps
-from slzo.callbacks.schedule import callback_of, folder_of, is_quick
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -22,6 +20,8 @@ from slzo.report.run_facts import FitOutcome
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.resume import loaded_from_hub
 from slzo.run import Prepared
+from slzo.run_context import num_dev_rows, planned_steps
+from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
@@ -68,8 +68,7 @@ class RunRecord(Callback):
         return Passes(test_before=int(self.test_before), test_after=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, ZOModule):
-            return
+        assert isinstance(pl_module, ZOModule)
         prepared = pl_module.prepared
         assert prepared is not None
         self._forecast = Forecast(self._forecast.row_seconds)  # of this fit
@@ -93,7 +92,8 @@ class RunRecord(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
-        if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
+        assert isinstance(pl_module, ZOModule)
+        if self._forecast.end() and not is_quick(trainer):
             rows, every = pl_module.rows, trainer.val_check_batch  # None if validations follow the clock
             line = self._forecast.line(
                 planned_steps(trainer, rows) - trainer.global_step,
@@ -106,8 +106,9 @@ class RunRecord(Callback):
                 say(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        assert isinstance(pl_module, ZOModule)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         distance = pl_module.rows.selection_metric.distance(found, "val/")
         loss = found.pop("val/loss", math.nan)
@@ -126,8 +127,9 @@ class RunRecord(Callback):
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, ZOModule) or is_quick(trainer) or trainer.interrupted:
+        if is_quick(trainer) or trainer.interrupted:
             return
+        assert isinstance(pl_module, ZOModule)
         prepared = pl_module.prepared
         assert prepared is not None
         summary = finish(prepared, pl_module.rows, self._outcome(trainer), folder_of(trainer))
@@ -135,7 +137,8 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
-        if isinstance(pl_module, ZOModule) and pl_module.prepared is not None:
+        assert isinstance(pl_module, ZOModule)
+        if pl_module.prepared is not None:
             pl_module.stepper.close_log()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -36,15 +36,16 @@ class StepWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
-        if not isinstance(pl_module, ZOModule) or pl_module.prepared is None:
-            return
+        assert isinstance(pl_module, ZOModule)
+        assert pl_module.prepared is not None
         if not pl_module.prepared.resumed or self._size_at_start is None:
             self._zeros, self._size_at_start = 0, _size(pl_module)
             self._warned_of_rate = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        result = outputs.get("result") if isinstance(outputs, dict) else None
-        if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
+        assert isinstance(pl_module, ZOModule)
+        result: StepResult = outputs["result"]
+        if not result.estimate.finite:
             return
         estimate, stepper = result.estimate, pl_module.stepper
         if result.record.lr == 0 and stepper.sets_rate and not self._warned_of_rate:

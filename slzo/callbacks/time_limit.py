@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.callbacks.schedule import interval_of, validation_due
+from slzo.schedule import interval_of, validation_due
 from slzo.utils.console import say
 from slzo.zo.time_plan import TimePlan
 

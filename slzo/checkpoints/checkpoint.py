@@ -20,7 +20,6 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
 from slzo.utils.signals import signals_held
 
-_OPTIONS = {"lr": "optimizer.lr"}  # options that have another name among the hyper-parameters
 _ADVICE = "give another one of the run, or last for the newest intact one"
 # entries that a resumable checkpoint has in addition to the tuned tensors
 _TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
@@ -64,8 +63,8 @@ class Checkpoint:
         states = self.content.get("lr_schedulers")
         return states[0] if states else None
 
-    def check_resumable(self, optimizer: Mapping[str, Any]) -> None:
-        """Check that training with this optimizer can be resumed from the checkpoint.
+    def check_resumable(self, settings: Mapping[str, Any]) -> None:
+        """Check that training with these options, see :func:`slzo.training.agreed_settings`, can be resumed from the checkpoint.
 
         Raises:
             SlzoError: It holds only weights, or its optimizer or scheduler is of another class.
@@ -75,9 +74,8 @@ class Checkpoint:
                 f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot resume from "
                 "them; give the run's last.ckpt, or use it with test, predict or export"
             )
-        saved = self.note["optimizer"]
-        for option, name in (("model.optimizer", "class"), ("model.lr_scheduler", "scheduler")):
-            old, new = (str(settings.get(name) or "").rpartition(".")[2] for settings in (saved, optimizer))
+        for option in ("model.optimizer", "model.lr_scheduler"):
+            old, new = (str(each.get(option, "")).rpartition(".")[2] for each in (self.note["settings"], settings))
             if old and new and old != new:
                 raise SlzoError(
                     f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot load; resume with {old}, "
@@ -110,16 +108,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(str(path), content)
 
 
-def verify_checkpoint(path: str | Path) -> None:
-    """Compare the checksums of a checkpoint, without loading it.
-
-    Raises:
-        SlzoError: The file cannot be read, or is damaged.
-    """
-    with _one_line(f"ckpt_path {str(path)!r}"):
-        checkpoint_file.verify(path)
-
-
 def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint atomically.
 
@@ -129,13 +117,6 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
     with replacing(path) as partial:
         checkpoint_file.write(content, partial)
-
-
-def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
-    """Return the model options that differ from those of a checkpoint, as text; empty if there are none."""
-    saved = content.get("hyper_parameters", {})
-    different = [name for name in saved if name in own and saved[name] != own[name] and name[0] != "_"]
-    return "; ".join(f"model.{_OPTIONS.get(name, name)}: {saved[name]} -> {own[name]}" for name in different)
 
 
 @contextmanager

@@ -84,13 +84,6 @@ def read(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def verify(path: str | Path) -> None:
-    """Verify all checksums of a file; raises the errors of :func:`read`."""
-    with safe_open(path, framework="pt") as file:
-        for name, expected in _metadata(file)["tensors"].items():
-            _tensor(file, name, expected)
-
-
 def _metadata(file: Any) -> dict[str, Any]:
     """Return the tree and the checksums of the tensors."""
     header = file.metadata()

@@ -1,9 +1,8 @@
 """Finds the checkpoints of runs: the last and the best one of the newest run, or of a given one."""
 
-from contextlib import suppress
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of, verify_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
 from slzo.utils.console import inform, say, warn
 from slzo.utils.errors import SlzoError
 
@@ -19,10 +18,10 @@ RUNS = "runs"
 _BEST_CHECKPOINT = "BestCheckpoint"  # its state is stored under its name and options
 
 
-def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
-    """Return the last checkpoint of the newest run below ``root``.
+def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
+    """Read the last checkpoint of the newest run below ``root``.
 
-    If it is missing or damaged, report it and return the newest intact one, of the same run if that has any.
+    If it is missing or cannot be used, report it and read the newest intact one, of the same run if that has any.
 
     Args:
         root: Folder of the runs, or of one run.
@@ -43,17 +42,17 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
     if last is None:
         warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
-    else:
+    for path in sorted(found, key=lambda path: (path.parent != newest, path != last)):
         try:
-            verify_checkpoint(last)
-            return last
+            read = read_checkpoint(path)
         except SlzoError as error:
-            warn(str(error))
-    for path in sorted(found, key=lambda path: path.parent != newest):
-        with suppress(SlzoError):
-            if read_checkpoint(path).is_resumable:
-                inform(f"{path} is the newest intact checkpoint")
-                return path
+            if path == last:
+                warn(str(error))
+            continue
+        if path != last and read.is_resumable:
+            inform(f"{path} is the newest intact checkpoint")
+        if path == last or read.is_resumable:
+            return read
     raise SlzoError(
         f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a file"
     )
@@ -67,15 +66,20 @@ def _modified(path: Path) -> float | None:
         return None
 
 
-def named_checkpoint(name: str, root: str | Path) -> Path:
-    """Return the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`; print its path.
+def named_checkpoint(name: str, root: str | Path) -> Checkpoint:
+    """Read the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`; print its path.
 
     Raises:
         SlzoError: There is none.
     """
-    last = newest_checkpoint(root, name)
-    found = last if name == "last" else _best_of(last)
-    say(f"Using the {name} checkpoint of the newest run, {found}")
+    found = newest_checkpoint(root, name)
+    if name == "best":
+        if (best := _best_of(found)) is None:
+            raise SlzoError(
+                f"ckpt_path 'best': the run of {found.path!r} was not validated and has no best one; give last"
+            )
+        found = read_checkpoint(best)
+    say(f"Using the {name} checkpoint of the newest run, {found.path}")
     return found
 
 
@@ -88,37 +92,33 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
         SlzoError: There is none, or it cannot be used.
     """
     if str(ckpt_path) in NAMES:
-        return read_checkpoint(named_checkpoint(str(ckpt_path), root))
+        return named_checkpoint(str(ckpt_path), root)
     if not str(ckpt_path):
         raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
     path = Path(ckpt_path).expanduser()
     if (path / "checkpoints").is_dir():
-        path = newest_checkpoint(path, str(path)) if to_continue else checkpoint_of_run(path)
+        return newest_checkpoint(path, str(path)) if to_continue else checkpoint_of_run(path)
     return read_checkpoint(path)
 
 
-def checkpoint_of_run(folder: str | Path) -> Path:
-    """Return the best checkpoint in the folder of a run, or the last one if the run was not validated.
+def checkpoint_of_run(folder: str | Path) -> Checkpoint:
+    """Read the best checkpoint in the folder of a run, or the last one if the run was not validated.
 
     Raises:
         SlzoError: There is none.
     """
     last = newest_checkpoint(folder, str(folder))
-    try:
-        return _best_of(last)
-    except SlzoError:
-        return last
+    best = _best_of(last)
+    return last if best is None else read_checkpoint(best)
 
 
-def _best_of(last: Path) -> Path:
+def _best_of(last: Checkpoint) -> Path | None:
     """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
-    callbacks = read_checkpoint(last).content.get("callbacks", {})
+    callbacks = last.content.get("callbacks", {})
     own_first = sorted(callbacks, key=lambda name: not name.startswith(_BEST_CHECKPOINT))
     states = [callbacks[name] for name in own_first if isinstance(callbacks[name], dict)]
-    for path in (best_file(state["best_model_path"], last) for state in states if state.get("best_model_path")):
-        if path.is_file():
-            return path
-    raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} was not validated and has no best one; give last")
+    paths = (best_file(state["best_model_path"], last.path) for state in states if state.get("best_model_path"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def best_file(saved: str, checkpoint: str | Path) -> Path:

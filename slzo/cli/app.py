@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
-from slzo.callbacks.run_context import run_context
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.class_defaults import class_defaults
@@ -23,7 +22,6 @@ from slzo.cli.parser import (
     CommandParser,
     add_command_arguments,
     command_function,
-    plain_parser,
     read_given,
 )
 from slzo.cli.run_config import with_run_config
@@ -35,6 +33,7 @@ from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
+from slzo.run_context import run_context
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
@@ -42,8 +41,6 @@ from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 
 _MAX_SEED = 2**32 - 1
-# options of the rows that follow those of the model
-_LINKED = {"data.tokenizer": "model.model", "data.trust_remote_code": "model.trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class App:
     def set_up_rows(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
         self.rows.trainer = self.trainer
+        self.rows.follow_model(self.model.options.model, self.model.options.trust_remote_code)
         self.rows.prepare_data()
         self.rows.setup("fit")
         return self.rows
@@ -174,16 +172,11 @@ class SlzoCLI(LightningCLI):
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
             }
         )
-        for target, source in _LINKED.items():
-            parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(args)
-        for option in parser.given:
-            if (source := _LINKED.get(option.name)) is not None:
-                raise SlzoError(f"{option.name} {option.value!r}: follows {source} on the command line; leave it out")
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, spelled_out(args))
@@ -252,19 +245,3 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         command_function(command)(app, **own)
     except MisconfigurationException as error:  # Lightning found a user's error during the run
         raise SlzoError(f"trainer: {one_line(error, None)}") from error
-
-
-def parser_of(command: Command) -> CommandParser:
-    """Return the parser of a command's options."""
-    if not command.has_app:
-        return plain_parser(command)
-    return _ParserOnly(command).parser
-
-
-class _ParserOnly(SlzoCLI):
-    """Builds the parser and nothing else."""
-
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self.seed_everything_default, self.parser_class, self.auto_configure_optimizers = 0, AppParser, False
-        self.setup_parser(False, {"description": command.help}, {})

@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slzo.cli.given import Given, loaded
+from slzo.cli.given import loaded
 from slzo.cli.option_types import imported_class
 from slzo.module import ZOModule
+from slzo.utils.settings import Given
 from slzo.zo.estimators import ESTIMATORS, default_estimator
 from slzo.zo.optim import AUTO_LR, default_optimizer
 from slzo.zo.scopes import SCOPES

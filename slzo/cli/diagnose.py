@@ -4,7 +4,6 @@ For a wrong value, jsonargparse lists everything that it tried. This module chec
 of the parser. It shows the message of the library only if it finds nothing.
 """
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from slzo.cli.given import Given, loaded, parents
+from slzo.cli.given import loaded, parents
 from slzo.cli.option_types import (
     argument_types,
     class_at,
@@ -27,7 +26,8 @@ from slzo.cli.option_types import (
 )
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.class_paths import import_failure, required_arguments
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, did_you_mean
+from slzo.utils.settings import Given
 
 _MAX_CHOICES = 40
 _MAX_LISTED = 8
@@ -127,9 +127,8 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     if argument == "help" or not types:
         return ""
     if argument not in types:
-        near = difflib.get_close_matches(argument, list(types), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}{hint}"
+        hint = did_you_mean(argument, types, _help_of(owner, kind))
+        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
     own = types[argument]
     if key and class_choices(own):
         return ""
@@ -178,12 +177,10 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
         members = [option for option in known if option.startswith(f"{group}.")]
         if not members:
             continue
-        last, ends = name.removeprefix(f"{group}."), {option.removeprefix(f"{group}."): option for option in members}
-        if near := difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5):
-            return f"did you mean {ends[near[0]]}?"
-        return f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else ""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else ""
+        last, ends = name.removeprefix(f"{group}."), [option.removeprefix(f"{group}.") for option in members]
+        listed = f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else ""
+        return did_you_mean(last, ends, listed, before=f"{group}.", cutoff=0.5)
+    return did_you_mean(name, known)
 
 
 def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False) -> str:
@@ -196,10 +193,10 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
             return f"{name} {shown}: cannot be used: {_UNUSABLE[given]}"
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
-        near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
-        advice = f"did you mean {near[0]}? " if near else ""
-        return f"{name} {shown}: no such class; {advice}choose one of {listed}, or give the full path of your own class"
+        near = did_you_mean(given, names)
+        advice = f"{near} choose" if near else "choose"
+        return f"{name} {shown}: no such class; {advice} one of {listed}, or give the full path of your own class"
     types = list(types_in(hint))
     literals = [
         str(each) for item in types if typing.get_origin(item) is typing.Literal for each in typing.get_args(item)

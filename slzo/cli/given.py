@@ -1,29 +1,15 @@
 """The options as they were given, on the command line and in configs."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from slzo.utils.settings import Given, options_in, plain_name
+
 _FLAGS = ("--help", "--help_all", "--print_config")
 _OPTION = re.compile("--|-[A-Za-z]")  # -1 is a value
-
-
-@dataclass(frozen=True)
-class Given:
-    """An option as it was given.
-
-    Attributes:
-        name: Dotted name, without ``init_args``; a class in a list has its place as a further part, from 0.
-        value: A string from the command line, or a value from a config.
-        is_class_path: Whether it was given as the ``class_path`` of the option.
-    """
-
-    name: str
-    value: Any
-    is_class_path: bool = False
 
 
 def one_word_each(args: Sequence[str]) -> list[str]:
@@ -43,12 +29,12 @@ def one_word_each(args: Sequence[str]) -> list[str]:
 
 def given_options(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
     """Return the options in configs and on the command line; repeated options are all kept."""
-    found = [option for config in configs for option in _flat(config)]
+    found = [option for config in configs for option in options_in(config)]
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and name != "config":
-            content, plain = _mapping(value), _plain_name(name.removesuffix("+"))
-            found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
+            content, plain = _mapping(value), plain_name(name.removesuffix("+"))
+            found += options_in(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
     return found
 
 
@@ -58,30 +44,10 @@ def option_values(words: Sequence[str], *names: str) -> list[str]:
     return [value for name, _, value in pairs if name in names]
 
 
-def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
-    """Yield the options of a nested mapping; a class comes as its path, followed by its arguments."""
-    for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):
-        name = _plain_name(f"{before}.{key}" if before else str(key))
-        if key == "class_path":
-            yield Given(before, value, True)
-        elif key in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
-            yield from _flat(value, before)
-        elif isinstance(value, Mapping) and value:
-            yield from _flat(value, name)
-        elif isinstance(value, list) and any(isinstance(each, Mapping) and "class_path" in each for each in value):
-            yield from _flat({str(place): each for place, each in enumerate(value)}, name)
-        else:
-            yield Given(name, value)
-
-
 def parents(name: str) -> list[str]:
     """Return the options and groups that contain an option, the innermost first."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(".init_args.", ".").removesuffix(".class_path")
 
 
 def _mapping(value: str) -> dict[str, Any] | None:

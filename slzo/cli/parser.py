@@ -10,11 +10,12 @@ from jsonargparse import ArgumentParser
 
 from slzo.cli.config_files import read_config_file
 from slzo.cli.diagnose import explain
-from slzo.cli.given import Given, given_options, loaded, option_values
+from slzo.cli.given import given_options, loaded, option_values
 from slzo.cli.help import HELP_ALL, HelpAll, lightnings, short_help
 from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import Command
 from slzo.utils.errors import SlzoError
+from slzo.utils.settings import Given
 
 
 class CommandParser(ArgumentParser):

@@ -37,7 +37,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     roots = option_values(args, "--trainer.default_root_dir")
     folder = expanded(folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS)
     if checkpoint in NAMES and Path(folder).is_dir():
-        checkpoint = str(named_checkpoint(checkpoint, folder))
+        checkpoint = named_checkpoint(checkpoint, folder).path
         args = [*args, f"--ckpt_path={checkpoint}"]
     if command.reads_run_config and is_export(checkpoint):
         models = option_values(args, "--model.model")

@@ -1,8 +1,7 @@
 """``slzo export``."""
 
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.export import FORMATS, ExportOptions, export_checkpoint
-from slzo.utils.console import say
+from slzo.export import FORMATS, export_checkpoint
 from slzo.utils.docs import with_lists
 from slzo.utils.files import disk_errors
 
@@ -30,9 +29,13 @@ def export(
         trust_remote_code: Run model code that comes with a Hub repository.
     """
     checkpoint = find_checkpoint(ckpt_path, RUNS)
-    options = ExportOptions(output, format, base_model, push_to_hub, private, trust_remote_code)
     with disk_errors():
-        done = export_checkpoint(checkpoint, options)
-    say(f"Wrote {done.folder}, {done.base}")
-    if done.address is not None:
-        say(f"Uploaded to {done.address}")
+        export_checkpoint(
+            checkpoint,
+            output,
+            format,
+            base_model=base_model,
+            push_to_hub=push_to_hub,
+            private=private,
+            trust_remote_code=trust_remote_code,
+        )

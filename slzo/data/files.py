@@ -41,18 +41,19 @@ class BadRows:
             raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
         self.errors.append(error)
 
-    def check(self, used: int, source: str) -> None:
-        """Raise SlzoError if rows of a source are left out, and no other can be ``used``."""
-        if self.errors and not used:
-            raise SlzoError(
-                f"{source}: none of the {len(self.errors)} rows can be used; correct them; the first error is {self.errors[0]}"
-            )
+    def report(self, used: int, source: str) -> str:
+        """Return log lines with the number of rows that are left out, and the first of them; empty if there are none.
 
-    def note(self, used: int, source: str) -> str:
-        """Return log lines with the number of rows that are left out, and the first of them; empty if there are none."""
+        Raises:
+            SlzoError: No other row of the source can be ``used``.
+        """
         errors = self.errors
         if not errors:
             return ""
+        if not used:
+            raise SlzoError(
+                f"{source}: none of the {len(errors)} rows can be used; correct them; the first error is {errors[0]}"
+            )
         head = (
             f"Left out {len(errors)} of {len(errors) + used} rows of {source} that cannot be used (data.skip_bad_rows):"
         )

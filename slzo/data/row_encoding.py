@@ -56,8 +56,7 @@ def encode_rows(
             found.append(Row(example, encoded, place, prompt if generates else ()))
         except RowError as error:
             bad.add(error)
-    bad.check(len(found), f"the {split} split")
-    if note := bad.note(len(found), f"the {split} split"):
+    if note := bad.report(len(found), f"the {split} split"):
         say(note)
     if encoder.num_shortened:
         how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"

@@ -22,27 +22,25 @@ class StepBatchSampler(BatchSampler):
     run or a new loader therefore continues with the right rows, and the loader has no state to save.
 
     Args:
-        num_rows: Number of rows in the data set.
+        num_tokens: Number of tokens of each row of the data set.
         batch_size: Number of rows per batch and process.
         seed: Seed of the permutations.
         rank: Rank of this process.
         world_size: Number of processes.
-        num_tokens: Number of tokens of each row; by default all rows count as equally long.
         steps_done: Returns the number of completed steps; called at the start of each pass.
     """
 
-    num_rows: int
+    num_tokens: Sequence[int]
     batch_size: int
     seed: int
     rank: int = 0
     world_size: int = 1
-    num_tokens: Sequence[int] | None = None
     steps_done: Callable[[], int] = lambda: 0
     _batches: tuple[int, list[list[int]]] = field(default=(-1, []), init=False, repr=False)
 
     def __len__(self) -> int:
         """Number of batches per epoch; a smaller last batch needs at least one row per process."""
-        full, rest = divmod(self.num_rows, self.batch_size * self.world_size)
+        full, rest = divmod(len(self.num_tokens), self.batch_size * self.world_size)
         return full + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -59,11 +57,10 @@ class StepBatchSampler(BatchSampler):
 
     def _make_batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
-        order = torch.randperm(self.num_rows, generator=generator).tolist()
+        order = torch.randperm(len(self.num_tokens), generator=generator).tolist()
         size = self.batch_size * self.world_size
         batches = (order[number * size : (number + 1) * size] for number in range(len(self)))
-        num_tokens = [1] * self.num_rows if self.num_tokens is None else self.num_tokens
-        return [divide(batch, num_tokens, self.world_size)[self.rank] for batch in batches]
+        return [divide(batch, self.num_tokens, self.world_size)[self.rank] for batch in batches]
 
 
 def divide(rows: Sequence[int], num_tokens: Sequence[int], parts: int) -> list[list[int]]:

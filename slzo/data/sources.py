@@ -80,17 +80,16 @@ class RowSource:
         """
         bad = BadRows(self.skip_bad_rows)
         origin, placed, hub = self._open(split, bad)
-        name = self.task.files.get(split, f"the {split} split")
-        return replace(self._usable(split, origin, placed, bad, name), hub=hub)
+        return replace(self._usable(split, origin, placed, bad), hub=hub)
 
     def read_to_predict(self, file: str) -> SourceRows:
         """Read a file with rows to predict, which need no labels; errors as for :meth:`read`."""
         bad = BadRows(self.skip_bad_rows)
         rows = read_file(_existing(file, "data.predict_file"), bad)
         placed = ((place, {**row, **_missing_labels(self.task, row)}) for place, row in rows)
-        return self._usable("test", file, placed if self.task.files else _hub_fields(self.task, placed, bad), bad, file)
+        return self._usable("test", file, placed if self.task.files else _hub_fields(self.task, placed, bad), bad)
 
-    def _usable(self, split: Split, origin: str, placed: Iterable[PlacedRow], bad: BadRows, name: str) -> SourceRows:
+    def _usable(self, split: Split, origin: str, placed: Iterable[PlacedRow], bad: BadRows) -> SourceRows:
         """Return the rows that can be used; errors of the others are added to ``bad``."""
         examples: list[Example] = []
         places: dict[str, str] = {}
@@ -109,8 +108,7 @@ class RowSource:
             examples.append(replace(example, place=place, columns=values if self.columns else {}))
         if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
-        bad.check(len(examples), origin)
-        return SourceRows(examples, bad.note(len(examples), name))
+        return SourceRows(examples, bad.report(len(examples), origin))
 
     def _open(self, split: Split, bad: BadRows) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
         """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""

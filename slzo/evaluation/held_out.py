@@ -10,7 +10,7 @@ from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_los
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.base import Example
-from slzo.utils.runtime import gather_from_processes
+from slzo.utils.process_group import gather_from_processes
 
 
 @dataclass(frozen=True)

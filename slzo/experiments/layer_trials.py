@@ -16,19 +16,18 @@ from torch.optim import Optimizer
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import DataFingerprint
-from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.task_rows import TaskRows
-from slzo.training import auto_rate, make_evaluator, make_stepper, measure_step, tune, uses_auto
+from slzo.timing import measure_times, spaced_batches
+from slzo.training import auto_rate, make_stepper, measure_step, tune, uses_auto
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
-from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
 from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
@@ -311,19 +310,16 @@ class LayerTrials(Trials):
 
         ``lr`` and ``eps`` replace those of the options.
         """
-        options, choice = self.options, self.options.optimizer
+        options = self.options
         step_options = options.step if eps is None else replace(options.step, eps=eps)
-        sets_rate = lr is None and choice.automatic
+        sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
         if sets_rate or (step_options.eps is None and options.estimator.uses_points):
             auto = self._rate(layer, model, step_options.eps, seed)
         used = 0.0 if auto is None else time.perf_counter() - started
         state = {"seed": seed, "auto": auto, "sets_rate": sets_rate, "max_nonfinite": 1 << 60}
         stepper = make_stepper(model, options, self.rows, step=step_options, **state)
-        optimizer = choice.make(model.tensors.masters)
-        if lr is not None:
-            set_rate(optimizer, lr)
-        scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
+        optimizer, scheduler = options.optimizer.build(model.tensors.masters, lr)
         return stepper, optimizer, scheduler, used
 
     def _row_seed(self, seed: int) -> int:
@@ -361,7 +357,7 @@ class LayerTrials(Trials):
         batches: Iterable[EvalBatch] = rows.eval_batches("dev")
         if dev_rows is not None:
             batches = spaced_batches(batches, dev_rows)
-        found = rows.score(make_evaluator(rows, model), batches, keep_prefix=True)
+        found = rows.score(rows.evaluator(model), batches, keep_prefix=True)
         return Score(step, round(evaluations), seconds, metric.distance(found), found.get(metric.metric, math.nan))
 
     def _divergence(self, before: float, after: float) -> str:

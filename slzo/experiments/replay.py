@@ -109,9 +109,8 @@ def _stepper(
 
 def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps: int) -> dict[str, Tensor]:
     """Take steps and return a copy of the masters after them."""
-    tensors, choice = stepper.model.tensors, options.optimizer
-    optimizer = choice.make(tensors.masters)
-    scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
+    tensors = stepper.model.tensors
+    optimizer, scheduler = options.optimizer.build(tensors.masters)
     targets = {0: tensors.clone_masters()} if 0 in log.rollbacks.values() else {}
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)

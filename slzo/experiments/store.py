@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,20 @@ class CellStore:
     Args:
         folder: Folder of the results; it is created if it does not exist.
         settings: Settings that the results depend on, primitives only.
-        open_settings: Settings that are ``None`` until work depends on them; the first such work sets them for the folder.
 
     Raises:
         SlzoError: The folder holds results of other settings or other files, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], open_settings: Collection[str] = ()) -> None:
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.folder = Path(folder).expanduser()
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
-        if path.is_file() and self._is_used():
-            old = read_json(path, _REMOVE)
-            # a folder of another experiment may lack them
-            old_open = {name: old.get(name) for name in open_settings}
-            if all(settings[name] is None for name in open_settings):
-                settings |= old_open
-            elif all(value is None for value in old_open.values()):
-                old |= {name: settings[name] for name in open_settings}
-            changes = differences(old, settings)
-            if changes:
-                raise SlzoError(
-                    f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
-                    "the settings, rows and weights of before"
-                )
+        if path.is_file() and self._is_used() and (changes := differences(read_json(path, _REMOVE), settings)):
+            raise SlzoError(
+                f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
+                "the settings, rows and weights of before"
+            )
         # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
         if any(file.suffix != PARTIAL for file in files) and not path.is_file():

@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from slzo.experiments.layer_trials import SENSITIVITY_ROWS, LayerTrials
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell
 from slzo.experiments.sweep_report import (
     curves_verdict,
     format_rows,
@@ -38,14 +39,9 @@ def sweep_layers(
         raise SlzoError(
             f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
         )
-    settings = trials.settings() | {
-        "directions": plan.directions,
-        "steps": plan.steps or None,
-        "seconds": plan.seconds if plan.steps else None,
-        "seed_of_sensitivity": plan.seeds[0],
-    }
-    # the sensitivity does not depend on the steps, so trainings may be added later
-    store = CellStore(output or trials.default_folder(), settings, open_settings=("steps", "seconds"))
+    # the lengths of trainings are in the names of their cells, so others may be added later
+    settings = trials.settings() | {"directions": plan.directions, "seed_of_sensitivity": plan.seeds[0]}
+    store = CellStore(output or trials.default_folder(), settings)
     profile = profile_model()
     run_cells(trials, store, plan)
     if is_worker():
@@ -53,9 +49,9 @@ def sweep_layers(
     rows = layer_results(store, plan, profile)
     curves = seed_curves(store, plan)
     if plan.seconds is not None and curves:
-        sentence = curves_verdict(curves, plan, profile.dominant_layer)
+        sentence = curves_verdict(curves, plan, profile.dominant_layer, profile.title)
     else:
-        sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
+        sentence = verdict(rows, profile.title)
     title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
     write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title)
     say(format_rows(rows))
@@ -63,58 +59,31 @@ def sweep_layers(
 
 
 def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
-    """Compute all cells together with the other processes on the same folder, lowest layer first."""
-    num_layers, options = trials.parts.num_layers, trials.options
-    cost = trials.cost(trials.num_dev)
-    measured = range(num_layers if plan.directions else 0)
-    work = {
-        sensitivity_cell(layer): 2.0 * plan.directions * SENSITIVITY_ROWS * cost.layers(layer) for layer in measured
-    }
-    evaluations = options.estimator.evaluations(options.step.num_queries)
-    rows = evaluations * plan.steps * trials.rows.batch_size + trials.num_dev
-    if plan.seconds is not None:  # all trainings cost the same, about twice the sensitivity of layer 0
-        each = 4.0 * MIN_DIRECTIONS * SENSITIVITY_ROWS * cost.layers(0)
-        work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), each)
-    else:
-        work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
+    """Compute sensitivities, then trainings, lowest layer first, together with the other processes on the same folder."""
 
     def sensitivity(layer: int) -> dict[str, Any]:
-        found = trials.sensitivity(layer, plan.directions, plan.seeds[0])
-        if layer == num_layers - 1:  # it used few rows, and the trainings begin at a lower layer again
-            trials.clear_prefix()
-        return asdict(found)
+        return asdict(trials.sensitivity(layer, plan.directions, plan.seeds[0]))
 
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
-    cells = {sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}
-    cells |= {training_cell(*training): partial(train, *training) for training in plan.trainings}
-    store.complete(cells, _Clock(work, store).tick)
+    measured = range(trials.parts.num_layers if plan.directions else 0)
+    _complete(store, {sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured})
+    trials.clear_prefix()  # the sensitivities used few rows, and the trainings begin at a lower layer again
+    _complete(store, {plan.training_cell(*training): partial(train, *training) for training in plan.trainings})
 
 
-class _Clock:
-    """Reports each finished cell and the estimated time for the others, at the pace of this process.
+def _complete(store: CellStore, cells: Mapping[str, Callable[[], Any]]) -> None:
+    """Compute cells of one kind; report each of them, and the time for the others at the mean time of those before."""
+    started, done = time.monotonic(), count(1)
 
-    Args:
-        work: Cost of each cell, in any unit.
-        store: The results so far.
-    """
-
-    def __init__(self, work: Mapping[str, float], store: CellStore) -> None:
-        self._work, self._store = work, store
-        self._done = 0.0
-        self._started = self._last = time.monotonic()
-
-    def tick(self, name: str, result: dict[str, Any]) -> None:
-        """Report a finished cell."""
-        now = time.monotonic()
-        self._done += self._work[name]
-        left = [units for other, units in self._work.items() if self._store.result(other) is None]
+    def report(name: str, result: Mapping[str, Any]) -> None:
         if "scores" in result:
             last = result["scores"][-1]
             found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
         else:
             found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
-        rest = f"{len(left)} cells left, about {duration((now - self._started) / self._done * sum(left))}"
-        say(f"{name}: {found} ({duration(now - self._last)}; {rest if left else 'done'})")
-        self._last = now
+        left, each = sum(store.result(other) is None for other in cells), (time.monotonic() - started) / next(done)
+        say(f"{name}: {found} ({f'{left} cells left, about {duration(left * each)}' if left else 'done'})")
+
+    store.complete(cells, report)

@@ -66,12 +66,12 @@ class SweepPlan:
         """Layer and seed of each training."""
         return list(product(self.layers or (), self.seeds)) if self.steps else []
 
+    def training_cell(self, layer: int, seed: int) -> str:
+        """Return the name of the cell that trains a layer with a seed, for the steps and seconds of this plan."""
+        seconds = "" if self.seconds is None else f"-seconds-{self.seconds:g}"
+        return f"train-{layer}-seed-{seed}-steps-{self.steps}{seconds}"
+
 
 def sensitivity_cell(layer: int) -> str:
     """Return the name of the cell that measures a layer's sensitivity."""
     return f"sensitivity-{layer}"
-
-
-def training_cell(layer: int, seed: int) -> str:
-    """Return the name of the cell that trains a layer with a seed."""
-    return f"train-{layer}-seed-{seed}"

@@ -3,7 +3,7 @@
 import csv
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
@@ -67,7 +67,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     for measured in profile.layers:
         layer = measured.index
         found = store.result(sensitivity_cell(layer)) if plan.directions else {}
-        names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
+        names = [plan.training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
         loss = [trial.lowest.loss for trial in good]
@@ -98,79 +98,83 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def verdict(rows: Sequence[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
+def verdict(rows: Sequence[LayerResult], chosen: str = "chosen layer") -> str:
     """Return a sentence that says whether the layer that the profile chose, called ``chosen``, wins, and how clearly."""
-    dominant = next((row for row in rows if row.dominant), None)
-    trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
+    trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None}
+    dominant = next((row.layer for row in rows if row.dominant), None)
     if not trained and any(row.diverged for row in rows):
         return "Every training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
     if not trained:
-        return _sensitivity_verdict(rows, dominant, chosen)
-    best = trained[0]
-    if (best.gain or 0) <= 0:
+        measured = {row.layer: (row.sensitivity, row.sensitivity_se) for row in rows}
+        return f"{_compared('the highest sensitivity', measured, dominant, chosen, highest=True)} No layer was trained."
+    if all((row.gain or 0) <= 0 for row in rows):
+        best = max((row for row in rows if row.gain is not None), key=lambda row: row.gain or 0)
         return (
-            f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4f}. Try other "
+            f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4g}. Try other "
             "learning rates (slzo sweep --lrs auto) or more steps."
         )
-    if dominant is None:
-        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the profile chooses no layer."
-    if dominant.gain is None:
-        why = "diverged" if dominant.diverged else "was not trained"
-        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
-    if best is not dominant:
-        behind = (best.gain or 0) - dominant.gain
-        clear, how_sure = _how_sure(behind, best, dominant)
-        verb = "does not win" if clear else "does not clearly lose"
-        return (
-            f"The {chosen}, {dominant.layer}, {verb}: layer {best.layer} lowers the dev loss by "
-            f"{best.gain:.4f}, {behind:.4f} more, {how_sure} ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
-        )
-    if len(trained) == 1:
-        return f"The {chosen}, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
-    second = trained[1]
-    ahead = dominant.gain - (second.gain or 0)
-    clear, how_sure = _how_sure(ahead, dominant, second)
-    verb = "wins" if clear else "leads, but not clearly"
-    return (
-        f"The {chosen}, {dominant.layer}, {verb}: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
-        f"the next best, layer {second.layer}, {how_sure} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
-    )
+    return _compared("the lowest dev loss", trained, dominant, chosen)
 
 
-def _sensitivity_verdict(rows: Sequence[LayerResult], dominant: LayerResult | None, chosen: str) -> str:
-    """Return a sentence on the rank of the chosen layer by sensitivity, and how clear it is."""
-    first, *others = sorted(rows, key=lambda row: -row.sensitivity)
+def curves_verdict(
+    curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, dominant: int | None, chosen: str = "chosen layer"
+) -> str:
+    """Return two sentences: which layer has reached the lowest dev loss in the same steps, and which in the same time.
+
+    Args:
+        curves: The curves of each layer, one per seed.
+        plan: Options of the sweep.
+        dominant: The layer of the profile's rule; ``None`` if it found none.
+        chosen: What this layer is called.
+    """
+    assert plan.seconds is not None
+
+    def sentence(place: Callable[[Score], float], length: float, unit: str) -> str:
+        losses = {
+            layer: [_lowest([(place(score), score.loss) for score in curve], length) for curve in of_seeds]
+            for layer, of_seeds in curves.items()
+        }
+        found = {layer: (statistics.fmean(of_seeds), standard_error(of_seeds)) for layer, of_seeds in losses.items()}
+        return f"In {length:g} {unit}: {_compared('the lowest dev loss', found, dominant, chosen)}"
+
+    return f"{sentence(lambda score: score.step, plan.steps, 'steps')} {sentence(lambda score: score.seconds, plan.seconds, 's')}"
+
+
+def _compared(
+    what: str, found: Mapping[int, tuple[float, float | None]], dominant: int | None, chosen: str, highest: bool = False
+) -> str:
+    """Return a sentence that says which layer has the lowest or highest value, and how far the chosen or the next one is behind.
+
+    Args:
+        what: What the best layer has, such as ``the lowest dev loss``.
+        found: Value and standard error of each layer; ``None`` as the standard error of a single seed.
+        dominant: The layer of the profile's rule; ``None`` if it found none.
+        chosen: What this layer is called.
+        highest: Whether the best value is the highest one.
+    """
+    best, *others = sorted(found, key=lambda layer: found[layer][0], reverse=highest)
+    names = {
+        layer: f"the {chosen}, {layer}," if layer == dominant else f"layer {layer}" for layer in (*found, dominant)
+    }
+    start = f"{names[best][0].upper()}{names[best][1:]} has {what}, {_measured(*found[best])}"
     if dominant is None:
-        return f"The profile chooses no layer; the most sensitive one is layer {first.layer}, at {_measured(first)}."
+        return f"{start}; the profile chooses no layer."
+    if dominant not in found:
+        return f"{start}; {names[dominant]} diverged or was not trained."
     if not others:
-        return f"The {chosen}, {dominant.layer}, has a sensitivity of {_measured(dominant)}; no layer was trained."
-    other = others[0] if dominant is first else first
-    spread = math.hypot(other.sensitivity_se, dominant.sensitivity_se)
-    errors = in_errors(abs(other.sensitivity - dominant.sensitivity), spread)
-    if dominant is first:
-        doubt = "" if errors >= CLEAR else "but not clearly, "
-        return (
-            f"The {chosen}, {dominant.layer}, is the most sensitive, {doubt}at {_measured(dominant)}, {errors:.1f} standard "
-            f"errors ahead of the next, layer {other.layer}; no layer was trained."
-        )
-    doubt = "" if errors >= CLEAR else ", so not clearly"
-    return (
-        f"The {chosen}, {dominant.layer}, is number {2 + others.index(dominant)} of {len(rows)} in sensitivity, at "
-        f"{_measured(dominant)}; layer {other.layer} leads at {_measured(other)}, by {errors:.1f} standard errors{doubt}; no "
-        "layer was trained."
-    )
+        return f"{start}; no other was compared."
+    rival = others[0] if best == dominant else dominant
+    (value, error), (behind, other_error) = found[best], found[rival]
+    if error is None or other_error is None:
+        how_sure = "from one seed, so without a standard error"
+    else:
+        errors = in_errors(abs(value - behind), math.hypot(error, other_error))
+        how_sure = f"{errors:.1f} standard errors behind{'' if errors >= CLEAR else ', which is not clear'}"
+    return f"{start}; {names[rival]} has {_measured(*found[rival])}, {how_sure}."
 
 
-def _measured(row: LayerResult) -> str:
-    return f"{row.sensitivity:.4g} +- {row.sensitivity_se:.2g}"
-
-
-def _how_sure(difference: float, one: LayerResult, other: LayerResult) -> tuple[bool, str]:
-    """Return whether a difference of two layers' losses is clear, or without a known standard error, and how sure it is."""
-    if one.loss_se is None or other.loss_se is None:
-        return True, "from one seed, so without a standard error"
-    errors = in_errors(difference, math.hypot(one.loss_se, other.loss_se))
-    return errors >= CLEAR, f"{errors:.1f} standard errors over seeds"
+def _measured(value: float, error: float | None) -> str:
+    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
 
 
 def format_rows(rows: Sequence[LayerResult]) -> str:
@@ -227,7 +231,7 @@ def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Sc
     """Return the dev scores during each training that did not diverge, by layer."""
     found: dict[int, list[Sequence[Score]]] = {}
     for layer, seed in plan.trainings:
-        trial = Trial.from_dict(store.result(training_cell(layer, seed)))
+        trial = Trial.from_dict(store.result(plan.training_cell(layer, seed)))
         if not trial.diverged:
             found.setdefault(layer, []).append(trial.scores)
     return found
@@ -252,41 +256,6 @@ def _mean_score(scores: Sequence[Score]) -> Score:
         statistics.fmean(values) for values in zip(*map(astuple, scores), strict=True)
     )
     return Score(round(step), round(evaluations), seconds, loss, metric)
-
-
-def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int | None) -> str:
-    """Return two sentences: which layer has reached the lowest dev loss in the same steps, and which in the same time.
-
-    Args:
-        curves: The curves of each layer, one per seed.
-        plan: Options of the sweep.
-        chosen: The layer of the profile's rule; ``None`` if it found none.
-    """
-    assert plan.seconds is not None
-    at_steps = {
-        layer: [_lowest([(score.step, score.loss) for score in curve], plan.steps) for curve in of_seeds]
-        for layer, of_seeds in curves.items()
-    }
-    at_time = {
-        layer: [_lowest([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in of_seeds]
-        for layer, of_seeds in curves.items()
-    }
-    return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
-
-
-def _ahead(losses: Mapping[int, Sequence[float]], length: str, chosen: int | None) -> str:
-    means = {layer: statistics.fmean(of_seeds) for layer, of_seeds in losses.items()}
-    best = min(means, key=means.__getitem__)
-    rest = ""
-    if chosen in means and chosen != best:
-        rest = f", the chosen layer {chosen} {_with_error(losses[chosen])}"
-    return f"In {length} layer {best} reaches the lowest dev loss, {_with_error(losses[best])}{rest}."
-
-
-def _with_error(losses: Sequence[float]) -> str:
-    """Format the mean, with its standard error if there are several seeds."""
-    error = standard_error(losses)
-    return f"{statistics.fmean(losses):.4f}" + (" (one seed)" if error is None else f" +- {error:.4f}")
 
 
 def _lowest(points: Sequence[tuple[float, float]], place: float) -> float:

@@ -69,7 +69,7 @@ def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
 
 def _task(facts: Facts) -> Task | None:
     """Return the built-in task of the run; ``None`` for another one, whose class a checkpoint must not import."""
-    kind = TASKS.get(str(facts.data.get("task")))
+    kind = TASKS.get(facts.task)
     return None if kind is None else kind()
 
 
@@ -119,11 +119,10 @@ def _training(facts: Facts) -> str:
         lines[0] += f", {method}; {facts.step} steps, seed {_text(summary['seed'])}"
     if note["layer"] is not None:
         lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {_text(note['layer_reason'])}")
-    if facts.data:
-        names = {"train": "training", "dev": "dev", "test": "held-out"}
-        rows = "".join(f", {facts.num_rows(split)} {name} rows" for split, name in names.items())
-        size = f", batches of {facts.data['batch_size']}" if "batch_size" in facts.data else ""
-        lines.append(f"- Data: task {_text(facts.data.get('task'))}{_text(rows)}{_text(size)}{_source(facts.data_set)}")
+    names = {"train": "training", "dev": "dev", "test": "held-out"}
+    rows = "".join(f", {facts.num_rows(split)} {name} rows" for split, name in names.items())
+    size = f", batches of {note['settings']['data.batch_size']}"
+    lines.append(f"- Data: task {_text(facts.task)}{_text(rows)}{_text(size)}{_source(facts.data_set)}")
     if summary.get("command"):
         lines.append(f"- Command: {_code(without_folders(summary['command']))}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Facts about an exported run, and the options of an export."""
+"""Facts about an exported run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,49 +8,12 @@ from typing import Any
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
+from slzo.report.run_files import SUMMARY_FILE
 from slzo.tasks.base import HubSource
 from slzo.tasks.registry import TASKS
 from slzo.utils.files import read_json
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
-
-_SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Options of an export.
-
-    Attributes:
-        output: Folder to write.
-        format: Format to write; ``None`` for an adapter if the tuned change has a low rank, otherwise merged.
-        base_model: Hub id of the base model; ``None`` for the one that the checkpoint names.
-        push_to_hub: Hub repository to upload to; ``None`` for no upload.
-        private: Whether the repository must be private.
-        trust_remote_code: Whether to run code from the model's repository.
-    """
-
-    output: str
-    format: str | None = None
-    base_model: str | None = None
-    push_to_hub: str | None = None
-    private: bool = False
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Exported:
-    """Result of an export.
-
-    Attributes:
-        folder: Folder that was written.
-        base: The model that it was merged into or belongs to, in words, such as ``merged into smollm2-135m``.
-        address: Address of the Hub repository that it was uploaded to; ``None`` without an upload.
-    """
-
-    folder: Path
-    base: str
-    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +29,6 @@ class Facts:
         num_tuned: Number of tuned parameters.
         num_layers: Number of decoder layers of the model.
         adapter: Files of an adapter; ``None`` in other formats, or if the change does not have a low rank.
-        data: Settings of the data: the task with its version and arguments, rows, batch size.
         summary: The run's ``summary.json``; empty if there is none.
         scored: Whether the summary's score after training is that of this checkpoint.
     """
@@ -79,9 +41,13 @@ class Facts:
     num_tuned: int
     num_layers: int
     adapter: PeftFiles | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
+
+    @property
+    def task(self) -> str:
+        """Name of the task, or its class path."""
+        return str(self.note["settings"]["data.task"])
 
     @property
     def data_set(self) -> HubSource | None:
@@ -113,7 +79,7 @@ class Facts:
             "dtype": self.note["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
             "fingerprint": self.note["base"],
-            **({"task": self.data["task"]} if self.data.get("task") in TASKS else {}),
+            **({"task": self.task} if self.task in TASKS else {}),
             **{name: value for name, value in chat.items() if value},
         }
 
@@ -122,7 +88,7 @@ def facts_of(
     checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
 ) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    note, summary = checkpoint.note, read_json(checkpoint.run_folder / _SUMMARY)
+    note, summary = checkpoint.note, read_json(checkpoint.run_folder / SUMMARY_FILE)
     best = summary.get("best_checkpoint")
     return Facts(
         format,
@@ -133,7 +99,6 @@ def facts_of(
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
         adapter,
-        note["rows"],
         summary,
         best is not None
         and Path(best).name == Path(checkpoint.path).name

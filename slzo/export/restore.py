@@ -15,12 +15,12 @@ def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Tuned
         SlzoError: The model needs code that is not trusted, or the checkpoint does not fit it.
     """
     tuned_model = untuned(checkpoint, trust_remote_code)
-    load_values(tuned_model, checkpoint)
+    tuned_model.tensors.load(checkpoint.content["state_dict"])
     return tuned_model
 
 
 def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
-    """Load the base model like :func:`load_tuned`, but leave its live weights untuned; see :func:`load_values`."""
+    """Load the base model like :func:`load_tuned`, but leave its live weights untuned."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
@@ -28,27 +28,5 @@ def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
             "--trust_remote_code true"
         )
     model = load_model(base_model(note), note["dtype"], trust_remote_code)
-    try:
-        # padded and without oneDNN, so that the model stays as transformers made it
-        return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
-    except (KeyError, RuntimeError) as error:
-        raise _misfit(checkpoint, error) from error
-
-
-def load_values(tuned_model: TunedModel, checkpoint: Checkpoint) -> None:
-    """Write the values of a checkpoint into the masters and the live weights.
-
-    Raises:
-        SlzoError: The values do not fit the model.
-    """
-    try:
-        tuned_model.tensors.load(checkpoint.content["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise _misfit(checkpoint, error) from error
-
-
-def _misfit(checkpoint: Checkpoint, error: Exception) -> SlzoError:
-    return SlzoError(
-        f"ckpt_path {checkpoint.path!r}: does not fit model {checkpoint.note['model']!r} ({error}); use the model that it was "
-        "trained with"
-    )
+    # padded and without oneDNN, so that the model stays as transformers made it
+    return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)

@@ -21,18 +21,17 @@ def profile_picture(profile: Mapping[str, Any], model: str = "", task: str = "")
     """Draw the largest magnitude and its ratio to the median by layer, on log axes, with standard errors.
 
     Args:
-        profile: Content of ``outlier_profile.json``; profiles of older versions lack thresholds and standard errors.
+        profile: Content of ``outlier_profile.json``.
         model: Name of the model.
         task: Name of the task whose prompts were profiled.
     """
     chosen, layers = int(profile["dominant_layer"]), profile["layers"]
     subject = " on ".join(part for part in (model, task) if part)
-    kind = profile.get("title", "chosen layer")
-    head = f"layer {chosen} of {len(layers)}, {kind}"
+    head = f"layer {chosen} of {len(layers)}, {profile['title']}"
     below = str(profile["rule"])
     title = f"{subject}: {head}" if subject else head
     figure = new_figure(8, 5, title, below if len(below) < 110 else below[:107] + "...")
-    thresholds = dict(profile.get("thresholds") or ())
+    thresholds = dict(profile["thresholds"])
     for axis, (name, label, colour) in zip(figure.subplots(2, sharex=True), _PANELS, strict=True):
         _panel(axis, layers, name, colour)
         _threshold(axis, thresholds.get(name), PAPER[name])
@@ -46,8 +45,8 @@ def profile_picture(profile: Mapping[str, Any], model: str = "", task: str = "")
 def _panel(axis: Axes, layers: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
     values = [layer[name] for layer in layers]
     # on a log axis an error bar must not reach 0
-    below = [min(layer.get(f"{name}_se") or 0.0, 0.99 * layer[name]) for layer in layers]
-    above = [layer.get(f"{name}_se") or 0.0 for layer in layers]
+    below = [min(layer[f"{name}_se"] or 0.0, 0.99 * layer[name]) for layer in layers]
+    above = [layer[f"{name}_se"] or 0.0 for layer in layers]
     axis.set_yscale("log")
     index = [layer["index"] for layer in layers]
     axis.errorbar(index, values, [below, above], fmt="o-", color=colour, markersize=4, capsize=2, linewidth=1.2)

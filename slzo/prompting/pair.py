@@ -19,7 +19,7 @@ from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE
 from slzo.export.delta import DELTA_FILE, read_delta, swap
-from slzo.export.restore import load_values, untuned
+from slzo.export.restore import untuned
 from slzo.models.adapters.base import import_peft
 from slzo.models.engine import DType
 from slzo.models.fingerprint import Fingerprint
@@ -128,7 +128,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tokenizer = load_tokenizer(base_model(note), source.trust_remote_code, note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
-    load_values(tuned_model, checkpoint)
+    tuned_model.tensors.load(checkpoint.content["state_dict"])
     # an adapter stays in the model: LoRA's matrices add 0 before training
     return _with_tensors(model, swap(model, before), tokenizer)
 

@@ -1,11 +1,10 @@
 """What a run has recorded so far, together with the runs that it continues."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slzo.evaluation.held_out import HeldOutScores
-from slzo.utils.errors import SlzoError
 
 
 @dataclass
@@ -40,16 +39,6 @@ class History:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "History":
-        """Read what :meth:`to_dict` returned.
-
-        Raises:
-            SlzoError: An entry is missing.
-        """
-        missing = [each.name for each in fields(cls) if each.name not in saved]
-        if missing:
-            raise SlzoError(
-                f"ckpt_path: the record of the run in the checkpoint has no {', '.join(missing)}, so another version of slzo "
-                "wrote it; continue with that version, or start without --ckpt_path"
-            )
+        """Read what :meth:`to_dict` returned."""
         before = saved["before"]
         return cls(**{**saved, "before": None if before is None else HeldOutScores(**before)})

@@ -89,7 +89,7 @@ def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
         {
             "names": ", ".join(names),
             "svg": svg_of(profile_picture(run.profile, run.model, run.task), f"profile-{number}"),
-            "notes": [note for note in (run.profile.get("margin_reason"), *(run.profile.get("notes") or ())) if note],
+            "notes": [note for note in (run.profile["margin_reason"], *run.profile["notes"]) if note],
         }
         for number, (names, run) in enumerate(drawn)
     ]

@@ -16,6 +16,7 @@ from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import read_json
+from slzo.utils.settings import options_in
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -132,19 +133,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SlzoError(f"run {str(folder)!r}: its config.yaml cannot be read; remove it") from error
 
 
-def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten options to dotted names; a class becomes its name without the module, followed by its arguments."""
-    flattened: dict[str, Any] = {}
-    for key, value in options.items():
-        name = before + str(key)
-        if isinstance(value, Mapping) and "class_path" in value:
-            flattened[name] = str(value["class_path"]).rpartition(".")[2]
-            flattened |= flat(value.get("init_args") or {}, f"{name}.")
-        elif isinstance(value, Mapping) and value:
-            flattened |= flat(value, f"{name}.")
-        else:
-            flattened[name] = value
-    return flattened
+    found = options_in(options)
+    return {each.name: str(each.value).rpartition(".")[2] if each.is_class_path else each.value for each in found}
 
 
 def _points(folder: Path, summary: Mapping[str, Any]) -> tuple[CurvePoint, ...]:

@@ -1,6 +1,5 @@
 """The built-in rewards by name. Each reward is one file; it is imported and listed here."""
 
-import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from slzo.rewards.builtin.number_match import number_match
 from slzo.rewards.builtin.regex import regex
 from slzo.rewards.builtin.rouge import rouge
 from slzo.rewards.builtin.token_f1 import token_f1
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, did_you_mean
 
 RewardFunction = Callable[..., Sequence[float]]
 """``f(prompts, completions, **columns)`` returns one number per completion. It gets only the arguments that it declares."""
@@ -55,11 +54,8 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
         raise SlzoError(f"data.task.metrics []: name at least one of {', '.join(known)}")
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise SlzoError(
-                f"data.task.metrics {name!r}: no such metric; {hint}choose from {', '.join(known)}, or use data.reward"
-            )
+            hint = did_you_mean(str(name), known, "or use data.reward")
+            raise SlzoError(f"data.task.metrics {name!r}: no such metric; choose from {', '.join(known)}; {hint}")
         check_package(name)
     return tuple(dict.fromkeys(names))
 

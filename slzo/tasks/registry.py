@@ -1,6 +1,5 @@
 """Registry of tasks by name."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from slzo.tasks.template import TemplateTask
 from slzo.tasks.wic import Wic
 from slzo.tasks.wsc import Wsc
 from slzo.utils.class_paths import import_failure, required_arguments
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, did_you_mean
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
@@ -44,10 +43,9 @@ def get_task(name: str) -> Task:
         )
     if "." in name:
         return _task_at(name)
-    close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    own = f"{TemplateTask.__name__} or {ChatTask.__name__}"
-    hint = f"; did you mean {close[0]!r}?" if close else f"; for your own files use {own}"
-    raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")
+    own = f"for your own files use {TemplateTask.__name__} or {ChatTask.__name__}"
+    hint = did_you_mean(name.lower(), TASKS, own)
+    raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}; {hint}")
 
 
 def _task_at(path: str) -> Task:

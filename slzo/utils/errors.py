@@ -1,6 +1,8 @@
 """Exceptions for errors that the user can fix, and for signals."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class SlzoError(Exception):
@@ -14,6 +16,12 @@ class SlzoError(Exception):
 def one_line(error: BaseException, limit: int | None = 200) -> str:
     """Return the message of an error in one line, with at most ``limit`` characters, or its class if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, before: str = "", cutoff: float = 0.6) -> str:
+    """Return a question that suggests the closest of the known names, preceded by ``before``; ``otherwise`` if none is close."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
 def shown(value: object) -> str:

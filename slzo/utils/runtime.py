@@ -1,22 +1,14 @@
 """Memory and settings of the running process."""
 
 import ctypes
-import gc
 import os
 import re
 import resource
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 
-from slzo.utils.errors import SlzoError
-from slzo.utils.settings import differences
-
-_Item = TypeVar("_Item")
 # of a container, versions 2 and 1: limit, usage, and the entry of memory.stat with cached files that can be dropped
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
@@ -55,42 +47,6 @@ def _kilobytes(file: str, name: str) -> int | None:
         line = re.search(rf"^{name}:\s+(\d+)", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
         return None if line is None else int(line[1])
     return None
-
-
-def gather_from_processes(items: list[_Item]) -> list[_Item]:
-    """Gather the items of all processes, in the order of the processes; a collective operation."""
-    if not torch.distributed.is_initialized():
-        return items
-    gathered: list[list[_Item]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
-
-
-def check_agreement(values: Mapping[str, Any], advice: str) -> None:
-    """Check that some values are the same on all processes. A collective call.
-
-    Args:
-        values: Primitives by the name that the message uses; only equality counts.
-        advice: What to do if they differ, for the message.
-
-    Raises:
-        SlzoError: On all processes, if a value of one process differs from that of the first process.
-    """
-    first, *others = gather_from_processes([dict(values)])
-    for rank, other in enumerate(others, start=1):
-        if changes := differences(first, other):
-            raise SlzoError(f"the processes of this run differ, rank 0 -> rank {rank}: {changes}; {advice}")
-
-
-def leave_process_group() -> None:
-    """Disconnect from the other processes of a run, when no exchange with them is under way.
-
-    It waits for the threads that exchange tensors. If such a thread released a tensor while the interpreter ends, it would abort
-    the process (pytorch/pytorch#190489).
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        gc.collect()  # the threads end with the last reference to the group
 
 
 def keep_freed_memory() -> None:

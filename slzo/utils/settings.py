@@ -1,7 +1,8 @@
-"""Settings of objects, used to check whether results or checkpoints were made with the same options."""
+"""Settings of objects and options in configs, by dotted name."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -61,3 +62,39 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the settings that differ, as ``name: old -> new``."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+@dataclass(frozen=True)
+class Given:
+    """An option as it was given.
+
+    Attributes:
+        name: Dotted name, without ``init_args``; a class in a list has its place as a further part, from 0.
+        value: A string from the command line, or a value from a config.
+        is_class_path: Whether it was given as the ``class_path`` of the option.
+    """
+
+    name: str
+    value: Any
+    is_class_path: bool = False
+
+
+def options_in(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
+    """Yield the options of a nested mapping; a class comes as its path, followed by its arguments."""
+    for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):
+        name = plain_name(f"{before}.{key}" if before else str(key))
+        if key == "class_path":
+            yield Given(before, value, True)
+        elif key in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
+            yield from options_in(value, before)
+        elif isinstance(value, Mapping) and value:
+            yield from options_in(value, name)
+        elif isinstance(value, list) and any(isinstance(each, Mapping) and "class_path" in each for each in value):
+            yield from options_in({str(place): each for place, each in enumerate(value)}, name)
+        else:
+            yield Given(name, value)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of an option without the parts that only its YAML has."""
+    return name.replace(".init_args.", ".").removesuffix(".class_path")

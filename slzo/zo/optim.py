@@ -99,26 +99,6 @@ class OptimizerChoice:
         """Whether the learning rate is automatic."""
         return self.lr == AUTO_LR
 
-    @property
-    def classes(self) -> dict[str, str | None]:
-        """Classes of optimizer and scheduler; a saved state can be loaded only into the same classes."""
-        scheduler = self.settings["scheduler"]
-        return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of optimizer and scheduler by name, except the learning rate; a saved state brings its own."""
-        scheduler = self.settings["scheduler"] or {}
-        own = {"model.optimizer": self.settings, "model.lr_scheduler": scheduler}
-        # fused and foreach only say how the same step is computed
-        left_out = ("class", "lr", "scheduler", "last_epoch", "fused", "foreach")
-        return {
-            f"{option}.{name}": value
-            for option, settings in own.items()
-            for name, value in settings.items()
-            if name not in left_out and name[0] != "_"
-        }
-
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try optimizer and scheduler on a small matrix, so that errors appear before anything expensive is done.
@@ -150,6 +130,13 @@ class OptimizerChoice:
                 )
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(partial(_fused, make), make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
+
+    def build(self, masters: Iterable[nn.Parameter], lr: float | None = None) -> tuple[Optimizer, Any | None]:
+        """Return the optimizer of parameters and its scheduler, ``None`` without one. ``lr`` replaces the rate of the options."""
+        optimizer = self.make(masters)
+        if lr is not None:
+            set_rate(optimizer, lr)
+        return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
 
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None = None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.

@@ -1,7 +1,7 @@
 """The options of a training."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from slzo.models.device_map import DeviceMapChoice
@@ -142,12 +142,16 @@ class TrainingOptions:
 
     def flat(self) -> dict[str, Any]:
         """Return the options that steps depend on by dotted name, such as ``scope.rank``, primitives only."""
+        optimizer = dict(self.optimizer.settings)
+        scheduler = optimizer.pop("scheduler") or {}
         return {
             "model": self.model,
             "dtype": self.dtype,
             "quantization": self.quantization,
             **flat_settings("scope", self.scope_settings),
             **flat_settings("estimator", constructor_settings(self.estimator, "model.estimator")),
-            **flat_settings("optimizer", self.optimizer.settings),
-            **asdict(self.step),
+            **flat_settings("optimizer", optimizer),
+            **flat_settings("lr_scheduler", scheduler),
+            "eps": "auto" if self.step.eps is None else self.step.eps,
+            "num_queries": self.step.num_queries,
         }

@@ -18,6 +18,7 @@ Subset = Callable[[int, int], Collection[str]]
 
 # Larger directions are drawn again at each use. For all parameters of a model, holding one would take more memory than the model.
 _HOLD_BYTES = 2 * 2**30
+_ADVICE = "use the model, layer and scope that the checkpoint was trained with"
 
 
 class _LazyDirection(Mapping[str, Tensor]):
@@ -171,12 +172,12 @@ class TunedTensors(nn.Module):
         """Set all masters, by name, and the live weights.
 
         Raises:
-            KeyError: The name of a tensor that is unknown, missing or of another shape. Nothing has changed then.
+            SlzoError: A tensor is unknown, missing or of another shape. Nothing has changed then.
         """
         own = self.named_masters()
         wrong = [name for name, given in masters.items() if name not in own or own[name].shape != given.shape]
         for name in [*wrong, *(name for name in own if name not in masters)]:
-            raise KeyError(name)
+            raise SlzoError(f"ckpt_path: tensor {name!r} does not fit the tuned tensors; {_ADVICE}")
         for name, master in own.items():
             master.copy_(masters[name])
         self.restore()
@@ -198,16 +199,18 @@ class TunedTensors(nn.Module):
         """Create the tuned tensors of a :meth:`description` from an untuned model. Set their values with :meth:`load`.
 
         Raises:
-            KeyError: The model has no such tensor, or one of another shape, or the tensor cannot be tuned like this.
+            SlzoError: The model has no such tensor, or one of another shape, or the tensor cannot be tuned like this.
         """
         tensors = {}
         for name, entry in description.items():
             constants = dict(entry)
             kind, shape = constants.pop("kind"), list(constants.pop("shape"))
-            if list(parameters[name].shape) != shape:
-                raise KeyError(f"{name} of shape {shape}")
             try:
+                if list(parameters[name].shape) != shape:
+                    raise ValueError(f"its shape in the model is {list(parameters[name].shape)}")
                 tensors[name] = KINDS[kind](parameters[name], **constants)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise KeyError(f"{name} as {kind} ({one_line(error, None)})") from error
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise SlzoError(
+                    f"ckpt_path: tensor {name!r} of shape {shape}, {kind}, does not fit the model ({one_line(error)}); {_ADVICE}"
+                ) from error
         return cls(tensors, subset)

@@ -140,16 +140,17 @@ class TunedModel:
         ``parts`` is the untuned model without an adapter. ``subset`` is that of :class:`slzo.zo.tuned.TunedTensors`.
 
         Raises:
-            SlzoError: The description is of another base model. The model is unchanged then.
-            KeyError: The description does not fit the model. The model is unchanged then.
+            SlzoError: The description is of another base model, or does not fit the model. The model is unchanged then.
         """
         base = Fingerprint.of(parts.model)
         base.check(description.get("base", {}))
         settings = description["adapter"]
         try:
             adapter = None if settings is None else adapter_from_dict(settings)
-        except TypeError as error:
-            raise KeyError(f"{settings} as adapter ({error})") from error
+        except (KeyError, TypeError) as error:
+            raise SlzoError(
+                f"ckpt_path: adapter {settings} is unknown ({error}); use the version that wrote it"
+            ) from error
         owners = {layer_of(name, parts.layers_path) for name in description["tensors"]}
         layers = sorted(layer for layer in owners if layer is not None and layer < parts.num_layers)
         with ExitStack() as undo:

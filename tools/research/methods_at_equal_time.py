@@ -28,7 +28,7 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.prefix_plan import fill_prefix, plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import auto_rate, make_evaluator, make_stepper, tune
+from slzo.training import auto_rate, make_stepper, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
@@ -131,7 +131,7 @@ def _train(setting: Setting, options: TrainingOptions, layer: int, factor: float
     optimizer = options.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 0.0)
     stepper = make_stepper(model, options, rows, auto=auto)
-    batches, metric, evaluator = rows.training_batches(None), rows.selection_metric, make_evaluator(rows, model)
+    batches, metric, evaluator = rows.training_batches(None), rows.selection_metric, rows.evaluator(model)
     used, due, step, lowest = 0.0, 0.0, 0, math.inf
     best, curve = before, []
     try:

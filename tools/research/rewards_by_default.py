@@ -26,7 +26,7 @@ from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
-from slzo.training import make_evaluator, tune
+from slzo.training import tune
 from slzo.utils.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -169,7 +169,7 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     rows = TaskRows(task, tokenizer=model, reward=data["reward"], **sizes)
     options = ZOModule(model).options
     parts = load(options, rows, torch.device("cpu"))
-    evaluator = make_evaluator(rows, tune(parts, options, rows, parts.num_layers - 1))
+    evaluator = rows.evaluator(tune(parts, options, rows, parts.num_layers - 1))
     found = [row for row in rows.rows("test")[:_SAMPLED_ROWS] for _ in range(_SAMPLES)]
     keys = tuple(sample_key(0, 0, row.example.id, number % _SAMPLES) for number, row in enumerate(found))
     answers = [answer.text for answer in evaluator.answers(found, Sampling(1.0, keys))]

@@ -15,7 +15,7 @@ from slzo.data.batch import EvalBatch, Row
 from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
-from slzo.training import make_evaluator, make_stepper
+from slzo.training import make_stepper
 from slzo.zo.options import TrainingOptions
 from slzo.zo.time_plan import RunTimes, TimeBudget
 from slzo.zo.tuned_model import TunedModel
@@ -95,7 +95,7 @@ def _time_scores(
     model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool, number: int | None = None
 ) -> tuple[float, float]:
     """Return the seconds to score the first batches of this process, and what the first time adds if their states are kept."""
-    cache, evaluator = model.forward.cache, make_evaluator(rows, model)
+    cache, evaluator = model.forward.cache, rows.evaluator(model)
     scored, new, seconds, added, began = 0, 0, 0.0, 0.0, time.perf_counter()
     for batch in spaced_batches(islice(rows.eval_batches(split), number), _SCORED_ROWS):
         moved = batch.to(model.parts.model.device)

@@ -7,14 +7,14 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
-from slzo.callbacks.schedule import callback_of, is_quick
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.batch import EvalBatch, Row
 from slzo.run import RunContext
+from slzo.schedule import callback_of, is_quick
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
-from slzo.utils.runtime import gather_from_processes
+from slzo.utils.process_group import gather_from_processes
 from slzo.zo.time_plan import Passes, TimeBudget
 
 
