@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.note import check_commit
 from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
@@ -47,6 +47,7 @@ from slzo.training import (
     load_parts,
     make_stepper,
     restore,
+    restore_values,
     restored_rate,
     tune,
     uses_auto,
@@ -77,8 +78,7 @@ def prepare(
 ) -> Prepared:
     """Do everything that comes before the first step. The rows are already set up for ``fit``.
 
-    ``loaded`` is the untuned model if it is already loaded. ``tuned`` is the model of an earlier ``fit``, to tune it further
-    without a checkpoint.
+    ``loaded`` is the untuned model if it is already loaded, ``tuned`` the model of an earlier ``fit``, to tune it further.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
@@ -108,9 +108,7 @@ def prepare(
     else:
         data, seed = rows.fingerprint(checkpoint.note["data"]), checkpoint.note["noise_seed"]
         check_environment(checkpoint.note, run.device, rows.processes.world_size)
-        layer = checkpoint.note["layer"]
-        choice = None if layer is None else Choice(layer, checkpoint.note["layer_reason"])
-        model = restore(loaded, checkpoint, options, for_training=True)
+        model, choice = _restored_model(options, loaded, checkpoint, tuned)
     if tuned is not None:
         model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows, held_out=True)
@@ -141,6 +139,18 @@ def _new_model(
         return tuned, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), None
     profile, choice = choose_layer(parts, options, rows, run)
     return tune(parts, options, rows, None if choice is None else choice.layer), choice, profile
+
+
+def _restored_model(
+    options: TrainingOptions, parts: ModelParts, checkpoint: Checkpoint, tuned: TunedModel | None
+) -> tuple[TunedModel, Choice | None]:
+    """Return the model of a checkpoint with its tuned tensors; Lightning restores the optimizer afterwards."""
+    note = checkpoint.note
+    if tuned is None:
+        tuned = restore(parts, checkpoint, options, for_training=True)
+    else:
+        restore_values(tuned, checkpoint)
+    return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 
 def choose_layer(

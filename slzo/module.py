@@ -235,9 +235,7 @@ class ZOModule(LightningModule):
         return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
-        """Do everything before the first step; without a checkpoint, a model that is already tuned is tuned further."""
-        if checkpoint is not None:
-            self._release()
+        """Do everything before the first step; a model that is already tuned is tuned further."""
         trainer, rows = self.trainer, self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
         run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
@@ -481,6 +479,7 @@ class ZOModule(LightningModule):
         in_fit = trainer.state.fn == "fit"
         if in_fit and self.prepared is not None and not self.prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
+            self._release()
             self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
         if self.tuned_model is None:
             start = Checkpoint(str(trainer.ckpt_path), checkpoint)
