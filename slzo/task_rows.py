@@ -179,7 +179,13 @@ class TaskRows:
             raise SlzoError(
                 f"data.tokenizer: not known before there is a model; give {type(self).__name__}(tokenizer=MODEL)"
             )
-        return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
+        try:
+            tokenizer = load_tokenizer(self.tokenizer_name, self.trust_remote_code)
+        except SlzoError as error:
+            if self._follows_model:
+                raise
+            raise SlzoError(f"data.tokenizer {self.tokenizer_name!r}: {error}; or leave data.tokenizer out") from error
+        return self._make_encoder(tokenizer, self.max_length)
 
     def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **model: Any) -> Encoder:
         if self.task.chat is None:
@@ -202,10 +208,10 @@ class TaskRows:
         Raises:
             SlzoError: If the tokenizer has more tokens than the model.
         """
-        # a tokenizer that was given in Python may differ by mistake
+        # a tokenizer that was given may differ by mistake
         encoder, source, size = self.encoder, self.tokenizer_name, len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-        advice = f"give TaskDataModule(tokenizer={name!r})"
+        advice = f"leave data.tokenizer out, or give {name!r}"
         if size > known and source != name:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
