@@ -342,7 +342,10 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
         yield
         return
     last = model.tensors.clone_masters()
-    model.tensors.load(state)
+    try:
+        model.tensors.load(state)
+    except SlzoError as error:
+        raise SlzoError(f"the best checkpoint was replaced by a callback; leave this callback out ({error})") from error
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ from slzo.run import Prepared
 from slzo.run_context import run_context, steps_per_epoch
 from slzo.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, agreed_settings, load_parts, restore
+from slzo.training import adapt_rows, agreed_settings, changed_settings, load_parts, restore
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
@@ -43,7 +43,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import differences, flat_settings
+from slzo.utils.settings import flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
 from slzo.zo.options import TrainingOptions
@@ -492,7 +492,7 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_tokenizer(note)
             return
-        if changes := differences(note["settings"], agreed_settings(self.options, rows)):
+        if changes := changed_settings(note["settings"], agreed_settings(self.options, rows)):
             warn(
                 f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
                 "model.optimizer and model.lr_scheduler, which continue from the checkpoint"

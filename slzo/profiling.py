@@ -79,8 +79,13 @@ def choose(profile: OutlierProfile, rule: SelectionRule, trials: Trials | str, r
         SlzoError: The rule finds no layer.
     """
     runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
-    choice = choice_of(rule, SelectionContext(profile.layers, runs, reason))
-    layer, reason = rows.processes.broadcast((choice.layer, choice.reason))
+    try:
+        choice, failure = choice_of(rule, SelectionContext(profile.layers, runs, reason)), ""
+    except SlzoError as error:  # raised below, on all processes
+        choice, failure = Choice(-1, ""), str(error)
+    layer, reason, failure = rows.processes.broadcast((choice.layer, choice.reason, failure))
+    if failure:
+        raise SlzoError(failure)
     return replace(choice, layer=layer, reason=reason)
 
 

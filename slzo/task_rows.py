@@ -94,7 +94,8 @@ class TaskRows:
         allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
         seed: Seed of the random draws; by default that of seed_everything.
-        trust_remote_code: Run code of the given tokenizer that comes with a Hub repository; for others, model.trust_remote_code.
+        trust_remote_code: Run code of the given tokenizer that comes with a Hub repository; without data.tokenizer,
+            model.trust_remote_code decides.
     """
 
     def __init__(
@@ -184,7 +185,9 @@ class TaskRows:
         except SlzoError as error:
             if self._follows_model:
                 raise
-            raise SlzoError(f"data.tokenizer {self.tokenizer_name!r}: {error}; or leave data.tokenizer out") from error
+            # loading a model or its tokenizer names the option of the model
+            message = str(error).replace("model.model", "data.tokenizer", 1)
+            raise SlzoError(f"{message}; or leave data.tokenizer out") from error
         return self._make_encoder(tokenizer, self.max_length)
 
     def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **model: Any) -> Encoder:

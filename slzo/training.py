@@ -44,6 +44,26 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
+# options of optimizer and scheduler that say how the same step is computed, or that change during a training
+_NOT_COMPARED = ("fused", "foreach", "last_epoch")
+
+
+def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return the options of a resumed run that differ from those of its checkpoint, as text; see :func:`agreed_settings`.
+
+    A layer that is left out is no change: it comes from the checkpoint.
+    """
+
+    def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+        last = {name: name.rpartition(".")[2] for name in settings}
+        return {name: settings[name] for name in settings if last[name] not in _NOT_COMPARED and last[name][0] != "_"}
+
+    old, new = compared(saved), compared(own)
+    if new["model.layer"] is None:
+        new["model.layer"] = old.get("model.layer")
+    return differences(old, new)
+
+
 def load_parts(
     options: TrainingOptions,
     device: torch.device,

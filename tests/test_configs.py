@@ -156,3 +156,4 @@ def test_the_notebook_is_the_python_of_the_readme():
     source = "\n".join("".join(cell["source"]) for cell in cells)
     for line in page_code("README.md", "python").splitlines():
         assert line in source
+    exec("\n".join(line for line in source.splitlines() if line.startswith("from slzo")), {})

@@ -34,7 +34,7 @@ def test_shipped_table_configs_parse(path):
         ({"configs": ["broken.yaml"]}, "configs 'broken.yaml': not YAML"),
         ({"seeds": [-1]}, "seeds [-1]: give a list of whole numbers"),
         ({"seed": [1]}, "config 'seed': unknown key; did you mean seeds?"),
-        ({"configs": ["nope.yaml"]}, "configs 'nope.yaml': cannot be read"),
+        ({"configs": ["nope.yaml"]}, "configs 'nope.yaml': no such file"),
         ({"configs": "base.yaml"}, "configs 'base.yaml': give a list"),
         ({"common": {"data.task": "sst2"}}, "common.data.task: set by this tool"),
         ({"common": ["a"]}, "common ['a']: give options by name"),

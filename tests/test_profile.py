@@ -4,16 +4,19 @@ import json
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import choose, layer_statistics, random_example, random_prompts, tiny_model
 
+from slzo import profiling
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.profiling import bos_note, sequence_notes
 from slzo.report.profile_files import format_profile
 from slzo.utils.errors import SlzoError
+from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump
 
@@ -207,3 +210,18 @@ def test_a_profile_survives_json():
 def test_a_wrong_threshold_is_named():
     with pytest.raises(SlzoError, match=r"^profiler\.rule\.ratio nan: must be"):
         FirstOutlierLayer(ratio=float("nan"))
+
+
+def test_a_rule_that_fails_on_the_first_process_fails_on_all():
+    """Its error is broadcast like a choice, so no process waits for the others."""
+    layers = tuple(profile_layers(ModelParts(tiny_model()), [pack(random_prompts())]))
+    profile, sent = OutlierProfile(layers, 10, 1), []
+    first = SimpleNamespace(processes=Processes(2, 0, broadcast=lambda value: sent.append(value) or value))
+    other = SimpleNamespace(processes=Processes(2, 1, broadcast=lambda _: sent[-1]))
+    with pytest.raises(SlzoError, match="threshold"):
+        profiling.choose(profile, FirstOutlierLayer(max_abs=1e9), "", first)
+    with pytest.raises(SlzoError, match="threshold"):
+        profiling.choose(profile, MaxRatioJump(), "", other)
+    chosen = profiling.choose(profile, MaxRatioJump(), "", first)
+    assert len(sent) == 2
+    assert profiling.choose(profile, FirstOutlierLayer(max_abs=1e9), "", other).layer == chosen.layer

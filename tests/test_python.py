@@ -26,6 +26,7 @@ from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
 from slzo.export import export_checkpoint
 from slzo.fit import best_state
 from slzo.schedule import callback_of
+from slzo.training import changed_settings
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import AUTO_LR
@@ -524,3 +525,20 @@ def test_nothing_is_saved_before_a_training(model_dir, data_dir):
     trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir))
     with pytest.raises(SlzoError, match=r"^save_checkpoint: nothing was trained"):
         trainer.save_checkpoint("x.ckpt")
+
+
+def test_only_options_that_matter_are_compared_on_resume():
+    saved = {
+        "model.layer": 28,
+        "model.optimizer.fused": True,
+        "model.optimizer.lr": 1e-3,
+        "model.lr_scheduler._step_count": 1,
+    }
+    own = {
+        "model.layer": None,
+        "model.optimizer.fused": None,
+        "model.optimizer.lr": 1e-4,
+        "model.lr_scheduler._step_count": 2,
+    }
+    assert changed_settings(saved, own) == "model.optimizer.lr: 0.001 -> 0.0001"
+    assert changed_settings(saved, own | {"model.layer": 27}).startswith("model.layer: 28 -> 27")

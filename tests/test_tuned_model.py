@@ -13,7 +13,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import Placement, set_placement
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA
+from slzo.zo.estimators import SPSA, Backprop
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
 from slzo.zo.stepper import StepOptions, Stepper
@@ -86,6 +86,20 @@ def test_states_of_another_layer_are_not_taken_over():
     other = tuned_layer(parts, 2, cache=first.forward.cache)
     assert batch.example_index[0] not in other.forward.cache
     assert batch.example_index[0] in first.forward.cache
+
+
+class Slices(LayerScope):
+    """Tunes a part of each tensor, which is no parameter of the model."""
+
+    def tensors(self, context):
+        return TunedTensors({name: tensor.live[:4] for name, tensor in super().tensors(context).items()})
+
+
+def test_a_derivative_needs_parameters_of_the_model():
+    model = TunedModel.from_scope(ModelParts(tiny_model(), onednn=False), Slices(), 2)
+    Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions())
+    with pytest.raises(SlzoError, match=r"model\.scope: tensor '.*' is not a parameter of the model.*use SPSA"):
+        Stepper(model, CandidateCrossEntropy(), Backprop(), StepOptions())
 
 
 def test_a_plan_without_prompts_runs_nothing():

@@ -139,7 +139,7 @@ WRONG = """
 --trainer.callbacks=EMAWeightAveraging | trainer.callbacks EMAWeightAveraging: does not work with slzo's steps; leave it out
 --trainer.callbacks=LearningRateFinder | trainer.callbacks LearningRateFinder: does not work with slzo's steps; leave model.optimizer.lr at auto
 --trainer.callbacks=BatchSizeFinder | trainer.callbacks BatchSizeFinder: does not work with slzo's steps
---data.tokenizer=x | data.tokenizer 'x': model.model 'x'
+--data.tokenizer=x | data.tokenizer 'x'
 --trainer.overfit_batches=1 | trainer.overfit_batches 1: each step draws other rows; leave it out
 --trainer.callbacks=Timer --trainer.callbacks.duration=x | trainer.callbacks: `Timer(duration='x')` is not a valid duration
 --trainer.callbacks=nope.Nope | trainer.callbacks 'nope.Nope': nope cannot be imported

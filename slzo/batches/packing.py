@@ -105,7 +105,7 @@ class PackedBatch(TokenBatch):
         return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
 
     def select(self, numbers: Sequence[int]) -> "PackedBatch":
-        """Return the batch of some of the examples, given by their numbers in the batch."""
+        """Return the batch of some of the examples, given by their numbers in the batch; prompts are shared in it."""
         part = pack([self.examples[number] for number in numbers])
         if self.choice_ids is None:  # the parts have no choices that the batch does not have
             part = replace(part, choice_ids=None, token_choice=None)
@@ -144,7 +144,8 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True) -> P
 
     Args:
         examples: The examples, in the order of the batch.
-        share_prompts: Store a prompt once for all its candidates. ``False``, for comparison, gives each candidate its own copy.
+        share_prompts: Store a prompt once for all its candidates. ``False``, for comparison, gives each candidate its own copy;
+            such a batch must not be cut.
     """
     ids: list[int] = []
     positions: list[int] = []

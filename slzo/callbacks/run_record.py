@@ -137,8 +137,7 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
-        assert isinstance(pl_module, ZOModule)
-        if pl_module.prepared is not None:
+        if isinstance(pl_module, ZOModule) and pl_module.prepared is not None:
             pl_module.stepper.close_log()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -7,6 +7,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.hub import model_commit, split_revision
 
 CHECKPOINT_FORMAT = 2
+"""Format of checkpoints; to be raised when the note, or what a callback saves, changes."""
 
 _FIELDS = (
     "scope",

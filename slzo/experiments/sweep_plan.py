@@ -68,7 +68,7 @@ class SweepPlan:
 
     def training_cell(self, layer: int, seed: int) -> str:
         """Return the name of the cell that trains a layer with a seed, for the steps and seconds of this plan."""
-        seconds = "" if self.seconds is None else f"-seconds-{self.seconds:g}"
+        seconds = "" if self.seconds is None else f"-seconds-{self.seconds}"
         return f"train-{layer}-seed-{seed}-steps-{self.steps}{seconds}"
 
 

@@ -169,7 +169,7 @@ def _compared(
         how_sure = "from one seed, so without a standard error"
     else:
         errors = in_errors(abs(value - behind), math.hypot(error, other_error))
-        how_sure = f"{errors:.1f} standard errors behind{'' if errors >= CLEAR else ', which is not clear'}"
+        how_sure = f"{errors:.1f} standard errors behind{'' if errors >= CLEAR else ', which may be noise'}"
     return f"{start}; {names[rival]} has {_measured(*found[rival])}, {how_sure}."
 
 

@@ -46,7 +46,7 @@ class Facts:
 
     @property
     def task(self) -> str:
-        """Name of the task, or its class path."""
+        """Name of the task."""
         return str(self.note["settings"]["data.task"])
 
     @property

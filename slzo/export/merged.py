@@ -7,7 +7,8 @@ from transformers import GenerationConfig
 from slzo.checkpoints.note import base_model
 from slzo.export.base import ExportFormat, trust_argument
 from slzo.export.facts import Facts
-from slzo.models.load import load_tokenizer, resolve_model
+from slzo.export.restore import tokenizer_of
+from slzo.models.load import resolve_model
 from slzo.models.save import leave_unquantized, save_model
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import library_disk_errors
@@ -36,7 +37,7 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     original = Path(resolve_model(base)) / _GENERATION
     if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
-    tokenizer = load_tokenizer(base, note["trust_remote_code"], note.get("chat_template"))
+    tokenizer = tokenizer_of(note, note["trust_remote_code"])
     with library_disk_errors():
         save_model(model, folder)
         tokenizer.save_pretrained(folder)

@@ -1,9 +1,16 @@
 """Restore a tuned model from a checkpoint for use with transformers, without slzo's own engine."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import base_model
-from slzo.models.load import load_model
+from slzo.data.fingerprint import hash_tokenizer
+from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
+from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
@@ -30,3 +37,13 @@ def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
     model = load_model(base_model(note), note["dtype"], trust_remote_code)
     # padded and without oneDNN, so that the model stays as transformers made it
     return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
+
+
+def tokenizer_of(note: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint's base model, with the chat template of the run; warn if the run had another one."""
+    tokenizer = load_tokenizer(base_model(note), trust_remote_code, note.get("chat_template"))
+    if hash_tokenizer(tokenizer) != note["data"]["tokenizer"]:
+        warn(
+            "the run used another tokenizer than that of its model (data.tokenizer); use that one with the tuned model"
+        )
+    return tokenizer

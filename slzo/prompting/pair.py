@@ -13,13 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.checkpoints.note import base_model
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE
 from slzo.export.delta import DELTA_FILE, read_delta, swap
-from slzo.export.restore import untuned
+from slzo.export.restore import tokenizer_of, untuned
 from slzo.models.adapters.base import import_peft
 from slzo.models.engine import DType
 from slzo.models.fingerprint import Fingerprint
@@ -125,7 +124,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
     if tuned_model.parts.virtual_tokens is not None:
         raise _virtual_tokens_error(source)
-    tokenizer = load_tokenizer(base_model(note), source.trust_remote_code, note.get("chat_template"))
+    tokenizer = tokenizer_of(note, source.trust_remote_code)
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     tuned_model.tensors.load(checkpoint.content["state_dict"])

@@ -54,8 +54,9 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
         raise SlzoError(f"data.task.metrics []: name at least one of {', '.join(known)}")
     for name in names:
         if name not in known:
-            hint = did_you_mean(str(name), known, "or use data.reward")
-            raise SlzoError(f"data.task.metrics {name!r}: no such metric; choose from {', '.join(known)}; {hint}")
+            near = did_you_mean(str(name), known)
+            advice = f"choose from {', '.join(known)}, or use data.reward"
+            raise SlzoError(f"data.task.metrics {name!r}: no such metric; {near}{' ' if near else ''}{advice}")
         check_package(name)
     return tuple(dict.fromkeys(names))
 

@@ -51,7 +51,9 @@ class LossContext:
     step: int = 0
 
     def answers(self, points: Sequence[Point], rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
-        """Generate answers to the rows, at one point after the other. The live weights stay at one of the points.
+        """Generate answers to the rows at several points; return those at one point after the other.
+
+        The live weights stay at one of the points.
 
         ``sampling`` has one key for each answer; ``None`` decodes greedily.
 

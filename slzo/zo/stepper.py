@@ -97,6 +97,9 @@ class Stepper:
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
         known: Recorded steps by number. They are replayed from their losses, without forward passes.
 
+    Raises:
+        SlzoError: The estimator needs a derivative, and a tuned tensor is not a parameter of the model.
+
     Attributes:
         known: The recorded steps that have not been replayed yet.
         log: Writes steps and rollbacks to a file, if it is set.
@@ -123,6 +126,8 @@ class Stepper:
     ) -> None:
         if estimator.perturbs_output:
             check_layer_output(model.parts, model.span, estimator.describe())
+        if not estimator.uses_points:
+            _check_parameters(model)
         self.model = model
         self.objective = objective
         self.estimator = estimator
@@ -272,6 +277,15 @@ class Stepper:
             f"{step + 1}; lower the learning rate (model.optimizer.lr) or model.eps, or use model.dtype bfloat16 or "
             "float32"
         )
+
+
+def _check_parameters(model: TunedModel) -> None:
+    own = {id(parameter) for parameter in model.parts.model.parameters()}
+    for name, tensor in model.tensors.items():
+        if id(tensor.live) not in own:
+            raise SlzoError(
+                f"model.scope: tensor {name!r} is not a parameter of the model, so it has no gradient; use SPSA"
+            )
 
 
 def _check_replayed(known: StepRecord, record: StepRecord) -> None:

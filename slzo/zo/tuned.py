@@ -18,7 +18,7 @@ Subset = Callable[[int, int], Collection[str]]
 
 # Larger directions are drawn again at each use. For all parameters of a model, holding one would take more memory than the model.
 _HOLD_BYTES = 2 * 2**30
-_ADVICE = "use the model, layer and scope that the checkpoint was trained with"
+_ADVICE = "the checkpoint is of another model, layer or scope"
 
 
 class _LazyDirection(Mapping[str, Tensor]):
@@ -203,14 +203,18 @@ class TunedTensors(nn.Module):
         """
         tensors = {}
         for name, entry in description.items():
+            if name not in parameters:
+                raise SlzoError(f"ckpt_path: the model has no tensor {name!r}; {_ADVICE}")
             constants = dict(entry)
-            kind, shape = constants.pop("kind"), list(constants.pop("shape"))
             try:
+                kind, shape = constants.pop("kind"), list(constants.pop("shape"))
                 if list(parameters[name].shape) != shape:
-                    raise ValueError(f"its shape in the model is {list(parameters[name].shape)}")
+                    raise ValueError(
+                        f"its shape is {list(parameters[name].shape)} in the model, and {shape} in the checkpoint"
+                    )
                 tensors[name] = KINDS[kind](parameters[name], **constants)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise SlzoError(
-                    f"ckpt_path: tensor {name!r} of shape {shape}, {kind}, does not fit the model ({one_line(error)}); {_ADVICE}"
+                    f"ckpt_path: tensor {name!r} does not fit the model ({one_line(error)}); {_ADVICE}"
                 ) from error
         return cls(tensors, subset)

@@ -48,7 +48,6 @@ TITLES = {
     "lora-checkpointing": "LoRA, checkpointing",
     "adamw": "AdamW on all weights",
 }
-PLAIN = Path(__file__).parents[1] / "plain_training.py"
 SHAPE_7B = "llama-7b"
 # float32 numbers per token and entry of the vocabulary: logits, log-probabilities, and with a gradient those of both
 _LOGITS, _LOGITS_WITH_GRADIENT = 2, 4

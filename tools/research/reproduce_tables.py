@@ -94,10 +94,12 @@ def run(options: Options) -> int:
         if not options.report:
             with workers(options.workers):
                 finished = work.run(methods)
-    finally:  # also after an interrupt
+    except (KeyboardInterrupt, Interrupted):
         if not is_worker():
             write_tables(work, command)
+        raise
     if not is_worker():
+        write_tables(work, command)
         print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
         print(f"Files      {work.folder}/table.md, table.json")
     return 0 if finished else 1

@@ -159,7 +159,9 @@ def _configs(value: Any, table: Path) -> tuple[Path, ...]:
     if not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
         raise SlzoError(f"configs {value!r}: give a list of slzo's configs, like [../quickstart.yaml]")
     paths = tuple(Path(os.path.relpath(table.parent / name)) for name in value)
-    for path in paths:
+    for name, path in zip(value, paths, strict=True):
+        if not path.is_file():
+            raise SlzoError(f"configs {name!r}: no such file; paths are relative to the table config's folder")
         _load(path, "configs")
     return paths
 
