@@ -399,7 +399,7 @@ def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
     tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     line = error_line(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")
-    assert "was trained on another model" in line
+    assert "was trained on another base model" in line
 
 
 @pytest.mark.fast
