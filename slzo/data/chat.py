@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +73,8 @@ class ChatEncoder(Encoder):
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens.
         chat: Template and turns to train on.
-        limits: ``num_embeddings`` and ``limited_by_model``, as for :class:`Encoder`.
+        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
+        limited_by_model: Whether ``max_length`` is all that the model takes.
 
     Attributes:
         template: Text of the template.
@@ -86,9 +86,11 @@ class ChatEncoder(Encoder):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         chat: ChatFormat,
-        **limits: Any,
+        *,
+        num_embeddings: int | None = None,
+        limited_by_model: bool = False,
     ) -> None:
-        super().__init__(tokenizer, max_length, **limits)
+        super().__init__(tokenizer, max_length, num_embeddings=num_embeddings, limited_by_model=limited_by_model)
         self.chat = chat
         self.template, self.note = find_template(tokenizer, chat.template)
         self._end = self._end_of_turn()
