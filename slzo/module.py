@@ -145,7 +145,7 @@ class ZOModule(LightningModule):
         self._untuned: ModelParts | None = None
         self._is_given = False  # the untuned model comes from use() and cannot be loaded again
         self.tuned_model: TunedModel | None = None
-        self.prepared: Prepared | None = None  # of the current or last fit
+        self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
@@ -256,7 +256,7 @@ class ZOModule(LightningModule):
             limit.apply(trainer, prepared.time)
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
-        self.prepared = prepared
+        self._prepared = prepared
         self._hold_tuned(prepared.model)
 
     def _load_parts(self) -> ModelParts:
@@ -344,15 +344,20 @@ class ZOModule(LightningModule):
         return datamodule
 
     @property
+    def prepared(self) -> Prepared:
+        """What the current or last fit is made of."""
+        if self._prepared is None:
+            raise SlzoError("model: nothing was trained; call trainer.fit first")
+        return self._prepared
+
+    @property
     def stepper(self) -> Stepper:
         """The stepper of the current fit."""
-        assert self.prepared is not None
         return self.prepared.stepper
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
-        assert self.prepared is not None
-        stepper = self.prepared.stepper
+        stepper = self.stepper
         optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
@@ -406,7 +411,11 @@ class ZOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Close the log of losses."""
-        if self.prepared is not None:
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Close the log of losses, if there is one."""
+        if self._prepared is not None:
             self.stepper.close_log()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -469,15 +478,13 @@ class ZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the tensors elsewhere."""
-        if self.prepared is None:
-            raise SlzoError("save_checkpoint: nothing was trained; call it in or after fit")
         checkpoint["slzo"] = make_note(self.prepared, self.rows)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
         note, rows, trainer = checkpoint_note(checkpoint), self.rows, self.trainer
         in_fit = trainer.state.fn == "fit"
-        if in_fit and self.prepared is not None and not self.prepared.resumed:
+        if in_fit and self._prepared is not None and not self._prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
             self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
@@ -501,12 +508,24 @@ class ZOModule(LightningModule):
     def _release(self) -> None:
         """Drop the tuned tensors, and the model, whose weights they have changed."""
         if self.tuned_model is not None:
-            if self.prepared is not None:
-                self.stepper.close_log()
+            self.close_log()
             self.tuned_model.release()
-            self.tuned_model = self.prepared = None
+            self.tuned_model = self._prepared = None
             self.masters = nn.ParameterList()
             self._drop_parts()
+
+
+def zo_module(module: LightningModule) -> ZOModule:
+    """Return the module that a callback's hook was given.
+
+    Raises:
+        SlzoError: It is not a ZOModule.
+    """
+    if not isinstance(module, ZOModule):
+        raise SlzoError(
+            f"trainer.callbacks: those of slzo need a ZOModule, not a {type(module).__name__}; leave them out"
+        )
+    return module
 
 
 # types of the options that are used before TrainingOptions checks the rest

@@ -20,7 +20,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
 from slzo.export import export_checkpoint
@@ -520,10 +522,17 @@ def test_half_precision_of_lightning_is_refused_in_its_own_trainer(model_dir, da
         trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3), datamodule=rows(data_dir))
 
 
+@pytest.mark.parametrize("callback", [LossGuard, StepWatch, RunRecord])
+def test_a_callback_refuses_another_module(callback):
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback()], **QUIET)
+    with pytest.raises(SlzoError, match=r"^trainer.callbacks: those of slzo need a ZOModule, not a BoringModel; leave"):
+        trainer.fit(BoringModel())
+
+
 def test_nothing_is_saved_before_a_training(model_dir, data_dir):
     trainer = ZOTrainer(**QUIET)
     trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir))
-    with pytest.raises(SlzoError, match=r"^save_checkpoint: nothing was trained"):
+    with pytest.raises(SlzoError, match=r"^model: nothing was trained; call trainer.fit first"):
         trainer.save_checkpoint("x.ckpt")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from slzo.module import ZOModule
+from slzo.module import ZOModule, zo_module
 from slzo.run_context import dev_batches, num_dev_rows
 from slzo.schedule import is_quick, validation_due
 from slzo.utils.console import say, warn
@@ -56,36 +56,35 @@ class LossGuard(Callback):
         """Score the dev rows before training; their prefix states are needed later anyway."""
         if self.factor is None or is_quick(trainer):
             return
-        assert isinstance(pl_module, ZOModule)
-        assert pl_module.prepared is not None
+        module = zo_module(pl_module)
         self.rolled_back_at = -1
         if trainer.enable_validation and trainer.val_check_batch is None:
             warn(
                 "guard: with a time as trainer.val_check_interval and no trainer.max_time the run does not roll back after a "
                 "spike; give a number of steps, or trainer.max_time"
             )
-        if not pl_module.prepared.resumed:
+        if not module.prepared.resumed:
             self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
-            rows = pl_module.rows
+            rows = module.rows
             if trainer.enable_validation and rows.rows("dev"):
-                found = rows.score(pl_module.evaluator, dev_batches(trainer, rows), keep_prefix=True)
-                self._note(trainer, pl_module, rows.selection_metric.distance(found))
+                found = rows.score(module.evaluator, dev_batches(trainer, rows), keep_prefix=True)
+                self._note(trainer, module, rows.selection_metric.distance(found))
         elif self._good is None:
-            self._keep(trainer, pl_module)
+            self._keep(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.factor is None or not validation_due(trainer):
             return
-        assert isinstance(pl_module, ZOModule)
-        metric = pl_module.rows.selection_metric
+        module = zo_module(pl_module)
+        metric = module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
         if (factor := self.factor) == "auto":
             noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
-            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, pl_module.rows)))
+            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, module.rows)))
         if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
-            self._note(trainer, pl_module, loss)
+            self._note(trainer, module, loss)
         else:
-            self._roll_back(trainer, pl_module, loss, factor)
+            self._roll_back(trainer, module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
         if loss <= self._lowest:  # if rewards are equal, the newest counts

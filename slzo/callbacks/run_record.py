@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
-from slzo.module import ZOModule
+from slzo.module import ZOModule, zo_module
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
@@ -68,16 +68,15 @@ class RunRecord(Callback):
         return Passes(test_before=int(self.test_before), test_after=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ZOModule)
-        prepared = pl_module.prepared
-        assert prepared is not None
+        module = zo_module(pl_module)
+        prepared = module.prepared
         self._forecast = Forecast(self._forecast.row_seconds)  # of this fit
-        folder, rows, self._device = folder_of(trainer), pl_module.rows, pl_module.device
+        folder, rows, self._device = folder_of(trainer), module.rows, module.device
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
-                logger.log_hyperparams(_options(trainer, pl_module))
+                logger.log_hyperparams(_options(trainer, module))
         if folder is not None and trainer.is_global_zero:
-            write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
+            write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, module, prepared)})
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
         else:
@@ -92,15 +91,15 @@ class RunRecord(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
-        assert isinstance(pl_module, ZOModule)
+        module = zo_module(pl_module)
         if self._forecast.end() and not is_quick(trainer):
-            rows, every = pl_module.rows, trainer.val_check_batch  # None if validations follow the clock
+            rows, every = module.rows, trainer.val_check_batch  # None if validations follow the clock
             line = self._forecast.line(
                 planned_steps(trainer, rows) - trainer.global_step,
                 every * (trainer.check_val_every_n_epoch or 1) if every and trainer.enable_validation else None,
                 num_dev_rows(trainer, rows),
                 len(rows.rows("test")),
-                peak_memory_gb(pl_module.device) + _cache_growth(pl_module),
+                peak_memory_gb(module.device) + _cache_growth(module),
             )
             if line:
                 say(line)
@@ -108,15 +107,15 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, ZOModule)
+        module = zo_module(pl_module)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        distance = pl_module.rows.selection_metric.distance(found, "val/")
+        distance = module.rows.selection_metric.distance(found, "val/")
         loss = found.pop("val/loss", math.nan)
         record = self._so_far()
         self._history.points.append(
             {
                 "step": trainer.global_step,
-                "evaluations": round(pl_module.stepper.num_evaluations),
+                "evaluations": round(module.stepper.num_evaluations),
                 "seconds": round(record.train_seconds, 4),
                 "loss": loss if math.isfinite(loss) else None,
                 "distance": distance if math.isfinite(distance) else None,
@@ -129,16 +128,14 @@ class RunRecord(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_quick(trainer) or trainer.interrupted:
             return
-        assert isinstance(pl_module, ZOModule)
-        prepared = pl_module.prepared
-        assert prepared is not None
-        summary = finish(prepared, pl_module.rows, self._outcome(trainer), folder_of(trainer))
-        _log_scores(trainer, summary["scores_after"], dict(pl_module.hparams))
+        module = zo_module(pl_module)
+        summary = finish(module.prepared, module.rows, self._outcome(trainer), folder_of(trainer))
+        _log_scores(trainer, summary["scores_after"], dict(module.hparams))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
-        if isinstance(pl_module, ZOModule) and pl_module.prepared is not None:
-            pl_module.stepper.close_log()
+        if isinstance(pl_module, ZOModule):
+            pl_module.close_log()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to count the seconds of another ``fit`` of the same trainer."""

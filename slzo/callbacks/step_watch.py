@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
-from slzo.module import ZOModule
+from slzo.module import ZOModule, zo_module
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import StepResult
@@ -36,42 +36,41 @@ class StepWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
-        assert isinstance(pl_module, ZOModule)
-        assert pl_module.prepared is not None
-        if not pl_module.prepared.resumed or self._size_at_start is None:
-            self._zeros, self._size_at_start = 0, _size(pl_module)
+        module = zo_module(pl_module)
+        if not module.prepared.resumed or self._size_at_start is None:
+            self._zeros, self._size_at_start = 0, _size(module)
             self._warned_of_rate = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        assert isinstance(pl_module, ZOModule)
+        module = zo_module(pl_module)
         result: StepResult = outputs["result"]
         if not result.estimate.finite:
             return
-        estimate, stepper = result.estimate, pl_module.stepper
+        estimate, stepper = result.estimate, module.stepper
         if result.record.lr == 0 and stepper.sets_rate and not self._warned_of_rate:
             self._warned_of_rate = True
             warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
-                f"{pl_module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
+                f"{module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
             )
         if any(estimate.projected_grad):
             self._zeros = 0
             return
         self._zeros += 1
-        if pl_module.rows.objective.generates or not pl_module.rows.objective.differentiable or estimate.loss == 0:
+        if module.rows.objective.generates or not module.rows.objective.differentiable or estimate.loss == 0:
             if self._zeros == self.max_zero_steps:
-                warn(_no_difference(pl_module, estimate.loss, self._zeros))
+                warn(_no_difference(module, estimate.loss, self._zeros))
             return
         what = "projected gradient" if stepper.estimator.along_directions else "gradient"
         if self._zeros == 1:
             warn(
                 f"the {what} is exactly 0 at step {trainer.global_step}, so nothing is learned: "
-                f"{_reason(pl_module, self._size_at_start)}"
+                f"{_reason(module, self._size_at_start)}"
             )
         if self._zeros >= self.max_zero_steps:
             raise SlzoError(
                 f"the {what} was exactly 0 for {self._zeros} steps in a row, the last at step {trainer.global_step}: "
-                f"{_reason(pl_module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
+                f"{_reason(module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from slzo.report.page import write_report
 from slzo.report.run_files import REPORT_FILE, read_run
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import output_file
 
 
@@ -24,9 +24,14 @@ def report(runs: list[str], output: str | None = None) -> None:
         raise SlzoError("runs: is empty; give one or more run folders, such as slzo report runs/version_0")
     given = None if output is None else output_file(output, "report.html")
     folders = [Path(run).expanduser() for run in runs]
-    read = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     path = given or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
-    write_report(read, path)
+    try:
+        write_report([read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)], path)
+    except (KeyError, TypeError, AttributeError) as error:
+        shown, missing = ", ".join(runs), one_line(error, None)
+        raise SlzoError(
+            f"runs {shown}: a file is not as this version writes it ({missing}); leave out that run"
+        ) from error
     say(f"Report     {path}")
 
 
