@@ -435,7 +435,7 @@ class ZOModule(LightningModule):
         """Score one batch of dev or held-out rows; callbacks get the outcome."""
         assert self._score is not None
         # a fit scores the dev rows again and again, so their states are worth keeping
-        outcome = self.evaluator(batch, keep_prefix=self.trainer.state.fn == "fit")
+        outcome = self.evaluator(batch, keep_prefix=self.trainer.state.fn == "fit", log_likelihoods=False)
         self._score.update(batch, outcome)
         return {"outcome": outcome}
 

@@ -461,7 +461,7 @@ class TaskRows:
             self.encoder.tokenizer,
             self.loss,
             self.scoring_tokens,
-            logits=None if tuned is None else tuned.logits,
+            states=None if tuned is None else tuned.final_states,
             prompt_states=None if tuned is None else tuned.prompt_states,
             decoding=self.decoding,
             rewards=None if self.reward is None else self.reward.rewards_of,

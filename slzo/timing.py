@@ -101,7 +101,9 @@ def _time_scores(
         moved = batch.to(model.parts.model.device)
         unseen = _uncached(batch.rows, cache) if keep else 0
         with torch.no_grad():
-            times = [_seconds(partial(evaluator, moved, keep_prefix=keep)) for _ in range(2 if unseen else 1)]
+            times = [
+                _seconds(partial(evaluator, moved, keep, log_likelihoods=False)) for _ in range(2 if unseen else 1)
+            ]
         scored, seconds = scored + len(batch.rows), seconds + times[-1]
         new, added = new + unseen, added + max(0.0, times[0] - times[-1])
         if time.perf_counter() - began > most:

@@ -256,6 +256,26 @@ def test_rows_with_one_beginning_are_shared_and_scored_alike():
     assert tokens < 0.6 * sum(len(row.encoded.sequences[0].ids) for row in rows)
 
 
+def test_the_loss_of_one_token_candidates_takes_their_logits_alone(monkeypatch):
+    parts, widths, head = ModelParts(tiny_model()), [], ModelParts.head
+
+    def recorded(*args):
+        logits = head(*args)
+        widths.append(logits.shape[1])
+        return logits
+
+    monkeypatch.setattr(ModelParts, "head", recorded)
+    evaluator, batch = make_evaluator(parts), eval_batch(make_rows([f"{i} film It was" for i in range(9)]))
+    whole, alone = evaluator(batch), evaluator(batch, log_likelihoods=False)
+    assert widths == [parts.model.config.vocab_size, 2]
+    assert alone.predictions == whole.predictions
+    assert float(alone.loss.total) == pytest.approx(float(whole.loss.total), abs=1e-4)
+    assert (len(whole.scores), alone.scores) == (9, [])
+    encoder, example = Encoder(make_tokenizer(), 200), Example("0", "It was", (" a good", " bad"), (0,))
+    longer = eval_batch([Row(example, encoder.encode(example, 0), 0)])
+    assert evaluator(longer, log_likelihoods=False) == evaluator(longer)
+
+
 def test_records_are_json_with_scores_that_are_not_numbers():
     batch = eval_batch(make_rows(["one It was"]))
     (record,) = records(batch, Outcome([0], [[math.nan, -1.0]], no_loss(torch.device("cpu"))))

@@ -9,10 +9,12 @@ from helpers import FAMILIES, plain_logits, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
+from slzo.models import linear
 from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
+from slzo.private.modules import has_onednn_linear, onednn_linear
 from slzo.utils.errors import SlzoError
 
 pytestmark = pytest.mark.fast
@@ -139,3 +141,27 @@ def test_a_model_that_cannot_be_split_is_refused(monkeypatch):
         split_and_verify(model)
     assert tried == [True, False]
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.skipif(not has_onednn_linear(), reason="this build of torch has no oneDNN")
+def test_the_head_runs_through_onednn_where_it_is_faster(monkeypatch):
+    parts, seen = ModelParts(tiny_model(), onednn=True), []
+
+    def recorded(inputs, weight, bias):
+        seen.append(len(weight))
+        return onednn_linear(inputs, weight, bias)
+
+    monkeypatch.setattr(linear, "onednn_linear", recorded)
+    hidden, vocabulary = torch.randn(5, parts.width), parts.model.config.vocab_size
+    many, few = torch.arange(100, 200), torch.arange(2)
+    with torch.no_grad():
+        logits = [parts.head(hidden), parts.head(hidden, many), parts.head(hidden, few)]
+    assert seen == [vocabulary, 100]  # two columns are too few
+    expected = hidden @ parts.model.get_output_embeddings().weight.T
+    for found, wanted in zip(logits, (expected, expected[:, many], expected[:, few]), strict=True):
+        torch.testing.assert_close(found, wanted.detach())
+    parts.head(hidden)  # with a derivative
+    parts.use_onednn(False)
+    with torch.no_grad():
+        parts.head(hidden)
+    assert len(seen) == 2

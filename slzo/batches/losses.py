@@ -100,8 +100,13 @@ def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float
     return chosen - logits.logsumexp(dim=-1)[..., batch.token_needed]
 
 
-def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the mean log-likelihood of each candidate's tokens, shape (..., C), from logits (..., U, vocabulary)."""
+def candidate_scores(logits: Tensor, batch: PackedBatch, selected: bool = False) -> Tensor:
+    """Return the mean log-likelihood of each candidate's tokens, shape (..., C), from logits (..., U, vocabulary).
+
+    If ``selected``, the logits are those of ``batch.choice_ids``, and the result is up to a constant for each example.
+    """
+    if selected:
+        return logits[..., batch.token_needed, batch.token_choice]
     tokens = token_log_likelihoods(logits, batch)
     total = tokens.new_zeros(*tokens.shape[:-1], batch.candidate_length.numel())
     return total.index_add_(-1, batch.token_candidate, tokens) / batch.candidate_length

@@ -20,15 +20,15 @@ from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with,
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example
 
-Logits = Callable[[PackedBatch, bool], Tensor]
-"""Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32; the flag adds hidden states to the cache."""
+States = Callable[[PackedBatch, bool], Tensor]
+"""Final hidden states at the needed positions, shape (U, hidden); the flag adds states that enter a layer to the cache."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Outcome:
 
     Attributes:
         predictions: Candidate indices, or generated texts.
-        scores: Log-likelihood of each candidate, the mean over its tokens; empty if answers are generated.
+        scores: Log-likelihood of each candidate, the mean over its tokens; empty if answers are generated, or if it was not
+            computed.
         loss: The reported loss, summed over labelled rows or over their answer tokens.
         num_tokens: Number of tokens of each generated answer; empty if no answers are generated.
         rewarded: Rewards of the generated answers; ``None`` without reward functions.
@@ -59,7 +60,7 @@ class Evaluator:
         tokenizer: The model's tokenizer.
         loss: The loss to report when candidates are scored.
         tokens_per_pass: Prompt tokens per forward pass when answers are generated.
-        logits: Evaluates a packed batch; ``None`` runs the whole model each time.
+        states: Runs the model on a packed batch; ``None`` runs all layers each time.
         decoding: Where generated answers end.
         rewards: Rewards generated answers to examples; ``None`` for no rewards.
         prompt_states: Cached states of prompts below the tuned layers; ``None`` runs the whole model each time.
@@ -69,15 +70,23 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     loss: LogitLoss
     tokens_per_pass: int = 1024
-    logits: Logits | None = None
+    states: States | None = None
     decoding: Decoding = field(default_factory=Decoding)
     rewards: Callable[[Sequence[str], Sequence[Example]], RewardResult] | None = None
     prompt_states: PromptStates | None = None
 
     @torch.no_grad()
-    def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
-        """Evaluate one batch; with ``keep_prefix`` new hidden states are cached, otherwise the cache is only read."""
-        if batch.packed is None:
+    def __call__(self, batch: EvalBatch, keep_prefix: bool = False, log_likelihoods: bool = True) -> Outcome:
+        """Evaluate one batch.
+
+        Args:
+            batch: The batch.
+            keep_prefix: Cache new hidden states; otherwise the cache is only read.
+            log_likelihoods: Compute the log-likelihoods of candidates even if predictions and loss do not need them. They take
+                the logits of the whole vocabulary.
+        """
+        packed = batch.packed
+        if packed is None:
             gold = [row.encoded for row in batch.rows]
             keys = [example.index for example in gold]
             answers, gold_loss = self._generate(batch.rows, keys, keep=keep_prefix, gold=gold)
@@ -86,14 +95,19 @@ class Evaluator:
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
             return Outcome(texts, [], gold_loss, tuple(answer.num_tokens for answer in answers), rewarded)
         # without example_tokens, examples of the batch share tokens, so no states belong to a single example
-        if self.logits is None or not batch.packed.example_tokens:
-            logits = needed_logits(self.parts, batch.packed)
+        if self.states is None or not packed.example_tokens:
+            final = final_states(self.parts, packed, 0, None)[0]
         else:
-            logits = self.logits(batch.packed, keep_prefix)
-        loss = self.loss.row_losses(logits, batch.packed, selected=False).sum()
-        table = by_example(candidate_scores(logits, batch.packed), batch.packed)
+            final = self.states(packed, keep_prefix)
+        selected = not (log_likelihoods or self.loss.needs_vocabulary(packed))
+        logits = self.parts.head(final, packed.choice_ids if selected else None)
+        loss = self.loss.row_losses(logits, packed, selected).sum()
+        table = by_example(candidate_scores(logits, packed, selected), packed)
+        predictions = table.argmax(dim=1).tolist()
+        if selected:
+            return Outcome(predictions, [], loss)
         lists = [values[: len(row.encoded.sequences)] for values, row in zip(table.tolist(), batch.rows, strict=True)]
-        return Outcome(table.argmax(dim=1).tolist(), lists, loss)
+        return Outcome(predictions, lists, loss)
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
         """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
@@ -163,7 +177,7 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
     Returns:
         Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
-        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` for a generated answer and
+        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` without scores and
         with ``None`` for numbers that are not finite, which JSON does not have, gold
         (candidate index, a list of indices if several are right, a list of accepted answers, or ``None`` without a label), of
         conversations messages (the turns before the answer) and, with reward functions, reward (``None`` if one of them failed).
@@ -196,9 +210,9 @@ def _finite(values: Sequence[float] | None) -> list[float | None] | None:
 def gold_loss_by_row(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
     """Return the negative log-likelihood and the number of tokens of each row's gold answer, by row id.
 
-    Rows without a gold answer are left out. Empty if answers were generated: only the sum of their gold losses is known.
+    Rows without a gold answer are left out. Empty without scores of the candidates.
     """
-    if batch.packed is None:
+    if batch.packed is None or not outcome.scores:
         return {}
     lengths = by_example(batch.packed.candidate_length.float(), batch.packed).tolist()
     found = {}
@@ -275,7 +289,7 @@ def score_rows(
     device = evaluator.parts.model.device
     for batch in batches:
         moved = batch.to(device)
-        outcome = evaluator(moved, keep_prefix)
+        outcome = evaluator(moved, keep_prefix, log_likelihoods=False)
         score.update(moved, outcome)
         if seen is not None:
             seen(moved, outcome)

@@ -18,6 +18,8 @@ from slzo.private.modules import copy_modules, has_onednn_linear, onednn_linear
 
 # Rows of the timed product, about as many as the tokens of a small batch.
 _TRIAL_ROWS = 128
+# With fewer output features oneDNN is not faster (SmolLM2-135M, 1 to 400 rows).
+_ONEDNN_TOKENS = 64
 # Near 1 both are equally fast, and the choice should not depend on noise.
 _CLEAR_GAIN = 1.25
 
@@ -28,14 +30,39 @@ class OneDNNLinear(StandIn):
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply the linear map; the result has shape (..., out_features). With autograd on, torch's own product is used."""
         linear: Any = self.replaced[0]
-        # oneDNN's product has no derivative, and the model may have been moved after the timing
-        apply = F.linear if torch.is_grad_enabled() or inputs.device.type != "cpu" else onednn_linear
-        return apply(inputs, linear.weight, linear.bias)
+        return _apply(inputs, linear.weight, linear.bias)
+
+
+class SelectedHead(StandIn):
+    """The language-model head, restricted to a few tokens of the vocabulary.
+
+    Args:
+        head: The head, a plain linear map.
+        onednn: Use oneDNN where it is faster.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, head: nn.Module, onednn: bool) -> None:
+        super().__init__(head)
+        self.onednn = onednn
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits of ``token_ids``, shape (..., K)."""
+        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids)
+        apply = _apply if self.onednn and self.token_ids.numel() >= _ONEDNN_TOKENS else F.linear
+        return apply(hidden_states, self.weight.index_select(0, self.token_ids), bias)
+
+
+def _apply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN's product has no derivative, and the model may have been moved after the timing
+    apply = F.linear if torch.is_grad_enabled() or inputs.device.type != "cpu" else onednn_linear
+    return apply(inputs, weight, bias)
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
     """Copy a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the weights are shared."""
-    return copy_modules(module, lambda child: OneDNNLinear(child) if _is_plain_linear(child) else None)
+    return copy_modules(module, lambda child: OneDNNLinear(child) if is_plain_linear(child) else None)
 
 
 @torch.no_grad()
@@ -44,7 +71,7 @@ def onednn_is_faster(module: nn.Module) -> bool:
 
     Returns ``False`` unless the module is in float32 on a CPU: elsewhere torch already uses the fastest kernel.
     """
-    linears = [child for child in module.modules() if _is_plain_linear(child)]
+    linears = [child for child in module.modules() if is_plain_linear(child)]
     if not linears or not has_onednn_linear():
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
@@ -64,6 +91,6 @@ def onednn_is_faster(module: nn.Module) -> bool:
     return min(plain) > _CLEAR_GAIN * min(onednn)
 
 
-def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is an unquantized ``nn.Linear``."""
     return type(module) is nn.Linear and is_plain(module.weight)

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from slzo.batches.packing import TokenBatch
 from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
-from slzo.models.linear import onednn_is_faster, with_onednn
+from slzo.models.linear import OneDNNLinear, SelectedHead, is_plain_linear, onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
-from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed, SelectedHead
+from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed
 from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
 
@@ -79,7 +79,6 @@ class ModelParts:
         self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
         self.use_onednn((model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn)
-        self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     def rebuilt(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
@@ -99,6 +98,7 @@ class ModelParts:
         self.onednn = onednn
         self._runnable = [with_onednn(layer) for layer in self.layers] if onednn else list(self.layers)
         self._views: dict[tuple[int, int, bool], _View] = {}
+        self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     @cached_property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:
@@ -203,13 +203,14 @@ class ModelParts:
         if selected not in self._head_views:
             precomputed = Precomputed(self._stack, self._outputs[1])
             view = with_submodule(self.model, self._stack_path, precomputed)
-            head = None
-            if selected:
-                original = self.model.get_output_embeddings()
+            original = self.model.get_output_embeddings()
+            head: nn.Module | None = SelectedHead(original, self.onednn) if selected else None
+            if not selected and self.onednn and is_plain_linear(original):
+                head = OneDNNLinear(original)
+            if head is not None:
                 path = next(name for name, module in self.model.named_modules() if module is original)
-                head = SelectedHead(original)
                 view = with_submodule(view, path, head)
-            self._head_views[selected] = (view, precomputed, head)
+            self._head_views[selected] = (view, precomputed, head if isinstance(head, SelectedHead) else None)
         return self._head_views[selected]
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:

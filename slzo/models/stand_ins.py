@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import ModelOutput
 
 
@@ -77,13 +76,3 @@ class Precomputed(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.output_class(last_hidden_state=self.value)
-
-
-class SelectedHead(StandIn):
-    """The language-model head, restricted to a few tokens of the vocabulary."""
-
-    token_ids: Tensor
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids)
-        return F.linear(hidden_states, self.weight.index_select(0, self.token_ids), bias)

@@ -16,7 +16,7 @@ from slzo.models.decoder_layers import layer_of
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.peft_files import PeftFiles, lora_files
 from slzo.models.placement import placement_of
@@ -240,9 +240,9 @@ class TunedModel:
         if self.prompt_states is not None:
             self.prompt_states.cache.reset()
 
-    def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
-        """Return the logits of a batch, see :data:`slzo.evaluation.evaluator.Logits`."""
-        return needed_logits(self.parts, batch, self.span.start, self.forward.prefix(batch, keep_prefix))
+    def final_states(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
+        """Return the final hidden states at the needed positions of a batch, see :data:`slzo.evaluation.evaluator.States`."""
+        return final_states(self.parts, batch, self.span.start, self.forward.prefix(batch, keep_prefix))[0]
 
     def queries_at_once(self, num_queries: int) -> int:
         """Return how many directions of a step are evaluated together."""

@@ -99,8 +99,7 @@ class CandidateObjective(LogitObjective):
         """
 
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        scores = logits[..., batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
-        losses = self.losses_from_scores(scores, batch)
+        losses = self.losses_from_scores(candidate_scores(logits, batch, selected), batch)
         return checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
 
 
