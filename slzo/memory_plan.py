@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -167,9 +168,8 @@ def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabula
     """Return the largest passes of training and scoring, and the tokens that are cached."""
     training = [block for own in training_blocks(rows) for block in own[: max_steps if max_steps > 0 else None]]
     largest = max(training, key=lambda block: block.num_tokens).pack()
-    # the first batch has the longest rows; it is not packed if answers are generated
-    firsts = [next(rows.eval_batches(stage), None) for stage in ("dev", "test")]
-    scoring = [batch.packed for batch in firsts if batch is not None and batch.packed is not None]
+    batches = chain(rows.eval_batches("dev"), rows.eval_batches("test"))  # not packed if answers are generated
+    scoring = [batch.packed for batch in batches if batch.packed is not None]
     logit_rows = 0 if rows.objective.generates else _vocabulary_rows(rows, largest)
     longest = max(largest.example_tokens)
     tokens = min(largest.num_tokens, max(rows.tokens_per_pass or largest.num_tokens, longest))

@@ -9,6 +9,7 @@ from helpers import cnn, described, flat, image_loss, images, page_code
 from torch import nn
 from torch.nn import functional as F
 
+from slzo.utils.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, take_step
 from slzo.zo.estimators import FZOO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
 
@@ -43,6 +44,15 @@ def test_it_needs_torch_only():
         "assert not {'transformers', 'lightning', 'torchmetrics', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"num_queries": 0}, {"queries_at_once": 0}])
+@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), EvolutionStrategy()], ids=described)
+def test_a_number_out_of_range_is_named(estimator, wrong):
+    tuned, loss = image_loss(cnn(), images())
+    ((name, value),) = wrong.items()
+    with pytest.raises(SlzoError, match=f"^{name} {value}: must be "):
+        estimator.estimate(Request(tuned, loss, 0, 0, **wrong))
 
 
 @pytest.mark.parametrize(

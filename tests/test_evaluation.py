@@ -237,6 +237,18 @@ def test_each_row_is_planned_once(world_size, text):
     assert len({plan.shares_beginnings for plan in plans}) == 1
 
 
+@pytest.mark.parametrize(("start", "shares"), [("A good movie ", True), ("", False)])
+def test_all_candidates_count_as_tokens_of_a_batch(start, shares):
+    encoder, candidates = Encoder(make_tokenizer(), 200), tuple(f" {n} good film" for n in range(9))
+    examples = [Example(str(n), f"{start}{n} film {n} It was", candidates, (0,)) for n in range(12)]
+    rows = [Row(example, encoder.encode(example, n), n) for n, example in enumerate(examples)]
+    plan = plan_batches(rows, 64, max_tokens=200)
+    assert plan.shares_beginnings is shares
+    tokens = [plan.pack(batch).packed.num_tokens for batch in plan.batches]
+    assert max(tokens) <= 200
+    assert tokens[0] + tokens[1] > 200  # no batch is smaller than it must be
+
+
 def test_rows_with_one_beginning_are_shared_and_scored_alike():
     paragraph = "A film about a good movie that was bad. "
     rows = make_rows([f"{paragraph * (1 + i // 4)}{i} It was" for i in range(12)])

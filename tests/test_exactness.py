@@ -48,7 +48,7 @@ def test_losses_equal_the_plain_computation(family, examples, one_token_examples
                     forward.cache = filling.cache
                     batch = pack(rows, share_prompts=shared)
                     if not grouped:
-                        batch = replace(batch, layout=batch.layout.in_one_group())
+                        batch = replace(batch, layout=batch.layout.in_one_group)
                     hidden = forward.prefix(batch, keep=warm)
                     for objective, losses in zip(OBJECTIVES, expected, strict=True):
                         sums = forward.losses(batch, hidden, tuned, points, objective)
@@ -70,7 +70,7 @@ def train(plain, steps=50):
         picked = [rows[(8 * step + i) % len(rows)] for i in range(8)]
         packed = pack(picked, share_prompts=not plain)
         if plain:
-            packed = replace(packed, layout=packed.layout.in_one_group())
+            packed = replace(packed, layout=packed.layout.in_one_group)
         curve.append(stepper.step(TrainBatch(packed, ()), step, optimizer).estimate.loss)
     return torch.tensor(curve)
 

@@ -16,6 +16,7 @@ from slzo.evaluation.held_out import score_held_out
 from slzo.evaluation.metrics import TaskMetrics, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.answers import exact_match, normalize_answer, token_f1
+from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example, Kind
 from slzo.tasks.registry import TASKS, get_task
 
@@ -110,6 +111,7 @@ def test_multirc():
     }
     assert 0 < found["question_em"] < found["accuracy"] < 1
     metrics.reset()
+    assert all(value.isnan() for value in metrics.compute().values())  # there was no labelled row
     metrics.update(examples[:1], [examples[0].gold[0]])
     assert metrics.compute()["question_em"] == 1
 
@@ -181,6 +183,20 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
     held_out, _ = score_held_out(None, [], None, "perplexity")
     assert math.isnan(held_out.metrics["perplexity"])
     assert "reward" in held_out.metrics
+
+
+@pytest.mark.parametrize("center", [0.0, 1000.0, -1e12])
+def test_the_spread_of_rewards_far_from_zero(center):
+    score = RunningScore(TaskMetrics(get_task("squad")), torch.device("cpu"), ("reward",))
+    example, loss = Example("a", "What?", (), (0,), ("42",)), LossSum(torch.tensor(torch.nan), torch.tensor(3.0))
+    for change in (-1e-3, 1e-3):  # as a share
+        rewards = (center + change * max(1.0, abs(center)),) * 2
+        outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardResult(rewards, {}, ()))
+        score.update(SimpleNamespace(examples=(example,) * 2), outcome)
+    found = score.compute()
+    assert float(found["reward"]) == pytest.approx(center, rel=1e-6, abs=1e-6)
+    assert float(found["reward_std"]) == pytest.approx(1e-3 * max(1.0, abs(center)), rel=1e-3)
+    assert math.isnan(found["loss"])  # a loss that is not finite is not left out
 
 
 def test_a_generated_answer_has_a_row_score_in_every_metric():

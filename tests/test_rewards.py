@@ -274,6 +274,11 @@ def test_a_text_as_references_is_one_answer():
     assert Rewards("accuracy", in_process=True)(reward_inputs(["42"], [example])).totals == (1.0,)
 
 
+def test_a_row_without_references_has_its_accepted_answers():
+    examples = [Example("a", "What?", (), (), ("y",), columns={"references": given}) for given in (["x"], None)]
+    assert reward_inputs(["x", "y"], examples).columns["references"] == [["x"], ["y"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

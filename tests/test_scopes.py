@@ -363,6 +363,11 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
     [
         (LayerScope, {"part": "head"}, r"model\.scope\.part 'head': choose one of layer, attention, mlp"),
         (LayerScope, {"layers": [4]}, r"model\.scope\.layers 4: the model has 4 decoder layers"),
+        *(
+            (kind, {"layers": 2}, r"layers 2: give a list")
+            for kind in (LayerScope, LoRA, ActivationSubspace, SmallestWeights)
+        ),
+        (LayerScope, {"layers": "2"}, r"model\.scope\.layers '2': give a list of numbers, such as \[28\], or all"),
         (LayerScope, {"layers": []}, r"model\.scope\.layers \[\]: give at least one layer"),
         (OutlierChannels, {"percent": 0}, r"model\.scope\.percent 0: must be above 0"),
         (OutlierChannels, {"percent": 0.1}, r"percent 0\.1: selects none of the 64 channels.*raise it"),
@@ -383,6 +388,11 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
 def test_bad_scopes_say_what_is_wrong(kind, options, message):
     with pytest.raises(SlzoError, match=message):
         tensors_of(kind(**options), tiny_model())
+
+
+def test_a_small_share_is_described():
+    assert SmallestWeights(0.001).describe() == "the smallest 0.1% of the weights of all layers"
+    assert RandomLayers(0.125).describe() == "a random 12.5% of the layers in each step"
 
 
 def test_linear_maps_of_a_subclass_are_found():

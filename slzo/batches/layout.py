@@ -5,6 +5,7 @@ Shapes: ``T`` packed tokens, ``N`` sequences, ``L`` length of the longest sequen
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -80,8 +81,14 @@ class PackedLayout(Movable):
             inverse=places_of_copies(self.inverse, [group.numel() for group in self.groups], times),
         )
 
+    @cached_property
+    def flat(self) -> Tensor:
+        """The flattened groups, one after the other: the packed position of each padded place."""
+        return torch.cat([index.flatten() for index in self.groups])
+
+    @cached_property
     def in_one_group(self) -> "PackedLayout":
-        """Return the layout with all sequences padded to the longest one."""
+        """The layout with all sequences padded to the longest one."""
         if len(self.groups) == 1:
             return self
         width = max(group.shape[1] for group in self.groups)

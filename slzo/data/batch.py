@@ -101,5 +101,14 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
     else:
         order = sorted(range(len(rows)), key=lambda number: -len(sequences[number]))[rank::world_size]
     budget = None if any(row.prompt for row in rows) else max_tokens
-    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=shares)
+    more = [_tokens_of_others(rows[number].encoded, shares) for number in order]
+    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=shares, more=more)
     return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], shares)
+
+
+def _tokens_of_others(encoded: EncodedExample, shares: bool) -> int:
+    """Return the number of tokens that an example adds to those of its first candidate. The last one of each is not run."""
+    first, *others = encoded.sequences
+    if shares:
+        return num_distinct_tokens(each.ids[:-1] for each in encoded.sequences) - len(first.ids) + 1
+    return sum(each.num_answer - 1 for each in others)

@@ -237,8 +237,9 @@ class RunningScore:
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._extra = extra_metrics
-        # of reward, its square and the number of answer tokens
-        self._means = [MeanMetric().to(device) for _ in range(3)] if "reward" in extra_metrics else []
+        # of reward, its square and the number of answer tokens; float64, since the spread is a difference of means
+        names = REWARD_NAMES if "reward" in extra_metrics else ()
+        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in names]
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""
@@ -253,21 +254,21 @@ class RunningScore:
             tokens = torch.tensor(outcome.num_tokens, dtype=torch.float64)
             for mean, values in zip(self._means, (rewards, rewards**2, tokens), strict=True):
                 if len(values):
-                    mean.update(values.to(mean.device, torch.float32))
+                    mean.update(values.to(mean.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Return each metric by name, 0-dimensional, and ``loss`` unless rows are rewarded and none has a label."""
         with warnings.catch_warnings():  # of torchmetrics, if there are no labels or no rows
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
-            found = {**self._metrics.compute(), "loss": self._loss.compute() / self._weight.compute()}
-        if self._means and found["loss"].isnan():  # rewarded rows need no gold answer
-            del found["loss"]
-        elif PERPLEXITY in self._extra:
+            found, total, weight = self._metrics.compute(), self._loss.compute(), self._weight.compute()
+        if weight > 0 or not self._means:  # rewarded rows need no gold answer
+            found["loss"] = total / weight
+        if "loss" in found and PERPLEXITY in self._extra:
             found[PERPLEXITY] = found["loss"].exp()
         if self._means:
             reward, square, tokens = (mean.compute() for mean in self._means)
             spread = (square - reward**2).clamp(min=0).sqrt()
-            found |= {"reward": reward, "reward_std": spread, "answer_tokens": tokens}
+            found |= {"reward": reward.float(), "reward_std": spread.float(), "answer_tokens": tokens.float()}
         return found
 
 

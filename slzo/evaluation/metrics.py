@@ -100,6 +100,8 @@ class TaskMetrics(Metric):
         scores = {"accuracy": self.correct / self.rows}
         if self.grouped:
             scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
+            if self.rows == 0:
+                scores["answer_f1"].fill_(math.nan)
             keys, right = dim_zero_cat(self.groups).unbind(dim=1)
             distinct, member = keys.unique(return_inverse=True)
             wrong = torch.zeros_like(distinct).index_add_(0, member, 1 - right)

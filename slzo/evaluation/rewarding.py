@@ -14,15 +14,14 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
     """Convert answers to examples' prompts to what reward functions get.
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
-    texts. The columns are the rows' fields. If there is no field ``references``, it is added and holds the accepted answers. A
-    text in it becomes a list of one.
+    texts. The columns are the rows' fields. ``references`` holds the accepted answers of rows without this field. A text in it
+    becomes a list of one.
     """
     names = {str(name) for example in examples for name in example.columns if name not in _RESERVED}
     columns: dict[str, list[Any]] = {
         name: [example.columns.get(name) for example in examples] for name in sorted(names)
     }
-    columns.setdefault("references", [list(example.references) for example in examples])
-    columns["references"] = [[value] if isinstance(value, str) else value for value in columns["references"]]
+    columns["references"] = [_references(example) for example in examples]
     prompts: list[Any] = []
     completions: list[Any] = []
     for example, answer in zip(examples, answers, strict=True):
@@ -34,6 +33,13 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
             prompts.append(example.messages[-1].content if example.messages else example.prompt)
             completions.append(answer)
     return RewardInputs([example.id for example in examples], prompts, completions, columns)
+
+
+def _references(example: Example) -> Any:
+    given = example.columns.get("references")
+    if given is None:
+        return list(example.references)
+    return [given] if isinstance(given, str) else given
 
 
 def _is_conversation(example: Example) -> bool:

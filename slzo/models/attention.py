@@ -116,8 +116,7 @@ def packed_attention_forward(
     if not isinstance(packed_layout, PackedLayout):
         options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return packed_layout(module, query, key, value, {**options, VIRTUAL_ARGUMENT: virtual_tokens})
-    flat = torch.cat([index.flatten() for index in packed_layout.groups])
-    rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
+    rows = [states[0].transpose(0, 1).index_select(0, packed_layout.flat) for states in (query, key, value)]
     outputs, start = [], 0
     for index in packed_layout.groups:
         stop = start + index.numel()
@@ -125,8 +124,8 @@ def packed_attention_forward(
         if virtual_tokens is not None:
             k, v = with_virtual_tokens(virtual_tokens, module, k, v)
         # with virtual tokens there are more keys than queries
-        narrow = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
-        mask = _causal_mask(q, k, sliding_window) if narrow else None
+        needs_mask = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
+        mask = _causal_mask(q, k, sliding_window) if needs_mask else None
         output = masked_attention(q, k, v, mask, scaling, softcap, sinks)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop

@@ -10,7 +10,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Engine:
-    """Options for computing the loss. None changes its value, apart from rounding.
+    """Options for computing the loss. They change speed and memory, and the loss only by rounding.
 
     Args:
         packed: Run batches without padding.

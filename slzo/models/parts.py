@@ -145,7 +145,7 @@ class ModelParts:
         if inject is not None:
             if hidden is None:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
-            inject.value = hidden[None] if self.packed else hidden[batch.layout.in_one_group().groups[0]]
+            inject.value = hidden[None] if self.packed else hidden[batch.layout.in_one_group.groups[0]]
         try:
             output = view(**self._inputs(batch), use_cache=False)
             final = output.last_hidden_state if capture is None else capture.value
@@ -225,7 +225,7 @@ class ModelParts:
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
                 LAYOUT_ARGUMENT: batch.layout,
             }
-        layout = batch.layout.in_one_group()
+        layout = batch.layout.in_one_group
         return {
             "input_ids": batch.input_ids[layout.groups[0]],
             "position_ids": batch.position_ids[layout.groups[0]],
@@ -234,7 +234,7 @@ class ModelParts:
 
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Convert hidden states from the model's shape to packed form, shape (T, hidden)."""
-        return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group().inverse)
+        return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group.inverse)
 
 
 @torch.no_grad()

@@ -117,12 +117,12 @@ class PrefixCache:
             for block in blocks.values():
                 if block.keys != keys:  # otherwise the batch is the block, and is computed below
                     packed = block.pack().to(device)
-                    states = _run(run, packed, max_tokens)
+                    states = run_in_pieces(run, packed, max_tokens)
                     self.put(packed.example_index, packed.example_tokens, states)
         missing = [number for number, key in enumerate(keys) if key not in self]
         if not missing:
             return self.gather(keys, {}, device)
-        fresh = _run(run, batch if len(missing) == batch.num_examples else batch.select(missing), max_tokens)
+        fresh = run_in_pieces(run, batch if len(missing) == batch.num_examples else batch.select(missing), max_tokens)
         lengths = [batch.example_tokens[number] for number in missing]
         if keep:
             self.put([keys[number] for number in missing], lengths, fresh)
@@ -189,7 +189,7 @@ class PrefixCache:
         return torch.empty(size, dtype=dtype, pin_memory=pinned)  # copies from pinned memory are asynchronous
 
 
-def _run(run: Callable[[TokenBatch], Tensor], batch: PackedBatch, max_tokens: int | None) -> Tensor:
+def run_in_pieces(run: Callable[[TokenBatch], Tensor], batch: PackedBatch, max_tokens: int | None) -> Tensor:
     """Compute the states of a batch in parts, shape (T, hidden)."""
     states = [run(part) for part in batch.cut(max_tokens)]
     return states[0] if len(states) == 1 else torch.cat(states)

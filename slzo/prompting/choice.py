@@ -25,7 +25,7 @@ def probabilities(
     encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)
     for sequence in encoder.encode(example, 0).sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
-        logits = model(input_ids=ids).logits[0, :-1].float()
-        chosen = logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
-        scores.append(chosen[-sequence.num_answer :].mean())
+        answer = sequence.num_answer
+        logits = model(input_ids=ids).logits[0, -answer - 1 : -1].float()
+        scores.append(logits.log_softmax(dim=-1).gather(1, ids[0, -answer:, None]).mean())
     return torch.stack(scores).softmax(dim=0).tolist()

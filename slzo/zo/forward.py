@@ -13,7 +13,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
-from slzo.models.prefix_cache import PrefixCache
+from slzo.models.prefix_cache import PrefixCache, run_in_pieces
 from slzo.zo.estimators.base import Point
 from slzo.zo.tuned import TunedTensors
 
@@ -97,8 +97,7 @@ class SuffixForward:
         """Like :meth:`prefix`, without the cache, for batches whose tokens are new in each step."""
         if self.span.start == 0:
             return None
-        pieces = batch.cut(max_tokens)
-        return torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces])
+        return run_in_pieces(lambda part: self.parts.run(part, 0, self.span.start), batch, max_tokens)
 
     def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> Tensor:
         """Return the summed loss with the live weights, and its weight, shape (2,), float32.

@@ -47,8 +47,10 @@ class LikelyTokens:
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None
-        likelihood, row = (logits / temperature).softmax(dim=1), batch.needed_example
+        scaled, row = logits if temperature == 1 else logits / temperature, batch.needed_example
+        likelihood = scaled.softmax(dim=1)
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
+        del scaled, likelihood  # as large as the logits
         token_row = row[batch.token_needed]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
         numbers = score.isinf().sum(dim=1, keepdim=True).clamp(min=NUM_LIKELY)

@@ -51,8 +51,9 @@ def row_noise(rows: Sequence[int], counts: Sequence[int], like: Tensor, seed: in
         The noise, shape (P, width), float32.
     """
     noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    generator = torch.Generator(device=like.device)
     for row, own in zip(rows, noise.split(tuple(counts)), strict=True):
-        own.normal_(generator=_generator(like, seed, step, query, row))
+        own.normal_(generator=generator.manual_seed(derive_seed(seed, step, query, row)))
     return noise
 
 

@@ -19,9 +19,9 @@ from slzo.utils.sampling_error import standard_error
 class LayerStatistics:
     """Statistics of the hidden states that a layer outputs.
 
-    Each figure is computed per sequence, without padding, and averaged over the sequences. ``channel`` and ``position`` are
-    where the largest magnitude is most often. Standard errors are those of the average: the sample standard deviation over the
-    sequences divided by the square root of their number.
+    Each figure is computed per sequence, without padding, and averaged over the sequences. ``channel`` is where the largest
+    magnitude is most often, and ``position`` where it is most often in that channel. Standard errors are those of the average:
+    the sample standard deviation over the sequences divided by the square root of their number.
 
     Attributes:
         index: Layer, counted from 0.
@@ -30,8 +30,8 @@ class LayerStatistics:
         ratio: Mean over the sequences of largest over median magnitude.
         kurtosis: Fourth standardized moment (3 for a normal distribution).
         channel: Hidden dimension of the largest magnitude.
-        position: Position of the token with the largest magnitude.
-        token_id: Id of this token.
+        position: Position of the largest magnitude in ``channel``.
+        token_id: Id of the token there.
         token: Text of this token; empty until a caller with the tokenizer sets it.
         max_abs_se: Standard error of ``max_abs``; ``None`` if unknown.
         ratio_se: Standard error of ``ratio``; ``None`` if unknown.

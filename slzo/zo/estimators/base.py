@@ -167,6 +167,9 @@ class Request:
         num_queries: Number of directions, >= 1.
         queries_at_once: Number of directions that are drawn and evaluated together, so that small batches can be joined over
             several queries. Each takes as much memory as the masters.
+
+    Raises:
+        SlzoError: A number is below 1.
     """
 
     tuned: TunedTensors
@@ -177,8 +180,19 @@ class Request:
     num_queries: int = 1
     queries_at_once: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("num_queries", "queries_at_once"):
+            if getattr(self, name) < 1:
+                raise SlzoError(f"{name} {getattr(self, name)}: must be at least 1")
+
     def queries_in_turn(self) -> Iterator[range]:
-        """Iterate over the queries in groups that are evaluated together."""
+        """Iterate over the queries in groups that are evaluated together.
+
+        Raises:
+            SlzoError: eps is not above 0, so there are no points to evaluate.
+        """
+        if not self.eps > 0:
+            raise SlzoError(f"eps {self.eps}: must be above 0")
         for start in range(0, self.num_queries, self.queries_at_once):
             yield range(start, min(start + self.queries_at_once, self.num_queries))
 
@@ -221,8 +235,8 @@ class Estimator(ABC):
 
     Attributes:
         differentiates: Whether the estimator differentiates the whole loss.
-        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise it is accurate enough
-            for Adam.
+        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise AdamW with a rate
+            relative to the weights is the default.
         perturbs_output: Whether the estimator perturbs the output of the one tuned layer, instead of its weights.
         normalizes: Whether the estimator divides the gradient by its size.
     """

@@ -21,8 +21,7 @@ _QUERIES, _QUERIES_PER_LAYER, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 4, 1
 _TOKENS, _TOKENS_WIDE = 8, 2
 # A shift along the direction of a token changes a difference of logits by about this much.
 _LOGIT_CHANGE = 0.3
-# Size of the noise outside these directions next to what they measure, if half of the gradient's square is outside; and its
-# largest weight. See limit_noise.
+# The weight of the noise is 0.5 |rest|^2 / |a|^2 |a_j| / rms(r), at most 0.3; see limit_noise.
 _NOISE_SHARE, _NOISE_WEIGHT = 0.5, 0.3
 
 
@@ -58,9 +57,9 @@ class LayerOutputPerturbation(Estimator):
 
     Args:
         queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above and
-            the head. Left out, 16. For candidates of one token 4 for each layer above, at least 4 and at most 16: near the
-            end of the model the directions of the candidates measure most of the gradient. For an objective that reads all
-            logits itself 4, or 1 if it is also a sum over answer tokens.
+            the head. Left out, 16. For candidates of one token whose directions are measured 4 for each layer above, at least
+            4 and at most 16: near the end of the model these directions hold most of the gradient. For an objective that
+            reads all logits itself 4, or 1 if it is also a sum over answer tokens.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
             whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors
@@ -39,7 +39,7 @@ class ActivationSubspace(Scope):
         self.rank = rank
         self.num_sequences = num_sequences
         self.target_modules = target_modules
-        self.layers = layers
+        self.layers = check_layers(layers)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         layers = resolve_layers(self.layers, context)

@@ -21,6 +21,20 @@ def is_one_layer(layers: Any) -> bool:
     return layers is None or (is_list and len(set(layers)) == 1)
 
 
+def check_layers(layers: Layers) -> Layers:
+    """Return the layers of a scope.
+
+    Raises:
+        SlzoError: They are not a list of numbers, all or ``None``.
+    """
+    is_list = isinstance(layers, Collection) and not isinstance(layers, str)
+    if layers is not None and layers != "all" and not (is_list and all(isinstance(layer, int) for layer in layers)):
+        raise SlzoError(
+            f"model.scope.layers {layers!r}: give a list of numbers, such as [28], or all, or leave it out for the dominant layer"
+        )
+    return layers
+
+
 def no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
     """Raise that prompts are needed."""
     raise SlzoError("model.scope: needs prompts, and none were given; pass prompts")

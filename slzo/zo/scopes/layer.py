@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import is_router, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors
 
@@ -24,7 +24,7 @@ class LayerScope(Scope):
         if part not in get_args(Part):
             raise SlzoError(f"model.scope.part {part!r}: choose one of {', '.join(get_args(Part))}")
         self.part = part
-        self.layers = layers
+        self.layers = check_layers(layers)
         self.routers = routers
 
     def tensors(self, context: ScopeContext) -> TunedTensors:

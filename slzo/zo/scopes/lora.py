@@ -2,7 +2,7 @@
 
 from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
 from slzo.utils.errors import SlzoError
-from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors
 
@@ -31,7 +31,7 @@ class LoRA(Scope):
         self.rank = rank
         self.alpha = alpha
         self.target_modules = target_modules
-        self.layers = layers
+        self.layers = check_layers(layers)
 
     def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))

@@ -40,4 +40,6 @@ class RandomLayers(AllParameters):
         return choose
 
     def describe(self) -> str:
-        return f"a random {self.fraction:.0%} of the layers in each step" + (" with routers" if self.routers else "")
+        return f"a random {100 * self.fraction:g}% of the layers in each step" + (
+            " with routers" if self.routers else ""
+        )

@@ -3,7 +3,7 @@
 import torch
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import check_no_experts, linears
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_tensor import Masked
@@ -23,7 +23,7 @@ class SmallestWeights(Scope):
         if not 0 < fraction <= 1:
             raise SlzoError(f"model.scope.fraction {fraction}: the share of weights must be above 0 and at most 1")
         self.fraction = fraction
-        self.layers = layers
+        self.layers = check_layers(layers)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         chosen = {}
@@ -42,4 +42,4 @@ class SmallestWeights(Scope):
         return TunedTensors(chosen)
 
     def describe(self) -> str:
-        return f"the smallest {self.fraction:.0%} of the weights of {describe_layers(self.layers)}"
+        return f"the smallest {100 * self.fraction:g}% of the weights of {describe_layers(self.layers)}"
