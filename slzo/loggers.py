@@ -127,7 +127,8 @@ def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
     folder = Path(logger.log_dir)  # an own logger makes it here
-    if folder in taken:
+    # the run of another trainer with this logger has files
+    if folder in taken or (isinstance(logger, _OwnFolder) and folder.is_dir() and any(folder.iterdir())):
         return None
     if not isinstance(logger, _OwnFolder):  # Lightning's own loggers make theirs later
         _take(logger.root_dir, logger.version, given=True)
@@ -159,8 +160,8 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
         except FileExistsError as error:
             if given or isinstance(version, str):
                 raise SlzoError(
-                    f"trainer.logger.version {version!r}: {str(own)!r} exists; give another version, or leave it out to "
-                    "get the next one"
+                    f"trainer.logger.version {version!r}: {str(own)!r} exists; give another version, leave it out to get "
+                    "the next one, or make a new logger for another run"
                 ) from error
             version += 1
         except OSError as error:

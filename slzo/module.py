@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
@@ -206,7 +206,8 @@ class ZOModule(LightningModule):
             check_interval(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
-            checkpoint = self._checkpoint_to_continue()
+            # known to ZOTrainer; a plain Trainer names its checkpoint only when it is loaded
+            checkpoint: Checkpoint | None = getattr(trainer.strategy.checkpoint_io, "known", None)
             self._start_training(resumes=checkpoint is not None)
             self._prepare(checkpoint)
             return
@@ -226,13 +227,6 @@ class ZOModule(LightningModule):
         moved: Any = model.to(device)  # type: ignore[arg-type]
         self._untuned, self._is_given = split_and_verify(moved, engine.packed, engine.onednn), True
         self.model = self._untuned.model
-
-    def _checkpoint_to_continue(self) -> Checkpoint | None:
-        path = self.trainer.ckpt_path
-        if path is None:
-            return None
-        known = getattr(self.trainer.strategy.checkpoint_io, "known", None)
-        return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""

@@ -85,6 +85,7 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     found = {
         "model": prepared.options.step_settings(prepared.stepper.seed, prepared.model.layer),
         "data": data,
+        "train_rows": prepared.data.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
     return dict(json.loads(json.dumps(found, default=str)))

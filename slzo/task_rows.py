@@ -219,18 +219,19 @@ class TaskRows:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
-        length = min((limit - reserved for limit in (max_positions(model), longest) if limit), default=0)
-        cuts = 0 < length < encoder.max_length
+        limits = (limit - reserved for limit in (max_positions(model), longest) if limit)
+        length = min([self.max_length, *(limit for limit in limits if limit > 0)])
+        # some tokenizers have tokens without an embedding, which a row must not contain
+        num_embeddings = known if size > known else None
+        if (encoder.max_length, encoder.num_embeddings) == (length, num_embeddings):
+            return
+        cuts = length < self.max_length
         if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that {name} takes.")
-        if cuts or size > known:  # some tokenizers have tokens without an embedding, which a row must not contain
-            self.encoder = self._make_encoder(
-                encoder.tokenizer,
-                length if cuts else encoder.max_length,
-                num_embeddings=known,
-                limited_by_model=cuts or encoder.limited_by_model,
-            )
-            self._rows.clear()
+        self.encoder = self._make_encoder(
+            encoder.tokenizer, length, num_embeddings=num_embeddings, limited_by_model=cuts
+        )
+        self._rows.clear()
 
     @property
     def chat_template(self) -> str | None:

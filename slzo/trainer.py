@@ -17,14 +17,22 @@ from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.checkpoints.find import RUNS, find_checkpoint
+from slzo.checkpoints.find import NAMES, RUNS, find_checkpoint
 from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
-from slzo.schedule import callback_of, folder_of
+from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
-from slzo.trainer_options import TRAINER_DEFAULTS, check_callbacks, check_options, limit_defaults, take_time_limit
+from slzo.trainer_options import (
+    TRAINER_DEFAULTS,
+    check_callbacks,
+    check_launcher,
+    check_options,
+    check_saving,
+    limit_defaults,
+    take_time_limit,
+)
 from slzo.utils.console import say
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
@@ -53,10 +61,11 @@ class ZOTrainer(Trainer):
         self._writes = kwargs["logger"] is not False
         callbacks = [*_listed(kwargs.get("callbacks")), *([] if limit is None else [limit])]
         saves = kwargs.get("enable_checkpointing") is not False
+        check_saving(callbacks, saves, self._writes)
         if saves and not self._writes:  # Lightning would write into the current folder
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             saves = kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
-        progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
+        progress = kwargs.get("enable_progress_bar") is not False
         kwargs["callbacks"] = with_defaults(callbacks, checkpoints=saves, progress=progress)
         plugins = _listed(kwargs.pop("plugins", None))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -66,7 +75,8 @@ class ZOTrainer(Trainer):
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         self._run_folders: set[Path] = set()
-        self._fitted: Path | None = None
+        self._has_fitted = False
+        self._fitted: Path | None = None  # folder of the last fit, if it has checkpoints
         self._trained: tuple[LightningModule, LightningDataModule | None] | None = None
         cluster = None
         if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
@@ -79,6 +89,7 @@ class ZOTrainer(Trainer):
             super().__init__(**kwargs, plugins=plugins)
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
+            check_launcher(self)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
@@ -97,10 +108,15 @@ class ZOTrainer(Trainer):
         ``best`` of the newest run.
 
         Raises:
-            SlzoError: The model is no :class:`ZOModule`, or, without a checkpoint, an earlier fit of this trainer had another
-                model or other rows.
+            SlzoError: The model is no :class:`ZOModule`, an option does not apply, or, without a checkpoint, an earlier fit of
+                this trainer had another model or other rows.
         """
         model = _checked(model)
+        if not is_quick(self) and self.limit_test_batches not in (None, 1.0):
+            raise SlzoError(
+                f"trainer.limit_test_batches {self.limit_test_batches}: fit scores all held-out rows; leave it out, and set "
+                "data.num_test to the number of rows"
+            )
         for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):
             if clock is not None:
                 clock.begin()
@@ -125,15 +141,21 @@ class ZOTrainer(Trainer):
             )
             return
         with self._running(begun):
-            self.ckpt_path = path  # the module's setup needs it
             try:
-                super().fit(model, train_dataloaders, val_dataloaders, datamodule, None, weights_only)
+                super().fit(
+                    model,
+                    train_dataloaders,
+                    val_dataloaders,
+                    datamodule=datamodule,
+                    ckpt_path=path,
+                    weights_only=weights_only,
+                )
             finally:
-                self.ckpt_path = None
                 if self.global_step > begun:
                     self._trained = (model, datamodule)
-        if (folder := folder_of(self)) is not None and (folder / "checkpoints").is_dir():
-            self._fitted = folder
+        folder = folder_of(self)
+        self._has_fitted = True
+        self._fitted = folder if folder is not None and (folder / "checkpoints").is_dir() else None
 
     @property
     def log_dir(self) -> str | None:
@@ -155,7 +177,9 @@ class ZOTrainer(Trainer):
         the current weights are scored, untuned or tuned.
         """
         with self._scoring(ckpt_path, model) as path:
-            return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
+            return super().test(
+                model, dataloaders, ckpt_path=path, verbose=verbose, datamodule=datamodule, weights_only=weights_only
+            )
 
     def validate(
         self,
@@ -168,7 +192,9 @@ class ZOTrainer(Trainer):
     ) -> Any:
         """Score dev rows; for ``ckpt_path`` see :meth:`test`."""
         with self._scoring(ckpt_path, model) as path:
-            return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
+            return super().validate(
+                model, dataloaders, ckpt_path=path, verbose=verbose, datamodule=datamodule, weights_only=weights_only
+            )
 
     def predict(
         self,
@@ -181,7 +207,14 @@ class ZOTrainer(Trainer):
     ) -> Any:
         """Predict held-out rows; for ``ckpt_path`` see :meth:`test`."""
         with self._scoring(ckpt_path, model) as path:
-            return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
+            return super().predict(
+                model,
+                dataloaders,
+                datamodule=datamodule,
+                return_predictions=return_predictions,
+                ckpt_path=path,
+                weights_only=weights_only,
+            )
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
         """Return the context in which Lightning runs; see :func:`slzo.loggers.run_folder`."""
@@ -195,8 +228,13 @@ class ZOTrainer(Trainer):
         Without a path, a training (``to_continue``) by slzo's command line in a SLURM job that was restarted continues the newest
         run of this job.
         """
-        runs = (None if self.logger is None else self.logger.save_dir) or self.default_root_dir
+        runs = RUNS if self.logger is None else self.logger.save_dir or self.default_root_dir
         root = runs if self._fitted is None else self._fitted
+        if ckpt_path is not None and str(ckpt_path) in NAMES and self._has_fitted and self._fitted is None:
+            raise SlzoError(
+                f"ckpt_path {str(ckpt_path)!r}: the run of this trainer has no checkpoints; leave out "
+                "enable_checkpointing=False and logger=False, or give a file"
+            )
         # a script may fit several times, and all its runs have the same command
         job = job_id() if to_continue and is_restarted() and command_line() is not None else None
         found = None

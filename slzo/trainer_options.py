@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -19,8 +20,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
+from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.time_limit import TimeLimit
+from slzo.private.launchers import copies_process
 from slzo.schedule import check_precision
 from slzo.strategy import SHARDED
 from slzo.utils.errors import SlzoError
@@ -49,16 +51,18 @@ _REFUSED: Mapping[type[Callback], str] = {
 
 
 def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a run without a number of steps that the time or the epochs limit.
+    """Return the defaults that follow from other options.
 
-    One with ``max_time`` has the steps and validations of its plan.
+    A run without a number of steps is limited by the time or the epochs. One with ``max_time`` has the steps and validations of
+    its plan. With ``check_val_every_n_epoch`` the dev rows are scored at the end of an epoch.
     """
+    by_epoch = {} if options.get("check_val_every_n_epoch") is None else {"val_check_interval": 1.0}
     if options.get("max_steps", -1) != -1:
-        return {}
+        return by_epoch
     if options.get("max_time") is not None:
         # validations as rare as the time is long, which the plan makes more frequent
         return {"max_steps": -1, "val_check_interval": options["max_time"]}
-    return {} if options.get("max_epochs") is None else {"max_steps": -1}
+    return by_epoch if options.get("max_epochs") is None else {"max_steps": -1, **by_epoch}
 
 
 def take_time_limit(options: dict[str, Any]) -> TimeLimit | None:
@@ -99,6 +103,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         SlzoError: An option cannot be used.
     """
     check_precision(options.get("precision"))
+    if options.get("barebones"):
+        raise SlzoError("trainer.barebones: slzo's callbacks log and save; leave it out")
     if options.get("gradient_clip_val") is not None:
         raise SlzoError(
             f"trainer.gradient_clip_val {options['gradient_clip_val']}: slzo does not clip gradients by their norm; leave it "
@@ -134,12 +140,47 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
-        raise SlzoError(f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp")
+        raise SlzoError(_copies(name))
     if name.rpartition(".")[2] in _SHARDING or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
             f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
             "whose processes share the frozen layers, or one process with model.device_map auto, which spreads them over all GPUs"
         )
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Refuse a strategy whose processes are copies of this one, however it was given.
+
+    Raises:
+        SlzoError: The trainer has such a strategy.
+    """
+    if copies_process(trainer):
+        raise SlzoError(_copies(type(trainer.strategy).__name__))
+
+
+def _copies(strategy: str) -> str:
+    return (
+        f"trainer.strategy {strategy!r}: it copies this process, which slzo does not support; use ddp in a script or on the "
+        "command line, or one device in a notebook"
+    )
+
+
+def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> None:
+    """Refuse a user's callback that saves checkpoints in a run that does not.
+
+    Raises:
+        SlzoError: The run has ``enable_checkpointing=False``, or no logger and the callback no folder of its own.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Checkpoint) or isinstance(callback, BestCheckpoint | LastCheckpoint):
+            continue
+        name = type(callback).__name__
+        if not saves:
+            raise SlzoError(
+                f"trainer.callbacks {name}: it saves checkpoints; leave out trainer.enable_checkpointing false"
+            )
+        if not writes and getattr(callback, "dirpath", None) is None:
+            raise SlzoError(f"trainer.callbacks {name}: without a logger it has no folder; give it a dirpath")
 
 
 def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:

@@ -314,7 +314,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(options):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output
-    step = int(re.search(r"Interrupted at step (\d+); continue with the same command and --ckpt_path", output)[1])
+    step = int(
+        re.search(r"Stopped at step (\d+); continue from step \1 with the same command and --ckpt_path", output)[1]
+    )
     assert read_checkpoint(last_checkpoint()).content["global_step"] == step
     assert main(["test", "--ckpt_path=last"]) == 0
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -16,17 +17,21 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
-from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.__main__ import main
+from slzo.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
+from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.checkpoints.find import checkpoint_of_run, newest_checkpoint
+from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_checkpoint
 from slzo.export import export_checkpoint
 from slzo.fit import best_state
+from slzo.loggers import RunLogger
 from slzo.schedule import callback_of
 from slzo.training import changed_settings
 from slzo.utils.errors import SlzoError
@@ -111,6 +116,113 @@ def test_a_checkpoint_that_is_scored_is_no_part_of_the_next_training(model_dir, 
     trainer.test(other, datamodule=rows(data_dir), ckpt_path=str(old))
     with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
         trainer.fit(other, datamodule=rows(data_dir))
+
+
+def test_a_refused_command_keeps_the_run_of_another_trainer(model_dir, data_dir):
+    """Both have the same logger, as in Lightning's examples."""
+    logger, module = RunLogger(), ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+    ZOTrainer(max_steps=1, val_check_interval=1, logger=logger, **QUIET).fit(module, datamodule=rows(data_dir))
+    before = sorted(run_dir().rglob("*"))
+    with pytest.raises(SlzoError, match="typo"):
+        ZOTrainer(logger=logger, **QUIET).test(module, datamodule=rows(data_dir), ckpt_path="typo.ckpt")
+    assert sorted(run_dir().rglob("*")) == before != []
+
+
+def test_lightnings_schedule_by_epochs(model_dir, data_dir):
+    """The dev rows are scored once an epoch, and the last checkpoint names the best one."""
+    trainer = ZOTrainer(max_epochs=2, check_val_every_n_epoch=1, **QUIET)
+    assert (trainer.val_check_interval, trainer.max_steps) == (1.0, -1)
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
+    best = callback_of(trainer, BestCheckpoint).best_model_path
+    assert Path(checkpoint_of_run(run_dir()).path) == Path(best)
+    Path(best).unlink()
+    with pytest.raises(SlzoError, match="has no best one: it was not validated, or the file is gone"):
+        find_checkpoint("best", "runs")
+
+
+def test_a_plain_trainer_does_not_go_on_by_itself(model_dir, data_dir):
+    """Lightning keeps the path of a checkpoint that it has loaded."""
+    fitted(model_dir, data_dir, LayerScope())
+    plugin = AtomicCheckpointIO()
+    trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, plugins=[plugin], **QUIET)
+    data, module = rows(data_dir), ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+    trainer.validate(module, datamodule=data, ckpt_path=str(last_checkpoint()))
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=data)
+    assert not trainer.lightning_module.prepared.resumed
+    assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"logger": False}])
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_run_without_checkpoints_has_no_best_one(model_dir, data_dir, options, name):
+    fitted(model_dir, data_dir, LayerScope())  # the checkpoint of another run
+    trainer, module = ZOTrainer(max_steps=1, **QUIET, **options), ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+    trainer.fit(module, datamodule=rows(data_dir))
+    with pytest.raises(SlzoError, match=f"ckpt_path '{name}': the run of this trainer has no checkpoints"):
+        trainer.test(module, datamodule=rows(data_dir), ckpt_path=name)
+
+
+def test_a_callback_that_saves_is_not_dropped():
+    with pytest.raises(SlzoError, match="ModelCheckpoint: it saves checkpoints; leave out"):
+        ZOTrainer(enable_checkpointing=False, callbacks=[ModelCheckpoint("x")], **QUIET)
+    with pytest.raises(SlzoError, match="ModelCheckpoint: without a logger it has no folder; give it a dirpath"):
+        ZOTrainer(logger=False, callbacks=[ModelCheckpoint()], **QUIET)
+    trainer = ZOTrainer(callbacks=[ModelCheckpoint()], **QUIET)
+    assert isinstance(trainer.checkpoint_callback, BestCheckpoint)  # the one of "best"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"barebones": True}, "trainer.barebones: slzo's callbacks log and save; leave it out"),
+        (
+            {"strategy": DDPStrategy(start_method="fork"), "devices": 2},
+            "trainer.strategy 'DDPStrategy': it copies this",
+        ),
+        (
+            {"callbacks": [BestCheckpoint(dirpath="x")], "limit_test_batches": 2},
+            "trainer.limit_test_batches 2: fit scores",
+        ),
+    ],
+)
+def test_options_that_a_run_cannot_have(options, message, model_dir, data_dir):
+    with pytest.raises(SlzoError, match=f"^{message}"):
+        ZOTrainer(**{**QUIET, **options}).fit(ZOModule(str(model_dir)), datamodule=rows(data_dir))
+
+
+@pytest.mark.parametrize("option", ["save_last", "save_on_train_epoch_end"])
+def test_the_best_checkpoint_writes_no_other_state(option):
+    with pytest.raises(SlzoError, match=f"^checkpoint.{option}: "):
+        BestCheckpoint(**{option: True})
+
+
+def test_a_score_before_training_is_that_of_the_model(model_dir, data_dir, monkeypatch):
+    """Also if an earlier fit ended between this score and the first step."""
+    trainer, data = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET), rows(data_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(ZOModule, "training_step", fail)
+        with pytest.raises(SlzoError, match="out of luck"):
+            trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=data)
+    record = callback_of(trainer, RunRecord)
+    record._history.before.metrics["accuracy"] = 2.0
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=data)
+    assert summary()["score_before"] <= 1
+
+
+def test_rows_have_the_length_of_each_model(model_dir, data_dir):
+    data = rows(data_dir)
+    for scope, length in ((PrefixTuning(num_tokens=5), 251), (LayerScope(), 256)):
+        module = ZOModule(str(model_dir), 2, scope, eps=1e-3, seed=0)
+        ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=data)
+        assert data.encoder.max_length == length
+
+
+def test_commands_of_a_run_with_checkpoints_elsewhere(options, tmp_path, capsys):
+    assert main(["fit", *options, f"--checkpoint.dirpath={tmp_path / 'kept'}"]) == 0
+    command = next(each for each in summary()["use"] if each.startswith("slzo test"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert main(["test", "--ckpt_path=best"]) == 0
+    assert capsys.readouterr().out.count("test/accuracy") >= 2
 
 
 def test_a_second_fit_keeps_the_log_of_the_first(model_dir, data_dir):
@@ -347,7 +459,7 @@ def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir
         ZOModule.load_from_checkpoint("nope.ckpt")
     fitted(model_dir, data_dir, LayerScope())
     assert ZOModule.load_from_checkpoint("last").options.model == str(model_dir)
-    content = slzo.module.read_checkpoint(last_checkpoint())
+    content = read_checkpoint(last_checkpoint())
     content.note["trust_remote_code"] = True
     monkeypatch.setattr(slzo.module, "find_checkpoint", lambda *_: content)
     with pytest.raises(SlzoError, match="if you trust it, give trust_remote_code=True"):

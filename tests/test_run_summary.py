@@ -26,9 +26,10 @@ from slzo.zo.processes import ALONE
 
 def run_facts(**facts):
     """Facts of a run; 1 is as good as any other value."""
-    usual = {"best": "b.ckpt", "config": "run/config.yaml", "steps": 1, "lr": 1.0, "last": None}
+    usual = {"best": "run/checkpoints/b.ckpt", "config": "run/config.yaml", "steps": 1, "lr": 1.0, "last": None}
     usual |= {
         "virtual_tokens": False,
+        "folder": "run",
         "reference": None,
         "first_order_gb": None,
         "num_rows": 8,

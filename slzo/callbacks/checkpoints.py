@@ -23,12 +23,19 @@ from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
+_REPLACED = {
+    "save_last": "last_checkpoint writes last.ckpt",
+    "save_on_train_epoch_end": "only validated states are saved",
+}
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run takes over the best state of the run that it continues.
 
     With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric.
+
+    Raises:
+        SlzoError: An option is set that would write ``last.ckpt``, or save states that are not validated.
     """
 
     def __init__(
@@ -39,6 +46,11 @@ class BestCheckpoint(ModelCheckpoint):
         auto_insert_metric_name: bool = False,
         **options: Any,
     ) -> None:
+        for name, instead in _REPLACED.items():
+            if options.pop(name, None):
+                raise SlzoError(f"checkpoint.{name}: {instead}; leave it out")
+        # the state is saved after a validation, before LastCheckpoint saves, which names it
+        options["save_on_train_epoch_end"] = False
         super().__init__(
             monitor=monitor, mode=mode, filename=filename, auto_insert_metric_name=auto_insert_metric_name, **options
         )
@@ -209,7 +221,7 @@ class LastCheckpoint(Checkpoint):
         if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
             by_command = f"the same command and --ckpt_path {self.saved}"
             way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
-            say(f"\nInterrupted at step {trainer.global_step}; continue with {way}")
+            say(f"\nStopped at step {trainer.global_step}; continue from step {self._saved_step} with {way}")
         job, trains = job_id(), trainer.state.fn == "fit"
         preempted = trains and stopped is not None and stopped.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended

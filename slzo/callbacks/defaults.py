@@ -27,7 +27,8 @@ DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
         "last_checkpoint": LastCheckpoint,  # saves the state of all others
     }
 )
-"""Classes by the name of their option group. The user's own callbacks run before ``record``."""
+"""Classes by the name of their option group. The user's own callbacks run before ``record``, or after ``checkpoint`` if they
+save."""
 
 
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
@@ -47,6 +48,8 @@ def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progre
     order.insert(record + 1, TimeLimit)
 
     def place(callback: Callback) -> float:
-        return next((number for number, kind in enumerate(order) if isinstance(callback, kind)), record - 0.5)
+        # Lightning's own "best" is that of the first callback that saves
+        other = order.index(BestCheckpoint) + 0.5 if isinstance(callback, Checkpoint) else record - 0.5
+        return next((number for number, kind in enumerate(order) if isinstance(callback, kind)), other)
 
     return sorted(kept, key=place)

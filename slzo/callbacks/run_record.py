@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
+from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule, zo_module
@@ -80,7 +80,8 @@ class RunRecord(Callback):
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
         else:
-            self._history = History(before=self._history.before, samples=self._history.samples)
+            kept = self._history if trainer.global_step > 0 else History()  # of an earlier fit of this trainer
+            self._history = History(before=kept.before, samples=kept.samples)
             if self.test_before and self._history.before is None and not is_quick(trainer):
                 self._score_before(trainer, prepared, rows)
         self._write(trainer)
@@ -170,8 +171,7 @@ class RunRecord(Callback):
         """Collect the results of the training for the summary. A collective call."""
         guard = callback_of(trainer, LossGuard)
         folder = folder_of(trainer)
-        checkpoint = callback_of(trainer, BestCheckpoint) or trainer.checkpoint_callback
-        best = str(trainer.strategy.broadcast(getattr(checkpoint, "best_model_path", "")))
+        best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
         keeps_last = folder is not None and callback_of(trainer, LastCheckpoint) is not None
         by_steps = 0 < trainer.max_steps <= trainer.global_step or (trainer.max_epochs or 0) <= 0
         limit = "max_steps" if by_steps else "max_epochs"

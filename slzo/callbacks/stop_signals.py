@@ -10,9 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import Interrupted
-from slzo.utils.slurm import PREEMPTION, job_id
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from slzo.utils.signals import stop_signals
 
 
 class StopSignals:
@@ -33,7 +31,7 @@ class StopSignals:
         self.waits, self.requested = False, 0
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS if job_id() is None else (*_SIGNALS, PREEMPTION):
+        for number in (signal.SIGINT, *stop_signals()):
             if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background of a shell ignores Ctrl-C
                 self._before[number] = signal.signal(number, self._handle)
 

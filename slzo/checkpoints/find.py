@@ -15,8 +15,6 @@ NAMES = ("last", "best")
 RUNS = "runs"
 """Folder above the runs."""
 
-_BEST_CHECKPOINT = "BestCheckpoint"  # its state is stored under its name and options
-
 
 def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     """Read the last checkpoint of the newest run below ``root``.
@@ -66,21 +64,26 @@ def _modified(path: Path) -> float | None:
         return None
 
 
-def named_checkpoint(name: str, root: str | Path) -> Checkpoint:
+def named_checkpoint(name: str, root: str | Path) -> tuple[Checkpoint, Path]:
     """Read the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`; print its path.
+
+    Returns:
+        The checkpoint, and the folder of its run. The best one may be elsewhere (``checkpoint.dirpath``).
 
     Raises:
         SlzoError: There is none.
     """
     found = newest_checkpoint(root, name)
+    folder = found.run_folder
     if name == "best":
         if (best := _best_of(found)) is None:
             raise SlzoError(
-                f"ckpt_path 'best': the run of {found.path!r} was not validated and has no best one; give last"
+                f"ckpt_path 'best': the run of {found.path!r} has no best one: it was not validated, or the file is gone; "
+                "give last"
             )
         found = read_checkpoint(best)
     say(f"Using the {name} checkpoint of the newest run, {found.path}")
-    return found
+    return found, folder
 
 
 def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool = False) -> Checkpoint:
@@ -92,7 +95,7 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
         SlzoError: There is none, or it cannot be used.
     """
     if str(ckpt_path) in NAMES:
-        return named_checkpoint(str(ckpt_path), root)
+        return named_checkpoint(str(ckpt_path), root)[0]
     if not str(ckpt_path):
         raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
     path = Path(ckpt_path).expanduser()
@@ -114,11 +117,12 @@ def checkpoint_of_run(folder: str | Path) -> Checkpoint:
 
 def _best_of(last: Checkpoint) -> Path | None:
     """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
-    callbacks = last.content.get("callbacks", {})
-    own_first = sorted(callbacks, key=lambda name: not name.startswith(_BEST_CHECKPOINT))
-    states = [callbacks[name] for name in own_first if isinstance(callbacks[name], dict)]
-    paths = (best_file(state["best_model_path"], last.path) for state in states if state.get("best_model_path"))
-    return next((path for path in paths if path.is_file()), None)
+    states = [state for state in last.content.get("callbacks", {}).values() if isinstance(state, dict)]
+    paths = [best_file(state["best_model_path"], last.path) for state in states if state.get("best_model_path")]
+    found = next((path for path in paths if path.is_file()), None)
+    if paths and found is None:
+        warn(f"{last.path}: its best checkpoint {str(paths[0])!r} is missing")
+    return found
 
 
 def best_file(saved: str, checkpoint: str | Path) -> Path:

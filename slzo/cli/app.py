@@ -203,7 +203,8 @@ class SlzoCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Write runs below ``trainer.default_root_dir`` if it is given, and let a time or epochs replace the default steps."""
         given = {name for option in self.parser.given for name in (option.name, *parents(option.name))}
-        own = {name: self.config.get(f"trainer.{name}") for name in ("max_time", "max_steps", "max_epochs")}
+        limits = ("max_time", "max_steps", "max_epochs", "check_val_every_n_epoch")
+        own = {name: self.config.get(f"trainer.{name}") for name in limits}
         if "trainer.max_steps" not in given:
             del own["max_steps"]
         for name, value in limit_defaults(own).items():

@@ -36,8 +36,10 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     folders = option_values(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
     roots = option_values(args, "--trainer.default_root_dir")
     folder = expanded(folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS)
+    run: Path | None = None
     if checkpoint in NAMES and Path(folder).is_dir():
-        checkpoint = named_checkpoint(checkpoint, folder).path
+        found, run = named_checkpoint(checkpoint, folder)
+        checkpoint = found.path
         args = [*args, f"--ckpt_path={checkpoint}"]
     if command.reads_run_config and is_export(checkpoint):
         models = option_values(args, "--model.model")
@@ -45,7 +47,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         return [*(f"--{name}={value}" for name, value in options.items()), *args]
     path = Path(checkpoint).expanduser()
     is_run = (path / "checkpoints").is_dir()
-    config = (path if is_run else run_folder_of(path)) / CONFIG_FILE
+    config = (path if is_run else run or run_folder_of(path)) / CONFIG_FILE
     if command.reads_run_config and (is_run or path.is_file()) and config.is_file():
         return [_checked(config, args), *args]
     return list(args)

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slzo.evaluation.bag_of_words import WordsReference
@@ -67,7 +68,9 @@ def use_commands(run: RunFacts) -> list[str]:
     best = run.outcome.best
     if best is None:
         return []
-    config = ("--config", run.config) if run.config is not None and run.own_code else ()
+    # a checkpoint outside of its run's folder does not lead to the config
+    is_found = run.folder is not None and Path(best).absolute().parent == Path(run.folder).absolute() / "checkpoints"
+    config = ("--config", run.config) if run.config is not None and (run.own_code or not is_found) else ()
     rows = (("test", config, ()), ("predict", config, ("--output", "predictions.jsonl")))
     trust = ("--trust_remote_code", "true") if run.trusts_code else ()
     ways = (

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from slzo.utils.slurm import PREEMPTION, job_id
+
+
+def stop_signals() -> tuple[int, ...]:
+    """Return the signals besides Ctrl-C that end a run: SIGTERM, and in a SLURM job that of a preemption."""
+    return (signal.SIGTERM,) if job_id() is None else (signal.SIGTERM, PREEMPTION)
+
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM until the context ends.
+    """Delay Ctrl-C, SIGTERM and the preemption signal of SLURM until the context ends.
 
     Otherwise C code that calls back to Python would convert what a signal handler raises to its own errors.
     """
@@ -22,7 +29,7 @@ def signals_held() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         held.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, *stop_signals())
     before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, hold)
