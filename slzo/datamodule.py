@@ -1,13 +1,13 @@
 """Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
 
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset
 
-from slzo.data.batch import EvalBatch, TrainBatch
+from slzo.data.batch import EvalBatch, Row, TrainBatch
+from slzo.data.loader import BatchLoader
 from slzo.task_rows import TaskRows
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
@@ -62,30 +62,27 @@ class TaskDataModule(TaskRows, LightningDataModule):
         if isinstance(options, TrainingOptions):
             self.follow_model(options.model, options.trust_remote_code)
 
-    def train_dataloader(self) -> DataLoader[TrainBatch]:
+    def train_dataloader(self) -> BatchLoader[list[int], TrainBatch]:
         """Return training batches from the current step on."""
-        trainer = self.trainer
+        trainer, rows = self.trainer, self.rows("train")
         sampler = self.sampler(steps_done=lambda: trainer.global_step if trainer else 0)
-        return DataLoader(
-            cast("Dataset[TrainBatch]", self.rows("train")), batch_sampler=sampler, collate_fn=self.train_batch
-        )
+        return BatchLoader(sampler, lambda numbers: self.train_batch([rows[number] for number in numbers]))
 
-    def val_dataloader(self) -> DataLoader[EvalBatch]:
+    def val_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
         """Return dev rows in an order that is fast to score."""
         return self._eval_loader("dev")
 
-    def test_dataloader(self) -> DataLoader[EvalBatch]:
+    def test_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
         """Return held-out rows in an order that is fast to score; :attr:`slzo.data.batch.Row.position` has the split's order."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+    def predict_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
         """Return held-out rows as in :meth:`test_dataloader`; generation tasks always generate answers."""
         return self._eval_loader("predict")
 
-    def _eval_loader(self, split: str) -> DataLoader[EvalBatch]:
+    def _eval_loader(self, split: str) -> BatchLoader[list[Row], EvalBatch]:
         plan = self.eval_plan(split)
-        # an item is a whole batch, because Lightning replaces batch samplers for predict
-        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=plan.pack)
+        return BatchLoader(plan.batches, plan.pack)
 
 
 def _groups_of(number: int, rank: int, directions: int) -> tuple[Any, Any]:

@@ -72,8 +72,6 @@ class ZOTrainer(Trainer):
             plugins.append(AtomicCheckpointIO())
         if kwargs.get("strategy") == SHARDED:
             kwargs["strategy"] = ShardedStrategy()
-        # the rows are divided by slzo, so that a step sees the same rows on any number of processes
-        kwargs["use_distributed_sampler"] = False
         self._run_folders: set[Path] = set()
         self._has_fitted = False
         self._fitted: Path | None = None  # folder of the last fit, if it has checkpoints

@@ -12,13 +12,11 @@ from slzo.utils.console import is_first_process
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
 
 _IRRELEVANT_WARNINGS = (
-    ".*does not have many workers.*",  # the rows are tokenized in memory, loading takes microseconds
     ".*every_n_train_steps.*",  # written for automatic optimization; manual optimization counts the same steps here
     ".*args parameter is intended to run from within Python.*",  # main([...]) does this on purpose
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*It is recommended to use .*sync_dist=True.*",  # the metrics are those of all processes
-    ".*your dataloader is not resumable.*",  # its batches depend only on the step
 )
 
 

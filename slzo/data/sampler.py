@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from math import ceil
 
 import torch
-from torch.utils.data import BatchSampler
 
 from slzo.utils.seeding import derive_seed
 
 
 @dataclass(eq=False)
-class StepBatchSampler(BatchSampler):
+class StepBatchSampler:
     """Random batches without replacement.
 
     Each epoch is a new permutation of all rows, drawn from (seed, epoch). Consecutive rows form the batches. With n processes,
@@ -19,7 +18,7 @@ class StepBatchSampler(BatchSampler):
     wait for the slowest one.
 
     A pass has as many batches as an epoch and starts at the current step of the run, even in the middle of an epoch. A resumed
-    run or a new loader therefore continues with the right rows, and the loader has no state to save.
+    run therefore continues with the right rows, and there is no state to save.
 
     Args:
         num_tokens: Number of tokens of each row of the data set.

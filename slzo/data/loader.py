@@ -1,0 +1,46 @@
+"""Batches for Lightning's loops."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+Rows = TypeVar("Rows")
+Rows_co = TypeVar("Rows_co", covariant=True)
+Batch = TypeVar("Batch")
+
+
+class Batches(Protocol[Rows_co]):
+    """The rows of each batch of a pass, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Rows_co]: ...
+
+
+class BatchLoader(Generic[Rows, Batch]):
+    """Packs batches of rows one by one, in the order of a sampler or plan.
+
+    It is no torch DataLoader: packing takes microseconds, and Lightning would replace the samplers of a DataLoader, although the
+    batches are already divided over processes.
+
+    Args:
+        rows: Rows of each batch. Each pass iterates over them again.
+        pack: Makes a batch of its rows.
+    """
+
+    def __init__(self, rows: Batches[Rows], pack: Callable[[Rows], Batch]) -> None:
+        self._rows, self._pack = rows, pack
+
+    def __len__(self) -> int:
+        """Number of batches of a pass."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the packed batches."""
+        return map(self._pack, self._rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a pass depends on the step alone. Lightning asks for the state, and loads it in a resumed run."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""
