@@ -20,21 +20,24 @@ _SET_FOLDER = "set the folder with trainer.logger.save_dir"
 
 
 class _OwnFolder(Logger):
-    """A logger that makes its folder when it takes a version, so that no other run gets the same one."""
+    """A logger that makes its folder when a run begins, so that no other run gets the same one."""
 
     _given = False
     _taken: int | str | None = None
 
-    @property
-    def version(self) -> int | str:
-        """The version; its folder exists."""
+    def take_version(self) -> None:
+        """Make the folder of the version, or of the next one that is free."""
         if self._taken is None:
             self._taken = _take(self.root_dir, super().version, self._given)  # type: ignore[safe-super, arg-type]
-        return self._taken
+
+    @property
+    def version(self) -> int | str:
+        """The version, or the next one before a run begins."""
+        return super().version if self._taken is None else self._taken  # type: ignore[safe-super, return-value]
 
 
 class RunLogger(_OwnFolder, TensorBoardLogger):
-    """Lightning's TensorBoardLogger; it makes its folder when it takes a version, so that no other run gets the same one.
+    """Lightning's TensorBoardLogger; it makes its folder when a run begins, so that no other run gets the same one.
 
     Args:
         save_dir: Folder above the runs.
@@ -126,7 +129,9 @@ def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not _makes_folders():
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
-    folder = Path(logger.log_dir)  # an own logger makes it here
+    if isinstance(logger, _OwnFolder):
+        logger.take_version()
+    folder = Path(logger.log_dir)
     # the run of another trainer with this logger has files
     if folder in taken or (isinstance(logger, _OwnFolder) and folder.is_dir() and any(folder.iterdir())):
         return None

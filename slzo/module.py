@@ -166,7 +166,15 @@ class ZOModule(LightningModule):
         )
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Self:
         """Return the tuned model of a checkpoint, to validate, test, predict, or tune it further.
 
         The model is loaded when it is first used, on the trainer's device. To continue a run, with its optimizer and its steps,
@@ -174,12 +182,19 @@ class ZOModule(LightningModule):
 
         Args:
             checkpoint_path: Checkpoint or folder of a run, or last or best of the newest run in runs.
+            map_location: Not used: the trainer chooses the device.
+            hparams_file: Not supported: a checkpoint has its options.
+            strict: Only ``True`` is supported.
+            weights_only: Not used: checkpoints hold tensors and primitives only.
             options: Options of :class:`ZOModule`; model, dtype and quantization are those of the checkpoint by default. To tune
                 further, give scope, estimator and optimizer.
 
         Raises:
-            SlzoError: The checkpoint cannot be read, or its model needs code that is not trusted.
+            SlzoError: The checkpoint cannot be read, an argument is not supported, or the model needs code that is not trusted.
         """
+        if hparams_file is not None or strict is False:
+            name = "strict=False" if hparams_file is None else "hparams_file"
+            raise SlzoError(f"load_from_checkpoint: {name} does not apply to checkpoints of slzo; leave it out")
         start = find_checkpoint(checkpoint_path, RUNS)
         if start.note["trust_remote_code"] and not options.get("trust_remote_code"):
             raise SlzoError(

@@ -14,7 +14,7 @@ from helpers import error_line, last_checkpoint, logged, same_tensors, summary, 
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.cli.auto_values import spelled_out, with_words
+from slzo.cli.auto_values import decode_words, encode_words
 from slzo.cli.given import one_word_each
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.loss import BatchLogitLoss
@@ -102,7 +102,7 @@ def test_a_file_that_a_config_names_may_have_the_rate(auto, capsys):
 def test_a_long_config_as_text_is_no_file_name():
     text = json.dumps({"model": {"model": "x" * 300, "optimizer": {"class_path": "SGD", "init_args": {"lr": "auto"}}}})
     for args in ([f"--config={text}"], ["--config", text], ["-c", text]):
-        (found,) = spelled_out(one_word_each(args))
+        (found,) = encode_words(one_word_each(args))
         found = found.removeprefix("--config=")
         assert yaml.safe_load(found)["model"]["optimizer"]["init_args"]["lr"] == math.inf
 
@@ -115,8 +115,8 @@ def test_only_the_rate_of_an_optimizer_is_replaced():
         "--trainer.accelerator=auto",
         "--config=no",
     ]
-    assert spelled_out(args) == args
-    assert with_words("a: {}\nlr: .inf\n  lr: .inf\nmax_lr: .inf\nlr: .infx\n") == (
+    assert encode_words(args) == args
+    assert decode_words("a: {}\nlr: .inf\n  lr: .inf\nmax_lr: .inf\nlr: .infx\n") == (
         "a: {}\nlr: auto\n  lr: auto\nmax_lr: .inf\nlr: .infx\n"
     )
 

@@ -128,6 +128,21 @@ def test_a_refused_command_keeps_the_run_of_another_trainer(model_dir, data_dir)
     assert sorted(run_dir().rglob("*")) == before != []
 
 
+def test_reading_the_folder_of_a_run_makes_none():
+    trainer = ZOTrainer(**QUIET)
+    assert Path(trainer.log_dir) == run_dir().absolute() or Path(trainer.log_dir) == run_dir()
+    assert not run_dir().exists()
+
+
+def test_arguments_of_lightnings_load_from_checkpoint(model_dir, data_dir):
+    fitted(model_dir, data_dir, LayerScope())
+    path = last_checkpoint()
+    assert ZOModule.load_from_checkpoint(path, map_location="cpu", strict=True, weights_only=True).is_tuned
+    for wrong in ({"hparams_file": "x.yaml"}, {"strict": False}):
+        with pytest.raises(SlzoError, match=r"^load_from_checkpoint: .* does not apply to checkpoints of slzo"):
+            ZOModule.load_from_checkpoint(path, **wrong)
+
+
 def test_lightnings_schedule_by_epochs(model_dir, data_dir):
     """The dev rows are scored once an epoch, and the last checkpoint names the best one."""
     trainer = ZOTrainer(max_epochs=2, check_val_every_n_epoch=1, **QUIET)

@@ -406,6 +406,6 @@ def test_in_python_the_hint_is_what_to_do_without_a_command(config, monkeypatch)
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
     reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
     found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)
-    in_python = f"slzo sweep  # {reason}", f"estimator=Backprop()  # {more}"
+    in_python = f"ZOModule(optimizer=...)  # {reason}", f"ZOModule(estimator=Backprop())  # {more}"
     expected = (f"slzo sweep --config {config} --lrs auto  # {reason}", FIRST_ORDER) if config else in_python
     assert (found["next"], found["first_order"]) == expected

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.stop_signals import StopSignals, largest
 from slzo.checkpoints.find import best_file
+from slzo.private.progress import count_epoch_as_started, count_step_as_open
 from slzo.schedule import callback_of, folder_of, is_last_step, validation_due
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -179,18 +180,11 @@ class LastCheckpoint(Checkpoint):
         self._in_epoch = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the current epoch as started.
-
-        After a restart from an epoch's last step, Lightning does not count the epoch, and the next restart would miscount.
-        """
+        """Correct Lightning's counts, so that a restart continues exactly here."""
         if self._in_epoch:
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-                counts["ready"] = counts["started"] = counts["processed"] + 1
+            count_epoch_as_started(checkpoint)
         if trainer.state.fn == "fit" and trainer.validating and not validation_due(trainer):
-            # a longer run has no validation here, so its step is not completed yet
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-                if isinstance(counts, dict):
-                    counts["completed"] = counts["processed"] - 1
+            count_step_as_open(checkpoint)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.remove()

@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
     if not Path(path).is_file():
         raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
-    with _one_line(option):
+    with _as_slzo_error(option):
         # a plain Trainer of Lightning writes pickles in a zip file
         content = torch.load(path, "cpu", weights_only=True) if is_zipfile(path) else checkpoint_file.read(path)
     checkpoint_note(content, option)
@@ -120,7 +120,7 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 @contextmanager
-def _one_line(option: str) -> Iterator[None]:
+def _as_slzo_error(option: str) -> Iterator[None]:
     """Convert errors of reading a file to SlzoErrors; hold signals, since readers would convert what their handlers raise."""
     try:
         with signals_held():

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.cli.auto_values import spelled_out, with_words
+from slzo.cli.auto_values import decode_words, encode_words
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_nulls
@@ -101,7 +101,7 @@ class AppParser(CommandParser, LightningArgumentParser):
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Return the config as YAML, as a user would write it."""
-        return with_words(str(super().dump(*args, **kwargs)))
+        return decode_words(str(super().dump(*args, **kwargs)))
 
 
 class _RunConfig(SaveConfigCallback):
@@ -179,7 +179,7 @@ class SlzoCLI(LightningCLI):
         parser.given = read_given(args)
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
-        super().parse_arguments(parser, spelled_out(args))
+        super().parse_arguments(parser, encode_words(args))
         check_nulls(parser, self.config)
         self._check_task()
         seed = self.config.get("seed_everything")

@@ -22,7 +22,7 @@ _CLASSES = ("model.optimizer", "model.optimizer.class_path")
 _FILES = ("config", "model", "model.optimizer")
 
 
-def spelled_out(words: Sequence[str]) -> list[str]:
+def encode_words(words: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
     found = []
     for word in words:
@@ -33,7 +33,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     return found
 
 
-def with_words(dumped: str) -> str:
+def decode_words(dumped: str) -> str:
     """Return a dumped config with ``auto`` in place of the number."""
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
 

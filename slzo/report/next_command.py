@@ -7,13 +7,13 @@ from slzo.report.score_change import DevLoss, ScoreChange
 
 
 def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFacts) -> str:
-    """Return the command to try, with the reason after a #.
+    """Return the command to try, or for a run in Python the argument, with the reason after a #.
 
     The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
     small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
     lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
     """
-    search = _command("sweep", run, "--lrs", "auto", *_one_process(run))
+    search = _command("sweep", run, "--lrs", "auto", *_one_process(run), python="ZOModule(optimizer=...)")
     if losses is None:
         return f"{search}  # too few validations to find the reason: compares learning rates"
     if losses.rose:
@@ -23,12 +23,14 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if change is not None and change.worse and change.shown:
         if run.layer is None:
             return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
-        look = _command("fit", run, "--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
+        race = ("--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
+        look = _command("fit", run, *race, python="OutlierProfiler(Race())")
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
     (limit, value), last, best = run.outcome.limit, run.outcome.last, run.outcome.best
     if losses.best == losses.last and last is not None and value > 0:
         options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))
-        return f"{_command('fit', run, *options)}  # the dev loss was still falling: takes more steps"
+        longer = _command("fit", run, *options, python=f"ZOTrainer({limit}={2 * value})")
+        return f"{longer}  # the dev loss was still falling: takes more steps"
     if (
         change is not None
         and not change.worse
@@ -36,8 +38,10 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         and best is not None
         and run.num_rows == run.requested_rows
     ):
-        options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", best)
-        return f"{_command('test', run, *options)}  # more held-out rows; repeat without --ckpt_path to compare"
+        rows = str(4 * run.num_rows)
+        options = ("--data.num_test", rows, "--ckpt_path", best)
+        more = _command("test", run, *options, python=f"TaskDataModule(num_test={rows})")
+        return f"{more}  # more held-out rows; repeat without a checkpoint to compare"
     return f"{search}  # compares learning rates"
 
 
@@ -46,7 +50,7 @@ def first_order_command(run: RunFacts, memory_gb: float) -> str:
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
     scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
-    command = "estimator=Backprop()" if run.config is None else _command("fit", run, *layer, *chosen, *scheduler)
+    command = _command("fit", run, *layer, *chosen, *scheduler, python="ZOModule(estimator=Backprop())")
     return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
 
 
@@ -58,6 +62,6 @@ def _one_process(run: RunFacts) -> tuple[str, ...]:
     return (*one, "--model.parallel", "rows")
 
 
-def _command(name: str, run: RunFacts, *options: str) -> str:
-    """Return a command with the options of the run; only its name for a run in Python, which has no config."""
-    return f"slzo {name}" if run.config is None else shlex.join(["slzo", name, "--config", run.config, *options])
+def _command(name: str, run: RunFacts, *options: str, python: str) -> str:
+    """Return a command with the options of the run; ``python`` for a run in Python, which has no config."""
+    return python if run.config is None else shlex.join(["slzo", name, "--config", run.config, *options])

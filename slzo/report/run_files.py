@@ -1,6 +1,7 @@
 """Read the files of a run folder, without loading a model."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,8 @@ class RunFiles:
 
     def _scored_step(self) -> int:
         """Return the step in the name of the scored checkpoint; the last step without one."""
-        step = Path(str(self.summary.get("best_checkpoint") or "")).stem.rpartition("=")[2]
-        return int(step) if step.isdecimal() else int(self.summary.get("steps") or 0)
+        step = re.search(r"step=(\d+)", Path(str(self.summary.get("best_checkpoint") or "")).stem)
+        return int(step[1] if step is not None else self.summary.get("steps") or 0)
 
     @property
     def curves(self) -> RunCurves:

@@ -71,7 +71,7 @@ def model_folder(id: str, revision: str | None) -> Path:
     Raises:
         SlzoError: The Hub does not have it, needs a login, or cannot be reached, and it is not in the cache.
     """
-    with _one_line(id, revision), hub_bars(False):
+    with _as_slzo_error(id, revision), hub_bars(False):
         return _fetch(id, revision, _SMALL)
 
 
@@ -86,7 +86,7 @@ def fetch_weights(folder: Path) -> None:
     id, commit = repository_of(folder), commit_of(folder)
     if id is None or commit is None:
         return
-    with _one_line(id, None), hub_bars():
+    with _as_slzo_error(id, None), hub_bars():
         missing = [[file for file in files if not (folder / file).is_file()] for files in _weight_files(folder)]
         if not all(missing):
             return
@@ -150,7 +150,7 @@ def _fetch(id: str, revision: str | None, patterns: Sequence[str], cache_dir: Pa
 
 
 @contextmanager
-def _one_line(id: str, revision: str | None) -> Iterator[None]:
+def _as_slzo_error(id: str, revision: str | None) -> Iterator[None]:
     """Raise SlzoError with one line for errors with a model of the Hub."""
     try:
         yield
