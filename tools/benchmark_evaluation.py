@@ -101,9 +101,8 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
     def run_fast() -> dict[int, Any]:
         found: dict[int, Any] = {}
         for batch in data.eval_batches("test", num_rows):
-            outcome = evaluator(batch)
-            values = outcome.predictions if generates else outcome.scores
-            found.update(zip((row.position for row in batch.rows), values, strict=True))
+            outcome = evaluator(batch, log_likelihoods=False)  # as in validations and tests
+            found.update(zip((row.position for row in batch.rows), outcome.predictions, strict=True))
         return found
 
     def run_plain() -> list[Any]:
@@ -112,7 +111,7 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
         stops = stop_tokens(evaluator.tokenizer)
         return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
 
-    evaluator(next(data.eval_batches("test", 4)))  # warm up before timing
+    evaluator(next(data.eval_batches("test", 4)), log_likelihoods=False)  # warm up before timing
     first, fast = timed(run_fast)
     slow, expected = timed(run_plain)
     second, _ = timed(run_fast)
@@ -120,7 +119,7 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
     for row, reference in zip(rows, expected, strict=True):
         ours, theirs, gap = fast[row.position], reference, 0.0
         if not generates:
-            ours, theirs = best(ours), best(reference)
+            theirs = best(reference)
             gap = abs(reference[ours] - reference[theirs])
         if ours != theirs:
             disagreements.append({"id": row.example.id, "fast": ours, "plain": theirs, "gap": gap})
