@@ -190,7 +190,7 @@ def test_the_means_run_over_twenty_steps():
     for step in range(40):
         own = 1.0 + 0.3 * math.sin(step)
         first, second = math.cos(step), 3 * math.sin(2 * step)
-        auto.update(estimate(own, first, second))
+        assert auto.add(estimate(own, first, second)) == 1
         weight = min(weight + 1, 20)
         loss = (1 - 1 / weight) * loss + own / weight
         square = (1 - 1 / weight) * square + (first * first + second * second) / 2 / weight
@@ -222,8 +222,7 @@ def test_what_limits_the_rate(changes, share):
 def test_a_slope_far_above_the_usual_is_taken_for_three_times_that(slope, taken):
     """5 is usual."""
     auto, own = AutoStep(**MEASURED), estimate(2.0, slope)
-    assert slope * auto.clip_factor(own) == pytest.approx(taken)
-    auto.update(own)
+    assert slope * auto.add(own) == pytest.approx(taken)
     assert auto.square == pytest.approx(25 + (taken**2 - 25) / 9)
 
 

@@ -79,11 +79,11 @@ def test_the_rate_falls_with_the_steps(kind):
     rate, optimizer = RelativeRate(3.0), adam(kind)
     assert rate_of(rate, optimizer) == pytest.approx(0.015)
     for _ in range(100):
-        rate.update(None)
+        assert rate.add(None) == 1
     assert rate_of(rate, optimizer) == pytest.approx(0.0075)
     rate.factor /= 2
     assert rate_of(rate, optimizer) == pytest.approx(0.00375)
-    assert (rate.clip_factor(None), rate.eps, rate.evaluations) == (1.0, None, 0)
+    assert (rate.eps, rate.evaluations) == (None, 0)
     assert "learning rate 0.015, 0.5% of the size" in rate.describe()
 
 

@@ -72,13 +72,10 @@ class AutoRate(ABC):
             SlzoError: No rate is known for this optimizer.
         """
 
-    def clip_factor(self, estimate: Estimate) -> float:
-        """Return the factor, at most 1, that the gradient is scaled by; 1 by default."""
-        return 1.0
-
-    def update(self, estimate: Estimate) -> None:
-        """Add a finite estimate: count its step."""
+    def add(self, estimate: Estimate) -> float:
+        """Add a finite estimate: count its step. Return the factor, at most 1, that clips its gradient; 1 by default."""
         self.steps += 1
+        return 1.0
 
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
@@ -189,20 +186,20 @@ class AutoStep(AutoRate):
         """Share of the loss that the first step removes, if the loss were linear."""
         return self._undecayed_rate() * self.square / max(self.loss, 1e-30)
 
-    def clip_factor(self, estimate: Estimate) -> float:
-        """Return the factor, at most 1, that clips slopes to 3 times the usual size."""
-        square, limit = _mean_square(estimate), _CLIP_MULTIPLE**2 * self.square
-        return math.sqrt(limit / square) if 0 < limit < square else 1.0
+    def add(self, estimate: Estimate) -> float:
+        """Add a finite estimate to the running means. Return the factor, at most 1, that clips its slopes.
 
-    def update(self, estimate: Estimate) -> None:
-        """Add the loss and the clipped slopes of a finite estimate to the running means."""
-        super().update(estimate)
-        square, limit = _mean_square(estimate), _CLIP_MULTIPLE**2 * self.square
-        if limit > 0:
-            square = min(square, limit)
+        They are clipped to 3 times the usual size, also in the means.
+        """
+        factor = super().add(estimate)
+        square = statistics.fmean(slope * slope for slope in estimate.projected_grad)
+        limit = _CLIP_MULTIPLE**2 * self.square
+        if 0 < limit < square:
+            factor, square = math.sqrt(limit / square), limit
         self.weight = min(self.weight + 1, _MEAN_STEPS)
         self.loss += (estimate.loss - self.lowest - self.loss) / self.weight
         self.square += (square - self.square) / self.weight
+        return factor
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
         r"""Return the learning rate for the step whose estimate was added last.
@@ -246,10 +243,6 @@ def _no_effect(loss: float, given: bool, smooth: bool) -> str:
         return f"no direction changes the metric of {loss:.4g}; use more rows (data.batch_size), or give a larger model.eps"
     way = "give a larger value, or leave it out" if given else "use model.dtype float32, or another scope"
     return f"rounding hides the effect of every direction on the loss of {loss:.4g}; {way}"
-
-
-def _mean_square(estimate: Estimate) -> float:
-    return statistics.fmean(slope * slope for slope in estimate.projected_grad)
 
 
 @dataclass

@@ -28,7 +28,7 @@ def take_step(
         request: Tuned tensors, loss and random seed of the step.
         estimator: Estimates the gradient.
         optimizer: Updates the masters.
-        auto: Clips the gradient, updates its running means and sets the learning rate.
+        auto: Clips the gradient and sets the learning rate.
         measure_update: Measure the norm of the update. This holds a copy of the masters during the step.
 
     Returns:
@@ -41,8 +41,7 @@ def take_step(
         estimate = estimate_of(estimator, request)
         if auto is not None:
             if estimate.finite:
-                estimate.scale_gradient(auto.clip_factor(estimate))
-                auto.update(estimate)
+                estimate.scale_gradient(auto.add(estimate))
             set_rate(optimizer, auto.rate(optimizer, estimator))
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
