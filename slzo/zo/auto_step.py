@@ -60,7 +60,7 @@ class AutoRate(ABC):
     evaluations: int = 0
 
     @property
-    def decay(self) -> float:
+    def divisor(self) -> float:
         """What the rate is divided by: 1 + t / 100, and twice as much after each rollback."""
         return (1 + self.steps / _HALF_STEPS) / self.factor
 
@@ -184,7 +184,7 @@ class AutoStep(AutoRate):
     @property
     def first_gain(self) -> float:
         """Share of the loss that the first step removes, if the loss were linear."""
-        return self._undecayed_rate() * self.square / max(self.loss, 1e-30)
+        return self._undivided_rate() * self.square / max(self.loss, 1e-30)
 
     def add(self, estimate: Estimate) -> float:
         """Add a finite estimate to the running means. Return the factor, at most 1, that clips its slopes.
@@ -212,7 +212,7 @@ class AutoStep(AutoRate):
         """
         normalizes, share = rate_rule(optimizer)
         slope = self.slope if normalizes or estimator.normalizes else 1.0
-        return share / self.decay * self._undecayed_rate() * slope
+        return share / self.divisor * self._undivided_rate() * slope
 
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the measurement in one line, with the expected gain of the first step if this sets the rate."""
@@ -226,8 +226,8 @@ class AutoStep(AutoRate):
         less = "" if self.first_gain > 0.99 * _SHARE else f" ({_SHARE:.1%} without the limit on the rate)"
         return f"{line}; the first step should lower the loss by {self.first_gain:.2%}{less}"
 
-    def _undecayed_rate(self) -> float:
-        """The rate of plain gradient descent, without the decay over the steps."""
+    def _undivided_rate(self) -> float:
+        """The rate of plain gradient descent, before it is divided by ``divisor``."""
         rate = _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
         if self.curvature > 0:
             grown = max(1.0, self.square / self.first_square) if self.first_square > 0 else 1.0

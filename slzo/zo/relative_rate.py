@@ -58,7 +58,7 @@ class RelativeRate(AutoRate):
         return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        return self.share * self.size / self.decay
+        return self.share * self.size / self.divisor
 
     def describe(self, sets_rate: bool = True) -> str:
         return (
