@@ -141,7 +141,7 @@ def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
 
     monkeypatch.setattr(model_parts.SelectedHead, "forward", fails)
     parts = split_and_verify(tiny_model("llama"))
-    assert not parts.limits.selects
+    assert not parts.limits.selects_tokens
     hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])
     torch.testing.assert_close(parts.head(hidden, ids), parts.head(hidden)[:, ids])
 

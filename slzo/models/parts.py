@@ -37,12 +37,12 @@ class Limits:
 
     Attributes:
         longest: Longest sequence in tokens whose result does not depend on the rest of its batch; ``None`` for no limit.
-        selects: Whether the head can be run for some tokens of the vocabulary; otherwise it is run for all of them.
+        selects_tokens: Whether the head can be run for some tokens of the vocabulary; otherwise it is run for all of them.
         left_padding: Whether left padding leaves results unchanged when sequences are padded for generation.
     """
 
     longest: int | None = None
-    selects: bool = True
+    selects_tokens: bool = True
     left_padding: bool = True
 
 
@@ -167,7 +167,9 @@ class ModelParts:
         Returns:
             Logits, shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
-        if token_ids is not None and not (self.limits.selects and is_plain(self.model.get_output_embeddings().weight)):
+        if token_ids is not None and not (
+            self.limits.selects_tokens and is_plain(self.model.get_output_embeddings().weight)
+        ):
             return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)

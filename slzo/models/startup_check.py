@@ -76,8 +76,8 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
         try:
             longest = twin.longest(without_padding)
             parts = ModelParts(model, without_padding, onednn)
-            selects = _check_model(parts, expected)
-            parts.limits = Limits(longest, selects, parts.packed or twin.allows_left_padding())
+            selects_tokens = _check_model(parts, expected)
+            parts.limits = Limits(longest, selects_tokens, parts.packed or twin.allows_left_padding())
         except _NOT_OF_THE_MODEL:
             raise
         except _MismatchError as wrong:
