@@ -50,54 +50,6 @@ class LossContext:
     seed: int = 0
     step: int = 0
 
-    def answers(self, points: Sequence[Point], rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
-        """Generate answers to the rows at several points; return those at one point after the other.
-
-        The live weights stay at one of the points.
-
-        ``sampling`` has one key for each answer; ``None`` decodes greedily.
-
-        Raises:
-            SlzoError: There is no evaluator.
-        """
-        if self.evaluator is None:
-            raise SlzoError("data.objective: generates answers and needs an evaluator, and none was given; pass one")
-        span = self.forward.span
-        if self.forward.decodes_together:
-            with live_points(self.tuned, points) as write:
-                varied = VariedLayers(span.start, span.stop, len(points), write)
-                return self.evaluator.answers_at_points(rows, varied, sampling)
-        found: list[Answer] = []
-        for point in points:
-            self.tuned.write(point.direction, point.scale)
-            keys = None if sampling is None else sampling.of(range(len(found), len(found) + len(rows)))
-            found += self.evaluator.answers(rows, keys)
-        return found
-
-    def sampled_answers(
-        self, rows: Sequence[Row], repeated: Sequence[Row], sampling: Sampling
-    ) -> tuple[list[Answer], list[Tensor] | None]:
-        """Sample answers at the masters, which must be the live weights.
-
-        Args:
-            rows: The rows.
-            repeated: The row of each answer, those of a row one after the other.
-            sampling: One key for each answer.
-
-        Returns:
-            The answers, and the states of each row that enter the tuned layer: of its prompt and, after them, of each answer's
-            tokens but the last. ``None`` if they were not kept.
-        """
-        span, samples = self.forward.span, len(repeated) // len(rows)
-        differ = len({row.encoded.index for row in rows}) == len(rows)
-        if self.evaluator is None or not self.forward.decodes_together or span.start == 0 or not differ:
-            return self.answers([Point({}, 0.0)], repeated, sampling), None
-        entering, varied = EnteringStates(), VariedLayers(span.start, span.stop, 1, lambda _: None)
-        answers = self.evaluator.answers_at_points(repeated, varied, sampling, entering)
-        return answers, [
-            entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
-        ]
-
 
 @dataclass
 class _SummedLoss(Loss):
@@ -206,7 +158,7 @@ class BatchAnswerLoss(_SummedLoss):
         context, batch, samples = self.context, self.batch, self.at_points.samples
         rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
         keys = None if sampling is None else Sampling(sampling.temperature, sampling.keys * len(points))
-        losses = self.losses(context.answers(points, rows, keys), rows * len(points))
+        losses = self.losses(self._answers(points, rows, keys), rows * len(points))
         totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
         weights = [float(len(batch.rows))] * len(points)
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
@@ -230,7 +182,7 @@ class BatchAnswerLoss(_SummedLoss):
         self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
         assert keys is not None  # the check refuses a temperature of 0
-        answers, states = context.sampled_answers(batch.rows, rows, keys)
+        answers, states = self._sampled_answers(rows, keys)
         losses = self.losses(answers, rows)
         device = batch.packed.gold.device
         packed, policy, kept = policy_batch(batch.rows, answers, losses, keys.temperature, device)
@@ -243,6 +195,50 @@ class BatchAnswerLoss(_SummedLoss):
             entering = torch.cat([states[number] for number in kept])
         sums = torch.tensor([sum(losses), float(len(losses))], device=device)
         return sums, BatchLogitLoss(context, sampled, policy, entering)
+
+    def _answers(self, points: Sequence[Point], rows: Sequence[Row], sampling: Sampling | None) -> list[Answer]:
+        """Generate answers to rows at several points; return those at one point after the other.
+
+        The live weights stay at one of the points. ``sampling`` has one key for each answer; ``None`` decodes greedily.
+
+        Raises:
+            SlzoError: There is no evaluator.
+        """
+        forward, tuned, evaluator = self.context.forward, self.context.tuned, self.context.evaluator
+        if evaluator is None:
+            raise SlzoError("data.objective: generates answers and needs an evaluator, and none was given; pass one")
+        if forward.decodes_together:
+            with live_points(tuned, points) as write:
+                varied = VariedLayers(forward.span.start, forward.span.stop, len(points), write)
+                return evaluator.answers_at_points(rows, varied, sampling)
+        found: list[Answer] = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            keys = None if sampling is None else sampling.of(range(len(found), len(found) + len(rows)))
+            found += evaluator.answers(rows, keys)
+        return found
+
+    def _sampled_answers(self, repeated: Sequence[Row], sampling: Sampling) -> tuple[list[Answer], list[Tensor] | None]:
+        """Sample answers to the rows of the batch at the masters, which must be the live weights.
+
+        Args:
+            repeated: The row of each answer, those of a row one after the other.
+            sampling: One key for each answer.
+
+        Returns:
+            The answers, and the states of each row that enter the tuned layer: of its prompt and, after them, of each answer's
+            tokens but the last. ``None`` if they were not kept.
+        """
+        rows, forward, evaluator = self.batch.rows, self.context.forward, self.context.evaluator
+        span, samples = forward.span, len(repeated) // len(rows)
+        differ = len({row.encoded.index for row in rows}) == len(rows)
+        if evaluator is None or not forward.decodes_together or span.start == 0 or not differ:
+            return self._answers([Point({}, 0.0)], repeated, sampling), None
+        entering, varied = EnteringStates(), VariedLayers(span.start, span.stop, 1, lambda _: None)
+        answers = evaluator.answers_at_points(repeated, varied, sampling, entering)
+        return answers, [
+            entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
+        ]
 
 
 @contextmanager
