@@ -10,7 +10,6 @@ import torch
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.text import SQuAD
 
-from slzo.batches.losses import LossSum
 from slzo.evaluation.evaluator import Outcome, RunningScore
 from slzo.evaluation.held_out import score_held_out
 from slzo.evaluation.metrics import TaskMetrics, row_score
@@ -188,7 +187,7 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
 @pytest.mark.parametrize("center", [0.0, 1000.0, -1e12])
 def test_the_spread_of_rewards_far_from_zero(center):
     score = RunningScore(TaskMetrics(get_task("squad")), torch.device("cpu"), ("reward",))
-    example, loss = Example("a", "What?", (), (0,), ("42",)), LossSum(torch.tensor(torch.nan), torch.tensor(3.0))
+    example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([torch.nan, 3.0])
     for change in (-1e-3, 1e-3):  # as a share
         rewards = (center + change * max(1.0, abs(center)),) * 2
         outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardResult(rewards, {}, ()))
@@ -210,7 +209,6 @@ def test_a_generated_answer_has_a_row_score_in_every_metric():
 def test_the_loss_is_the_mean_over_rows_and_no_value_is_left_out(totals, mean):
     score = RunningScore(TaskMetrics(get_task("sst2")), torch.device("cpu"))
     example = Example("a", "It was", (" bad", " good"), (1,))
-    for total, weight in zip(totals, (60.0, 4.0), strict=True):
-        loss = LossSum(torch.tensor(total), torch.tensor(weight))
-        score.update(SimpleNamespace(examples=(example,)), Outcome([1], [[-1.0, -0.5]], loss))
+    for loss in zip(totals, (60.0, 4.0), strict=True):
+        score.update(SimpleNamespace(examples=(example,)), Outcome([1], [[-1.0, -0.5]], torch.tensor(loss)))
     assert float(score.compute()["loss"]) == pytest.approx(mean, nan_ok=True)

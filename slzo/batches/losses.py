@@ -1,10 +1,10 @@
 """Candidate scores and losses from logits at the answer positions.
 
-``...`` in a shape stands for any number of dimensions: the batch may be evaluated at several points at once.
+``...`` in a shape stands for any number of dimensions: the batch may be evaluated at several points at once. The loss of a batch
+is a tensor of shape (2, ...), float32: its total and the weight to divide it by. Those of batches or processes can be added.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,22 +14,15 @@ from slzo.batches.packing import PackedBatch
 from slzo.utils.errors import broken_contract, shown
 
 
-class LossSum(NamedTuple):
-    """A total loss and the weight to divide it by, both 0-dimensional float32. Sums of batches or processes can be added."""
-
-    total: Tensor
-    weight: Tensor
-
-
 class RowLosses(NamedTuple):
-    """What each example adds to a :class:`LossSum`: totals, shape (..., B), and weights, shape (B,), both float32."""
+    """What each example adds to total loss and weight: totals, shape (..., B), and weights, shape (B,), both float32."""
 
     totals: Tensor
     weights: Tensor
 
-    def sum(self) -> LossSum:
-        """Return the sums over the examples; the totals must be those of one point."""
-        return LossSum(self.totals.sum(), self.weights.sum())
+    def sum(self) -> Tensor:
+        """Return total loss and weight, shape (2,), float32; the totals must be those of one point."""
+        return torch.stack([self.totals.sum(), self.weights.sum()])
 
 
 class LogitLoss(ABC):
@@ -144,19 +137,3 @@ def gold_losses(logits: Tensor, batch: PackedBatch) -> Tensor:
 def _is_gold(batch: PackedBatch) -> Tensor:
     """Return whether each answer token is one of the gold answer, shape (R,)."""
     return (batch.candidate_slot == batch.gold[batch.candidate_example])[batch.token_candidate]
-
-
-def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
-    """Return the sum of :func:`answer_losses` over the examples, from logits (U, vocabulary)."""
-    return answer_losses(logits, batch).sum()
-
-
-def sum_losses(sums: Sequence[LossSum]) -> LossSum:
-    """Return the sum of one or more loss sums."""
-    return LossSum(*(torch.stack(parts).sum() for parts in zip(*sums, strict=True)))
-
-
-def no_loss(device: torch.device) -> LossSum:
-    """Return the loss of a batch without rows: total 0, weight 0."""
-    zero = torch.zeros((), device=device)
-    return LossSum(zero, zero)

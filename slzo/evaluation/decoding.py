@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
-from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
+from slzo.batches.losses import answer_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import share_beginnings
 from slzo.evaluation.generation import Ended, generate_padded
@@ -231,7 +231,7 @@ class _Decoder:
 
     def prefill(
         self, rows: list[int], cached: bool, gold: Sequence[EncodedExample] | None
-    ) -> tuple[_Logits, LossSum | None]:
+    ) -> tuple[_Logits, Tensor | None]:
         """Run prompts; return the logits of each answer's first token, and the loss of the gold answers."""
         keys = rows if self.kept is None else [self.kept.keys[row] for row in rows]
         encoded = [
@@ -258,7 +258,7 @@ class _Decoder:
         final, answers = self._prefill_above(batch, hidden, positions)
         needed = torch.cat([batch.needed + point * batch.num_tokens for point in range(self.num_points)])
         logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
-        loss = None if gold is None else answer_loss(logits[0], batch)
+        loss = None if gold is None else answer_losses(logits[0], batch).sum()
         first = torch.cat([of_point.index_select(0, last) for of_point in logits])
         place = {row: number for number, row in enumerate(rows)}
         chosen = [point * len(rows) + place[row] for point, row in answers.values()]
@@ -330,12 +330,12 @@ class Decoded(NamedTuple):
     Attributes:
         answers: Tokens of each answer, without the stop token.
         ends: Stop token of each answer; ``None`` if it ended otherwise.
-        gold: Summed loss of the gold answers' tokens; ``None`` if no gold answers were given.
+        gold: Total loss of the gold answers' tokens and their number, shape (2,); ``None`` if no gold answers were given.
     """
 
     answers: list[list[int]]
     ends: list[int | None]
-    gold: LossSum | None
+    gold: Tensor | None
 
 
 @torch.no_grad()
@@ -383,7 +383,7 @@ def generate(
     ends: list[int | None] = [None] * len(prompt_of)
     if not prompt_of:
         return Decoded(answers, ends, None)
-    losses: list[LossSum] = []
+    losses: list[Tensor] = []
     tokens: dict[int, int] = {}
     check_places(parts)
     decoder = _Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept, entering)
@@ -405,13 +405,13 @@ def generate(
         if not tokens or step == max_new_tokens - 1:
             break
         tokens = decoder.advance(tokens).tokens(step + 1, sampling)
-    return Decoded(answers, ends, sum_losses(losses) if losses else None)
+    return Decoded(answers, ends, torch.stack(losses, dim=1).sum(dim=1) if losses else None)
 
 
-def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
+def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> Tensor:
     losses = []
     known = [example for example in gold if example.gold]
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
-        losses.append(answer_loss(needed_logits(parts, batch), batch))
-    return sum_losses(losses) if losses else no_loss(parts.model.device)
+        losses.append(answer_losses(needed_logits(parts, batch), batch).sum())
+    return torch.stack(losses, dim=1).sum(dim=1) if losses else torch.zeros(2, device=parts.model.device)

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, prompt_key
-from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
+from slzo.batches.losses import LogitLoss, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
 from slzo.evaluation.decoding import CachedPrompts, EnteringStates, VariedLayers, generate
@@ -39,14 +39,14 @@ class Outcome:
         predictions: Candidate indices, or generated texts.
         scores: Log-likelihood of each candidate, the mean over its tokens; empty if answers are generated, or if it was not
             computed.
-        loss: The reported loss, summed over labelled rows or over their answer tokens.
+        loss: Total and weight of the reported loss, summed over labelled rows or over their answer tokens, shape (2,).
         num_tokens: Number of tokens of each generated answer; empty if no answers are generated.
         rewarded: Rewards of the generated answers; ``None`` without reward functions.
     """
 
     predictions: list[int] | list[str]
     scores: list[list[float]]
-    loss: LossSum
+    loss: Tensor
     num_tokens: tuple[int, ...] = ()
     rewarded: RewardResult | None = None
 
@@ -148,7 +148,7 @@ class Evaluator:
         varied: VariedLayers | None = None,
         entering: EnteringStates | None = None,
         gold: Sequence[EncodedExample] | None = None,
-    ) -> tuple[list[Answer], LossSum | None]:
+    ) -> tuple[list[Answer], Tensor | None]:
         """Generate answers to rows, which have these keys in the cache, see :func:`generate`; and the loss of ``gold``."""
         tokenizer, stop = self.tokenizer, self.decoding.stop
         decoded = generate(

@@ -109,7 +109,7 @@ class SuffixForward:
     def _loss_of(self, final: Tensor, batch: PackedBatch, objective: LogitLoss) -> Tensor:
         selected = self.selects(objective, batch)
         logits = self.parts.head(final, batch.choice_ids if selected else None)
-        return torch.stack(checked_row_losses(objective, logits, batch, selected).sum())
+        return checked_row_losses(objective, logits, batch, selected).sum()
 
     @torch.no_grad()
     def losses(

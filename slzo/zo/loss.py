@@ -116,7 +116,7 @@ class BatchLogitLoss(_SummedLoss):
             hidden, pull_back = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
             gradient.add(pull_back(estimate(output).to(hidden.dtype)))
-            sums += torch.stack(output.sums)
+            sums += output.sums
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
         loss, mean = _mean(*gradient.total(sums, context.rows, context.reduce))
         return OutputGradient(loss, mean, evaluations)

@@ -60,7 +60,7 @@ class PackedLayerOutput(LayerOutput):
         max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
 
     Attributes:
-        sums: The loss at the masters.
+        sums: Total loss and weight at the masters, shape (2,).
     """
 
     def __init__(
