@@ -383,7 +383,7 @@ class Linear(LayerOutput):
         return (shifts / self.step).round() * self.step if self.step else shifts
 
     def gradient_from_output(self, estimate):
-        return OutputGradient(1.0, {"output": estimate(self)}, 2.0)
+        return OutputGradient(1.0, {"output": estimate(self)[0]}, 2.0)
 
 
 def estimate_of_output(output, step=0, **options):

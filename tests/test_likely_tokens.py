@@ -127,7 +127,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
             own = objective.position_losses(logits[None], batch) if output.by_position else None
             expected.append(objective.row_losses(logits[None], batch, False).totals if own is None else own)
         outputs.append((output.losses(shifts), torch.cat(expected)))
-        return torch.zeros(len(output.size), output.width)
+        return torch.zeros(len(output.size), output.width), len(shifts)
 
     loss.gradient_from_output(look)
     torch.testing.assert_close(*outputs[0], rtol=1e-4, atol=1e-5)

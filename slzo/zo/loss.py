@@ -18,7 +18,7 @@ from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
+from slzo.zo.estimators.base import Loss, OutputEstimator, OutputGradient, Point
 from slzo.zo.factored import FactoredGradient
 from slzo.zo.forward import SuffixForward
 from slzo.zo.layers_above import layers_vjp
@@ -104,7 +104,7 @@ class BatchLogitLoss(_SummedLoss):
         sums, *summed = sum_tensors(context.reduce, [sums, *gradient.values()])
         return _mean(sums, dict(zip(gradient, summed, strict=True)))
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         context = self.context
         forward = context.forward
         start, stop = forward.span.start, forward.span.stop
@@ -115,9 +115,10 @@ class BatchLogitLoss(_SummedLoss):
             entering = forward.parts.run(piece, 0, 0) if states is None else states
             hidden, pull_back = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
-            gradient.add(pull_back(estimate(output).to(hidden.dtype)))
+            at_output, num_points = estimate(output)
+            gradient.add(pull_back(at_output.to(hidden.dtype)))
             sums += output.sums
-            evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
+            evaluations += output.evaluations(num_points) * piece.num_tokens / self.batch.packed.num_tokens
         loss, mean = _mean(*gradient.total(sums, context.rows, context.reduce))
         return OutputGradient(loss, mean, evaluations)
 
@@ -167,7 +168,7 @@ class BatchAnswerLoss(_SummedLoss):
         sums, policy = self._policy
         return self._mean(sums), policy.gradient()[1]
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         sums, policy = self._policy
         return policy.gradient_from_output(estimate)._replace(loss=self._mean(sums))
 

@@ -94,7 +94,6 @@ class PackedLayerOutput(LayerOutput):
         if share < 1:
             at_masters = 3 * share + (above > 0) + max(0, above - 1) + share * above
         self._at_masters = at_masters / whole_pass
-        self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self._unshifted = logits[0]
@@ -110,10 +109,9 @@ class PackedLayerOutput(LayerOutput):
         self.whole_vocabulary = not self._selected and self._likely is None
         self.part = torch.arange(len(here), device=here.device) if self.by_position else batch.needed_example
 
-    @property
-    def evaluations(self) -> float:
-        """Forward passes of the batch from the tuned layer on, with its derivative, that all processes have made so far."""
-        return self._at_masters + self.num_points * self._per_point
+    def evaluations(self, num_points: int) -> float:
+        """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
+        return self._at_masters + num_points * self._per_point
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
@@ -132,7 +130,6 @@ class PackedLayerOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._needed] = self._moved(shifts)
-        self.num_points += len(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
         own = checked_position_losses(self._objective, logits, batch) if self.by_position else None

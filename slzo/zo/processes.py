@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point
+from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputEstimator, OutputGradient, Point
 
 # Many small sums take up to three times as long as one large sum.
 _BUCKET_BYTES = 32 << 20
@@ -160,7 +160,7 @@ class DividedDirections(Loss):
             losses[own] = self.loss.at(points[own])
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         found = self.loss.gradient_from_output(lambda output: estimate(_DividedOutput(output, self.processes)))
         if self.processes.of_rows.total == 1:
             return found
@@ -196,10 +196,8 @@ class _DividedOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         own = _share(len(shifts), self._processes)
         losses = shifts.new_zeros(len(shifts), self.num_parts)
-        before = self._output.num_points
         if own.start < own.stop:
             losses[own] = self._output.losses(shifts[own])
-        self._output.num_points = before + len(shifts)
         return self._processes.sum_points(losses)
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:

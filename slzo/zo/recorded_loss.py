@@ -1,13 +1,13 @@
 """Losses that record what an estimator evaluates, or replay it from a log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from slzo.checkpoints.step_log import StepRecord
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point
+from slzo.zo.estimators.base import Loss, LossReport, OutputEstimator, OutputGradient, Point
 from slzo.zo.tuned import Direction
 
 
@@ -27,7 +27,7 @@ class RecordedLoss(Loss):
     def gradient(self) -> tuple[float, Direction]:
         return self._loss.gradient()
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         return self._loss.gradient_from_output(estimate)
 
     @property

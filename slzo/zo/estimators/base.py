@@ -49,7 +49,6 @@ class LayerOutput(ABC):
         shifts_all_tokens: Whether :meth:`token_shifts` has directions of all tokens that the loss depends on.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
-        num_points: Number of points that all processes together have evaluated so far.
     """
 
     keys: tuple[int, ...]
@@ -62,7 +61,6 @@ class LayerOutput(ABC):
     shifts_all_tokens: bool
     whole_vocabulary: bool
     points_at_once: int
-    num_points: int
 
     @property
     def num_parts(self) -> int:
@@ -93,6 +91,11 @@ class LayerOutput(ABC):
     @abstractmethod
     def applied(self, shifts: Tensor) -> Tensor:
         """Return by how much the output really changes, after rounding to the model's dtype; shape and dtype as ``shifts``."""
+
+
+OutputEstimator = Callable[[LayerOutput], tuple[Tensor, int]]
+"""Returns the gradient of the total loss with respect to a layer's output, shape (P, width), float32, and the number of points at
+which the loss was evaluated for it."""
 
 
 def rms(states: Tensor) -> Tensor:
@@ -130,15 +133,15 @@ class Loss(ABC):
         """
         raise SlzoError(f"model.estimator: {type(self).__name__} has no gradient; use SPSA")
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
 
         Only the tuned layer is differentiated. At positions that predict no answer token its output is treated as constant. The
         live weights must equal the masters.
 
         Args:
-            estimate: Returns the gradient of the total loss with respect to the layer's output, shape (P, width), float32. It
-                is called for each part of the batch that runs in one forward pass.
+            estimate: Estimates the gradient at the output. It is called for each part of the batch that runs in one forward
+                pass.
 
         Raises:
             SlzoError: The loss is not a sum over rows. By default always.

@@ -98,8 +98,8 @@ class LayerOutputPerturbation(Estimator):
         loss, gradient, evaluations = request.loss.gradient_from_output(at_output)
         return estimate_from_gradient(loss, gradient, evaluations)
 
-    def _at_output(self, output: LayerOutput, seed: int, step: int) -> Tensor:
-        """Return the estimated gradient of the total loss with respect to the output, shape (P, width)."""
+    def _at_output(self, output: LayerOutput, seed: int, step: int) -> tuple[Tensor, int]:
+        """Return the estimated gradient of the total loss with respect to the output, and the number of points."""
         size = self.scale * output.size
         gradient = torch.zeros(len(size), output.width, device=size.device)
         rest = torch.zeros_like(gradient)
@@ -124,7 +124,8 @@ class LayerOutputPerturbation(Estimator):
             gradient += (slope * normalize(applied[: len(signs)], dim=2)).sum(dim=0)
             rest += torch.einsum("np,npd->pd", change[len(signs) :], applied[len(signs) :])
         rest /= num_queries * size.square()
-        return rest if shifts is None else gradient + limit_noise(rest, gradient, num_queries)
+        estimated = rest if shifts is None else gradient + limit_noise(rest, gradient, num_queries)
+        return estimated, 2 * (len(along) + num_queries)
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
