@@ -126,11 +126,11 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
     ends = torch.tensor(batch.example_tokens).cumsum(0)
     rows = torch.searchsorted(ends, batch.needed, right=True)
     assert output.counts == tuple(torch.bincount(rows).tolist())
-    assert torch.equal(output.part, torch.arange(len(rows)) if of_tokens else rows)
-    assert losses.shape == (3, output.num_parts) == (3, len(rows) if of_tokens else len(examples))
+    assert torch.equal(output.term, torch.arange(len(rows)) if of_tokens else rows)
+    assert losses.shape == (3, output.num_terms) == (3, len(rows) if of_tokens else len(examples))
     where = {int(position): number for number, position in enumerate(batch.needed)}
     for number in range(3):
-        expected, sequences = torch.zeros(output.num_parts), iter(sequences_of(batch))
+        expected, sequences = torch.zeros(output.num_terms), iter(sequences_of(batch))
         for row, example in enumerate(examples):
             own = [[where[p] for p in next(sequences)[-sequence.num_answer :]] for sequence in example.sequences]
             shift = [shifts[number][numbers] for numbers in own]
@@ -360,24 +360,24 @@ def test_the_bias_falls_with_the_square_of_the_scale(examples):
 class Linear(LayerOutput):
     """Three rows whose losses are linear in their states; states are rounded to multiples of ``step``.
 
-    The parts of the loss are those of the rows or, ``by_position``, those of the positions.
+    The terms of the loss are those of the rows or, ``per_token``, those of the positions.
     """
 
     keys, counts, width, num_layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
     shifts_all_tokens = False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
-    def __init__(self, step=0.0, points_at_once=100, by_position=False):
+    def __init__(self, step=0.0, points_at_once=100, per_token=False):
         generator = torch.Generator().manual_seed(0)
         self.slope = torch.randn(6, 4, generator=generator)
         self.size = torch.tensor([0.5, 2.0, 1.0])[self.row, None]
         self.step, self.points_at_once, self.calls = step, points_at_once, []
-        self.by_position, self.part = by_position, torch.arange(6) if by_position else self.row
+        self.per_token, self.term = per_token, torch.arange(6) if per_token else self.row
 
     def losses(self, shifts):
         self.calls.append(len(shifts))
         products = (self.slope * self.applied(shifts)).sum(dim=-1)
-        return torch.zeros(len(shifts), self.num_parts).index_add_(1, self.part, products)
+        return torch.zeros(len(shifts), self.num_terms).index_add_(1, self.term, products)
 
     def applied(self, shifts):
         return (shifts / self.step).round() * self.step if self.step else shifts
@@ -390,18 +390,18 @@ def estimate_of_output(output, step=0, **options):
     return LayerOutputPerturbation(**options).estimate(Request(None, output, 5, step)).gradient["output"]
 
 
-@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("rounding", [0.0, 0.05])
 @pytest.mark.parametrize(("at_once", "calls"), [(1, [1] * 14), (5, [4, 4, 4, 2]), (100, [14])])
-def test_the_estimate_is_the_formula(rounding, at_once, calls, by_position):
+def test_the_estimate_is_the_formula(rounding, at_once, calls, per_token):
     """With the shifts that rounding left, and the same however many points run together."""
-    output, counts = Linear(rounding, at_once, by_position), (2, 1, 3)
+    output, counts = Linear(rounding, at_once, per_token), (2, 1, 3)
     expected = torch.zeros(6, 4)
     for query in range(7):
         shift = 0.1 * output.size * row_noise(output.keys, counts, expected, 5, 3, query)
         ends = output.applied(shift) - output.applied(-shift)
-        for part in range(output.num_parts):
-            own = output.part == part
+        for term in range(output.num_terms):
+            own = output.term == term
             slope = (output.slope[own] * ends[own]).sum()
             expected[own] += slope * ends[own] / (0.2 * output.size[own]) ** 2 / 7
     found = estimate_of_output(output, step=3, queries=7, scale=0.1)
@@ -440,15 +440,15 @@ def test_the_noise_of_a_row_is_its_own():
     assert len({tuple(noise.flatten().tolist()) for noise in [alone, *others]}) == 7
 
 
-@pytest.mark.parametrize(("by_position", "entries"), [(False, (8, 4, 12)), (True, (4,) * 6)])
-def test_the_mean_of_a_linear_loss_is_its_slope(by_position, entries):
-    """The relative variance is that of theory: (d + 1) / q for a part of the loss that d entries are measured by."""
-    output = Linear(by_position=by_position)
+@pytest.mark.parametrize(("per_token", "entries"), [(False, (8, 4, 12)), (True, (4,) * 6)])
+def test_the_mean_of_a_linear_loss_is_its_slope(per_token, entries):
+    """The relative variance is that of theory: (d + 1) / q for a term of the loss that d entries are measured by."""
+    output = Linear(per_token=per_token)
     found = torch.stack([estimate_of_output(output, step, queries=25) for step in range(200)])
     error = found.std(dim=0) / 200**0.5
     assert ((found.mean(dim=0) - output.slope) / error).square().mean().sqrt() < 1.3
-    for part, number in enumerate(entries):
-        own, slope = found[:, output.part == part], output.slope[output.part == part]
+    for term, number in enumerate(entries):
+        own, slope = found[:, output.term == term], output.slope[output.term == term]
         variance = (own - slope).square().sum(dim=(1, 2)).mean() / slope.square().sum()
         assert float(variance) == pytest.approx((number + 1) / 25, rel=0.15)
 
@@ -513,10 +513,10 @@ def test_a_batch_in_parts_has_the_same_estimate(objective, layer, examples, monk
 @pytest.mark.parametrize("queries", [1, 6, 40])
 @pytest.mark.parametrize("number", [2, 3])
 def test_processes_divide_the_points(number, queries, objective, examples):
-    model, num_parts = tuned_model(), len(examples)
+    model, num_terms = tuned_model(), len(examples)
     if objective.only_gold:  # as in training; then every position has a loss of its own
         examples = [EncodedExample(row.index, (row.sequences[row.gold[0]],), (0,)) for row in examples]
-        num_parts = sum(row.sequences[0].num_answer for row in examples)
+        num_terms = sum(row.sequences[0].num_answer for row in examples)
     whole = estimate_at(model, batch_loss(model, examples, objective), queries=queries)
 
     def run(processes):
@@ -532,7 +532,7 @@ def test_processes_divide_the_points(number, queries, objective, examples):
     added, found = zip(*on_grid(1, number, run), strict=True)
     evaluated = [torch.cat(own) for own in added]
     assert ((torch.stack(evaluated) != 0).sum(dim=0) == 1).all()  # each loss is computed by one process
-    assert evaluated[0].shape == (2 * queries, num_parts)
+    assert evaluated[0].shape == (2 * queries, num_terms)
     for estimate in found:
         assert_same_estimate(estimate, whole)
         assert same_tensors(estimate.gradient, found[0].gradient)
@@ -622,7 +622,7 @@ def test_all_parts_of_a_batch_take_as_many_queries(examples, monkeypatch):
     expected = estimate_at(model, loss, queries=4)
 
     def noted(self, shifts):
-        assert not self.by_position
+        assert not self.per_token
         evaluated[self.keys] = evaluated.get(self.keys, 0) + len(shifts)
         return losses(self, shifts)
 

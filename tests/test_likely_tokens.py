@@ -124,7 +124,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
             moved = hidden.clone()
             moved[batch.needed] += shift
             logits = torch.where(is_likely, needed_logits(parts, batch, stop, moved), base)
-            own = objective.position_losses(logits[None], batch) if output.by_position else None
+            own = objective.position_losses(logits[None], batch) if output.per_token else None
             expected.append(objective.row_losses(logits[None], batch, False).totals if own is None else own)
         outputs.append((output.losses(shifts), torch.cat(expected)))
         return torch.zeros(len(output.size), output.width), len(shifts)

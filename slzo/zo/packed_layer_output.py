@@ -98,16 +98,16 @@ class PackedLayerOutput(LayerOutput):
         logits = self._logits(self._above.final[None])
         self._unshifted = logits[0]
         self.sums = checked_row_losses(objective, logits, batch, self._selected).sum()
-        self.by_position = False
+        self.per_token = False
         if not self._selected:
             # a loss that is not a sum over positions returns None for any logits
-            self.by_position = checked_position_losses(objective, logits, batch) is not None
+            self.per_token = checked_position_losses(objective, logits, batch) is not None
             if objective.likelihood_temperature is not None:
                 self._likely = LikelyTokens.of(logits[0], batch, objective.likelihood_temperature)
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
-        self.part = torch.arange(len(here), device=here.device) if self.by_position else batch.needed_example
+        self.term = torch.arange(len(here), device=here.device) if self.per_token else batch.needed_example
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
@@ -132,7 +132,7 @@ class PackedLayerOutput(LayerOutput):
         hidden[:, self._needed] = self._moved(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
-        own = checked_position_losses(self._objective, logits, batch) if self.by_position else None
+        own = checked_position_losses(self._objective, logits, batch) if self.per_token else None
         return checked_row_losses(self._objective, logits, batch, self._selected).totals if own is None else own
 
     def applied(self, shifts: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class _DividedOutput(LayerOutput):
 
     def losses(self, shifts: Tensor) -> Tensor:
         own = _share(len(shifts), self._processes)
-        losses = shifts.new_zeros(len(shifts), self.num_parts)
+        losses = shifts.new_zeros(len(shifts), self.num_terms)
         if own.start < own.stop:
             losses[own] = self._output.losses(shifts[own])
         return self._processes.sum_points(losses)

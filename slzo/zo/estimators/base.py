@@ -40,9 +40,9 @@ class LayerOutput(ABC):
     Attributes:
         keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
         counts: Number of positions of each row, length B. They sum to P.
-        part: Part of the loss that each position is measured by, shape (P,), int64. The parts are the rows, M = B; or, if the
-            loss is a sum over positions, the positions, M = P.
-        by_position: Whether the parts are positions.
+        term: Number of the term of the loss that each position is measured by, shape (P,), int64. The terms are the losses of
+            the rows, M = B; or, if the loss is a sum over positions, those of the positions, M = P.
+        per_token: Whether each position has a term of its own.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
         num_layers_above: Number of layers above the tuned one.
@@ -53,8 +53,8 @@ class LayerOutput(ABC):
 
     keys: tuple[int, ...]
     counts: tuple[int, ...]
-    part: Tensor
-    by_position: bool
+    term: Tensor
+    per_token: bool
     size: Tensor
     width: int
     num_layers_above: int
@@ -63,13 +63,13 @@ class LayerOutput(ABC):
     points_at_once: int
 
     @property
-    def num_parts(self) -> int:
-        """Number of parts of the loss, M."""
-        return sum(self.counts) if self.by_position else len(self.keys)
+    def num_terms(self) -> int:
+        """Number of terms of the loss, M."""
+        return sum(self.counts) if self.per_token else len(self.keys)
 
     @abstractmethod
     def losses(self, shifts: Tensor) -> Tensor:
-        """Return the M parts of the total loss of the batch at N points, shape (N, M), float32.
+        """Return the M terms of the total loss of the batch at N points, shape (N, M), float32.
 
         Args:
             shifts: What is added to the output, shape (N, P, width), float32.

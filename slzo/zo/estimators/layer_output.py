@@ -131,12 +131,12 @@ class LayerOutputPerturbation(Estimator):
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
         """Return half of the difference between shifts, shape (N, P, width), and their opposites.
 
-        That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
+        That of the loss term that measures each position, shape (N, P), and that of the output, shape (N, P, width).
         """
         points = torch.cat([shifts, -shifts])
-        losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
+        losses = torch.cat([output.losses(some) for some in points.split(output.points_at_once)])
         (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
-        return (high - low)[:, output.part] / 2, (up - down) / 2
+        return (high - low)[:, output.term] / 2, (up - down) / 2
 
     def evaluations(self, num_queries: int) -> float:
         # about: 16 queries cost about one pass, and the default near the end of the model less
@@ -150,7 +150,7 @@ class LayerOutputPerturbation(Estimator):
 
 def _default_queries(output: LayerOutput, has_directions: bool) -> int:
     if output.whole_vocabulary:
-        return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
+        return _QUERIES_PER_TOKEN if output.per_token else _QUERIES_WIDE
     if has_directions and output.shifts_all_tokens:
         return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.num_layers_above))
     return _QUERIES
