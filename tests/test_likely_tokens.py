@@ -31,10 +31,7 @@ def random_logits(batch, points=1):
 
 def kept(logits, likely):
     """Logits of each row's likely tokens, and that of the rest."""
-    parts = [
-        own[..., ids] for own, ids in zip(logits.split(likely.batch.example_needed, dim=1), likely.ids, strict=True)
-    ]
-    return likely.with_rest(torch.cat(parts, dim=1))
+    return likely.logits(logits, lambda own, ids: own[:, ids])
 
 
 @pytest.mark.parametrize(("temperature", "least", "most"), [(1.0, 0.01, 0.6), (0.7, 0.001, 0.6), (2.0, 0.01, 0.9)])

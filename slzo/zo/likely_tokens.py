@@ -1,5 +1,6 @@
 """The likely part of a vocabulary: logits of the other tokens are computed once, and then taken as constant."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -64,11 +65,22 @@ class LikelyTokens:
         places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
         return cls(ids, surplus, rest, replace(batch, token_id=places, source=None))
 
-    def with_rest(self, logits: Tensor) -> Tensor:
-        """Append the other tokens as one more token to logits of the likely ones, shape (N, U, K) to (N, U, K + 1)."""
+    def logits(self, states: Tensor, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return logits of the likely tokens, and of the others as one more token, shape (N, U, K + 1), float32.
+
+        Args:
+            states: Final states at the needed positions, shape (N, U, width).
+            head: Returns logits, float32, from states, shape (V, width), and ids of tokens, shape (K,).
+        """
+        found = self.rest.new_empty(*states.shape[:2], self.ids.shape[1] + 1)
+        found[..., -1:] = self.rest
+        last = 0
+        for own, ids in zip(states.split(self.batch.example_needed, dim=1), self.ids, strict=True):
+            first, last = last, last + own.shape[1]
+            found[:, first:last, :-1] = head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2])
         if self.surplus is not None:
-            logits = logits.masked_fill(self.surplus[self.batch.needed_example], -torch.inf)
-        return torch.cat([logits, self.rest.expand(len(logits), -1, -1)], dim=2)
+            found[..., :-1].masked_fill_(self.surplus[self.batch.needed_example], -torch.inf)
+        return found
 
 
 def _most_answer_tokens(batch: PackedBatch) -> int:

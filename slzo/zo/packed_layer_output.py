@@ -145,10 +145,8 @@ class PackedLayerOutput(LayerOutput):
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
-        needed, likely = final[:, self._needed], self._likely
-        if likely is None:
-            ids = self._batch.choice_ids if self._selected else None
-            return self._forward.parts.head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
-        rows = zip(needed.split(likely.batch.example_needed, dim=1), likely.ids, strict=True)
-        logits = [self._forward.parts.head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in rows]
-        return likely.with_rest(torch.cat(logits, dim=1))
+        needed, head = final[:, self._needed], self._forward.parts.head
+        if self._likely is not None:
+            return self._likely.logits(needed, head)
+        ids = self._batch.choice_ids if self._selected else None
+        return head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
