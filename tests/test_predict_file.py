@@ -127,6 +127,9 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
         assert "give a copy with --model.model" in line
     assert main(["predict", "--ckpt_path=out", *rows, *base, "--output=out.jsonl"]) == 0
     assert "untuned" not in capsys.readouterr().out
+    (tmp_path / "task.yaml").write_text("data: {task: sst2}")
+    assert main(["predict", "--config=task.yaml", "--ckpt_path=out", *rows, *base, "--output=again.jsonl"]) == 0
+    assert read(tmp_path / "again.jsonl") == read(tmp_path / "out.jsonl")
     if format == "adapter":
         assert main(["predict", "--ckpt_path=out", *rows, *base, "--model.dtype=bfloat16", "--output=half.jsonl"]) == 0
         half = read(tmp_path / "half.jsonl")[0]["probabilities"]

@@ -24,12 +24,14 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     Raises:
         SlzoError: There is no such checkpoint, or the config would run code that did not come with slzo.
     """
-    if option_values(args, "--config"):
+    checkpoints, has_config = option_values(args, "--ckpt_path"), bool(option_values(args, "--config"))
+    if checkpoints and command.reads_run_config and is_export(checkpoints[-1]):
+        return [*_of_export(checkpoints[-1], args, has_config), *args]
+    if has_config:
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
     if runs and (config := Path(runs[-1]).expanduser() / CONFIG_FILE).is_file():
         return [_checked(config, args), *args]
-    checkpoints = option_values(args, "--ckpt_path")
     if not checkpoints:
         return list(args)
     checkpoint = checkpoints[-1]
@@ -41,16 +43,26 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         found, run = named_checkpoint(checkpoint, folder)
         checkpoint = found.path
         args = [*args, f"--ckpt_path={checkpoint}"]
-    if command.reads_run_config and is_export(checkpoint):
-        models = option_values(args, "--model.model")
-        options = exported_options(checkpoint, models[-1] if models else None)
-        return [*(f"--{name}={value}" for name, value in options.items()), *args]
     path = Path(checkpoint).expanduser()
     is_run = (path / "checkpoints").is_dir()
     config = (path if is_run else run or run_folder_of(path)) / CONFIG_FILE
     if command.reads_run_config and (is_run or path.is_file()) and config.is_file():
         return [_checked(config, args), *args]
     return list(args)
+
+
+def _of_export(folder: str, args: Sequence[str], has_config: bool) -> list[str]:
+    """Return the options that score an exported folder; a config has the task, and may name the model."""
+    models = option_values(args, "--model.model")
+    try:
+        options = exported_options(folder, models[-1] if models else None)
+    except SlzoError:
+        if not has_config:
+            raise
+        return []
+    if has_config:
+        options.pop("data.task", None)
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def _checked(config: Path, args: Sequence[str]) -> str:
