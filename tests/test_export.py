@@ -19,6 +19,7 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
 from slzo.export import FORMATS
 from slzo.export.adapter import ADAPTER
+from slzo.export.base import write_chat_template
 from slzo.export.card import without_folders, write_card, write_licences
 from slzo.export.facts import Facts
 from slzo.export.push import push
@@ -321,7 +322,7 @@ def test_names_are_texts_in_a_card(tmp_path):
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
     origin = Origin(name, False, licence=licence)
-    facts = Facts("adapter", origin, note, 1, name, 2, 4, PeftFiles({"r": 2}, {}), told, True)
+    facts = Facts("adapter", origin, note, 1, name, 2, 4, "AutoModelForCausalLM", PeftFiles({"r": 2}, {}), told, True)
     write_card(facts, ADAPTER, tmp_path, name)
     metadata, text = card(tmp_path)
     assert metadata["model-index"][0]["name"] == " ".join(name.split())
@@ -339,8 +340,33 @@ def test_names_are_texts_in_a_card(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_the_code_of_a_card_trusts_the_code_of_a_model_that_has_some(format, own):
     note = {"dtype": "float32", "trust_remote_code": own}
-    code = format.load_code(Facts("merged", Origin("me/tiny", True), note, 1, "LoRA", 2, 4, None))
+    code = format.load_code(
+        Facts("merged", Origin("me/tiny", True), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", None)
+    )
     assert code.count("trust_remote_code=True") == 2 * own
+
+
+def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp_path):
+    note = {
+        "dtype": "float32",
+        "layer": None,
+        "hub": {},
+        "data": {"rows": {}},
+        "chat": True,
+        "system_prompt": "Be *kind*.",
+    }
+    note |= {"settings": {"data.task": "chat", "data.batch_size": 8}, "chat_template": "{{ messages }}"}
+    adapter = PeftFiles({"r": 8}, {})
+    facts = Facts(
+        "adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
+    )
+    write_chat_template(facts, tmp_path)
+    write_card(facts, ADAPTER, tmp_path, "title")
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
+    text = card(tmp_path)[1]
+    assert 'tokenizer.chat_template = open("PATH/chat_template.jinja").read()' in text
+    assert "--chat-template PATH/chat_template.jinja" in text
+    assert "begin with this system prompt: `Be *kind*.`" in text
 
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])
@@ -353,7 +379,9 @@ def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, m
         "settings": {"data.task": "sst2", "data.batch_size": 8},
     }
     adapter = PeftFiles({"r": rank}, {})
-    facts = Facts("adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, adapter)
+    facts = Facts(
+        "adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
+    )
     write_card(facts, ADAPTER, tmp_path, "title")
     text = card(tmp_path)[1]
     assert (option in text) if option else ("vllm" not in text)

@@ -153,7 +153,7 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
 
 
 def test_an_adapter_names_the_commit_of_its_base(model, tmp_path):
-    facts = Facts("adapter", origin_of("me/tiny"), {}, 1, "LoRA", 2, 4, PeftFiles({"r": 2}, {}))
+    facts = Facts("adapter", origin_of("me/tiny"), {}, 1, "LoRA", 2, 4, "AutoModelForCausalLM", PeftFiles({"r": 2}, {}))
     ADAPTER.write(None, facts, tmp_path)
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     assert found == {"base_model_name_or_path": "me/tiny", "revision": model[1], "r": 2}

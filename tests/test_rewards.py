@@ -262,6 +262,12 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
             r"pattern '\(' is not a regular expression \(missing \), unterminated.*; correct it",
         ),
         ("regex", {"pattern": 5}, "pattern 5 must be text; correct it"),
+        (
+            "json_valid",
+            {"schema": "nope.json"},
+            r"schema 'nope.json' cannot be used \(FileNotFoundError: .*\); correct it",
+        ),
+        ("json_valid", {"schema": {"type": "nope"}}, r"schema \{'type': 'nope'\} cannot be used \(SchemaError: "),
     ],
 )
 def test_an_argument_that_a_function_cannot_use_is_named(function, arguments, message, in_process):

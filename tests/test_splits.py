@@ -121,6 +121,16 @@ def test_held_out_rows_leave_enough_for_the_others():
         split_off_test(repeated, None, least=4)
 
 
+def test_rows_that_a_later_command_holds_out_were_not_trained_on():
+    rows = pool("r", 100)
+    train, few, _ = split_off_test(rows, 4)
+    again, more, _ = split_off_test(rows, None)
+    assert train == again
+    assert (len(few), len(more), len(train)) == (4, 20, 80)
+    assert set(ids(few)) <= set(ids(more))
+    assert not set(ids(train)) & set(ids(more))
+
+
 def test_notes_say_what_was_taken():
     splits = draw(pool("r", 554), pool("t", 70), 1000, 500, 1000)
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (370, 184, 70)

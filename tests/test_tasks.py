@@ -3,6 +3,7 @@
 import pytest
 
 from slzo.task_rows import TaskRows
+from slzo.tasks import base
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask
@@ -282,3 +283,29 @@ class TestTemplate:
         with pytest.raises(SlzoError, match=message) as error:
             TemplateTask(**{"prompt": "{text} It was", "candidates": [" bad", " good"], **arguments})
         assert "\n" not in str(error.value)
+
+
+class Lists(Task):
+    name = "lists"
+    kind = Kind.CLASSIFICATION
+
+    def example(self, row, id):
+        return Example(id, row["text"], [" bad", " good"], [1])
+
+
+def test_a_task_may_return_lists():
+    example = base.example_of(Lists(), {"text": "x"}, "1")
+    assert (example.candidates, example.gold, example.references) == ((" bad", " good"), (1,), ())
+
+
+def test_an_error_in_a_task_names_it():
+    with pytest.raises(ValueError, match=r"^data.task Lists: example\(\) raised KeyError: 'text'"):
+        base.example_of(Lists(), {}, "1")
+
+
+def test_a_metric_that_a_task_does_not_have_is_refused():
+    class Answers(Lists):
+        kind = Kind.GENERATION
+
+    with pytest.raises(SlzoError, match="metric 'accuracy' is not one of its metrics, f1, exact_match; set metric"):
+        TaskRows(Answers())

@@ -182,7 +182,7 @@ WRONG = """
 --trainer.log_every_n_steps=-1 | trainer.log_every_n_steps -1: must be at least 0
 --trainer.fast_dev_run=-1 | trainer: fast_dev_run=-1 is not a valid configuration
 --trainer.profiler=x | trainer: When passing string value for the `profiler`
---trainer.barebones=true | trainer: `Trainer(barebones=True, logger=
+--trainer.barebones=true | trainer.barebones: slzo's callbacks log and save; leave it out
 --trainer.nope=1 | trainer.nope: unknown option
 --trainer=3 | trainer '3': a group of options takes no value
 --model=null | model 'null': a group of options takes no value

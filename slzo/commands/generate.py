@@ -51,6 +51,8 @@ def generate(
     options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
     known = pair.candidates if candidates is None else tuple(candidates)
+    if known and pair.chat is not None:
+        raise SlzoError("candidates: the model was tuned on conversations, whose answers are texts; leave them out")
     if known and options != TextOptions():
         warn(
             "max_new_tokens, temperature and seed do not change the probabilities of answers; --candidates '[]' gives a text"

@@ -1,7 +1,5 @@
 """``slzo replay``."""
 
-from pathlib import Path
-
 from slzo.cli.app import App
 from slzo.experiments.replay import replay_run
 from slzo.utils.files import disk_errors
@@ -18,5 +16,4 @@ def replay(app: App, run: str, step: int | None = None, output: str | None = Non
             the run's folder.
     """
     with disk_errors():
-        target = None if output is None else Path(output).expanduser()
-        replay_run(app.model.options, app.rows, run, step, target, app.device)
+        replay_run(app.model.options, app.rows, run, step, output, app.device)

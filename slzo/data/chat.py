@@ -1,5 +1,6 @@
 """Tokenization of conversations: chat templates, the tokens to train on, and the truncation of long conversations."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,23 +158,19 @@ class ChatEncoder(Encoder):
         if len(ids) <= room:
             return ids, counts
         self.num_shortened += 1
-        for shorter in _shorter_versions(turns):
-            ids, counts = self._tokens(shorter, answer)
-            if len(ids) <= room:
-                return ids, counts
+        versions = _shorter_versions(turns)
+        place = bisect_left(versions, True, key=lambda each: len(self._tokens(each, answer)[0]) <= room)
+        if place < len(versions):
+            return self._tokens(versions[place], answer)
         # the last turn alone is too long: keep as much of its end as fits
-        last = shorter[-1].message
-        low, high = 0, len(last.content)
-        best = None
-        while low <= high:
-            kept = (low + high) // 2
-            cut = Message(last.role, last.content[len(last.content) - kept :])
-            ids, counts = self._tokens((*shorter[:-1], _Turn(cut, scored=False)), answer)
-            if len(ids) <= room:
-                best, low = (ids, counts), kept + 1
-            else:
-                high = kept - 1
-        return best or (ids, counts)
+        *others, last = versions[-1]
+        text = last.message.content
+
+        def cut(kept: int) -> tuple[list[int], list[bool]]:
+            end = Message(last.message.role, text[len(text) - kept :])
+            return self._tokens((*others, _Turn(end, scored=False)), answer)
+
+        return cut(bisect_left(range(1, len(text) + 1), True, key=lambda kept: len(cut(kept)[0]) > room))
 
     def _tokens(self, conversation: tuple[_Turn, ...], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""
@@ -232,7 +229,7 @@ class ChatEncoder(Encoder):
             name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
         _, answer, end = full[len(prompt) :].partition("b")
-        return end.strip() if answer else ""
+        return (end.strip() or end) if answer else ""  # some templates end a turn by white space alone
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -142,9 +142,10 @@ def split_off_test(
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.
 
-    At most a fifth of the rows are for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
+    A fifth of the rows are kept for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
 
-    ``num_test`` rows are for test, ``None`` for a fifth; ``least`` rows with different prompts stay for the other splits.
+    ``num_test`` of them are taken, ``None`` for all. The others are not trained on, since a later command may take more;
+    ``least`` rows with different prompts must stay for the other splits.
 
     Raises:
         SlzoError: If there are too few rows.
@@ -158,10 +159,10 @@ def split_off_test(
     most = max(1, len(ids) // _LARGEST_TEST_SHARE)
     wanted = most if num_test is None else min(num_test, most)
     first = sorted(ids, key=lambda prompt: order_key(_TEST_ORDER, ids[prompt]))
-    taken = set(first[:wanted])
+    kept, taken = set(first[:most]), set(first[:wanted])
     test = [example for example in pool if example.prompt in taken and example.id == ids[example.prompt]]
-    train = [example for example in pool if example.prompt not in taken]
-    repeats = len(pool) - len(train) - len(test)
+    train = [example for example in pool if example.prompt not in kept]
+    repeats = len(pool) - len(train) - len(kept)
     notes = (f"Left out {repeats} rows whose prompts are also in held-out rows.",) if repeats else ()
     return train, test, notes
 

@@ -26,7 +26,7 @@ def replay_run(
     rows: TaskRows,
     run: str,
     steps: int | None,
-    output: Path | None,
+    output: str | None,
     device: torch.device,
 ) -> None:
     """Take the first steps of a run again with the losses of its log, and write a checkpoint.

@@ -10,7 +10,7 @@ from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell
+from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import (
     curves_verdict,
     format_rows,
@@ -39,8 +39,8 @@ def sweep_layers(
         raise SlzoError(
             f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
         )
-    # the lengths of trainings are in the names of their cells, so others may be added later
-    settings = trials.settings() | {"directions": plan.directions, "seed_of_sensitivity": plan.seeds[0]}
+    # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
+    settings = trials.settings()
     store = CellStore(output or trials.default_folder(), settings)
     profile = profile_model()
     run_cells(trials, store, plan)
@@ -68,7 +68,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
     measured = range(trials.parts.num_layers if plan.directions else 0)
-    _complete(store, {sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured})
+    _complete(store, {plan.sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured})
     trials.clear_prefix()  # the sensitivities used few rows, and the trainings begin at a lower layer again
     _complete(store, {plan.training_cell(*training): partial(train, *training) for training in plan.trainings})
 

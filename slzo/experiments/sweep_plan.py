@@ -71,7 +71,6 @@ class SweepPlan:
         seconds = "" if self.seconds is None else f"-seconds-{self.seconds}"
         return f"train-{layer}-seed-{seed}-steps-{self.steps}{seconds}"
 
-
-def sensitivity_cell(layer: int) -> str:
-    """Return the name of the cell that measures a layer's sensitivity."""
-    return f"sensitivity-{layer}"
+    def sensitivity_cell(self, layer: int) -> str:
+        """Return the name of the cell that measures a layer's sensitivity, for the directions and the first seed of this plan."""
+        return f"sensitivity-{layer}-seed-{self.seeds[0]}-directions-{self.directions}"

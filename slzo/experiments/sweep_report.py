@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell
+from slzo.experiments.sweep_plan import SweepPlan
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
@@ -66,7 +66,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     rows = []
     for measured in profile.layers:
         layer = measured.index
-        found = store.result(sensitivity_cell(layer)) if plan.directions else {}
+        found = store.result(plan.sensitivity_cell(layer)) if plan.directions else {}
         names = [plan.training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import base_model as base_name
 from slzo.export.adapter import ADAPTER
-from slzo.export.base import ExportFormat
+from slzo.export.base import ExportFormat, write_chat_template
 from slzo.export.card import write_card, write_licences
 from slzo.export.delta import DELTA
 from slzo.export.facts import Facts, facts_of
@@ -73,6 +73,7 @@ def export_checkpoint(
     with replacing(target) as partial:
         partial.mkdir()
         writer.write(tuned_model, facts, partial)
+        write_chat_template(facts, partial)
         write_licences(origin, partial)
         write_json(partial / FACTS_FILE, facts.to_dict())
         write_card(facts, writer, partial, target.resolve().name)

@@ -7,6 +7,9 @@ from pathlib import Path
 from slzo.export.facts import Facts
 from slzo.zo.tuned_model import TunedModel
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File of a chat template, as transformers names it."""
+
 
 @dataclass(frozen=True)
 class ExportFormat:
@@ -34,8 +37,18 @@ def load_base_code(facts: Facts) -> tuple[str, str]:
     name = facts.origin.name
     at = "" if facts.origin.commit is None else f', revision="{facts.origin.commit}"'
     at += trust_argument(facts)
-    base = f'base = AutoModelForCausalLM.from_pretrained("{name}", dtype="{facts.note["dtype"]}"{at})'
-    return base, f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'
+    base = f'base = {facts.auto_class}.from_pretrained("{name}", dtype="{facts.note["dtype"]}"{at})'
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'
+    if facts.note.get("chat_template"):
+        tokenizer += f'\ntokenizer.chat_template = open("PATH/{CHAT_TEMPLATE}").read()'
+    return base, tokenizer
+
+
+def write_chat_template(facts: Facts, folder: Path) -> None:
+    """Write the chat template of the run, if it is not the tokenizer's own and the folder has no tokenizer."""
+    template = facts.note.get("chat_template")
+    if template and not (folder / CHAT_TEMPLATE).exists():
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def trust_argument(facts: Facts) -> str:

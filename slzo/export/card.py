@@ -10,15 +10,17 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from slzo.export.base import ExportFormat
+from slzo.export.base import CHAT_TEMPLATE, ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
-from slzo.tasks.base import HubSource, Kind, Task
-from slzo.tasks.registry import TASKS
+from slzo.tasks.base import HubSource
 from slzo.version import __version__
 
 _SPECIAL = re.compile(r"[\\`*<>\[\]|~]|(?<!\w)_|_(?!\w)|^#")
 _ADDRESS = re.compile(r"(https?:)?[^\s()<>:]+")
+_CHOICES = ("accuracy", "answer_f1", "question_em")
+"""Metrics of tasks that choose among candidates."""
+
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/")
 
@@ -53,9 +55,10 @@ def _metadata(facts: Facts, format: ExportFormat, title: str) -> ModelCardData:
 def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
     if not facts.scored:
         return None
-    summary, task = facts.summary, _task(facts)
+    summary = facts.summary
     name, metric = _line(summary["task"]), _line(summary["metric"])
-    kind = "question-answering" if task is not None and task.kind is Kind.GENERATION else "text-classification"
+    answers = "text-generation" if facts.note.get("chat") or metric == "reward" else "question-answering"
+    kind = "text-classification" if metric in _CHOICES else answers
     score = round(summary["score_after"], 4)
     if source is None:
         return [EvalResult(kind, name, name, metric, score)]
@@ -67,15 +70,9 @@ def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
     return [EvalResult(kind, source.path, name, metric, score, **place)]
 
 
-def _task(facts: Facts) -> Task | None:
-    """Return the built-in task of the run; ``None`` for another one, whose class a checkpoint must not import."""
-    kind = TASKS.get(facts.task)
-    return None if kind is None else kind()
-
-
 def _sections(facts: Facts, format: ExportFormat) -> Iterator[str]:
     yield _what(facts)
-    yield f"## Use\n\n```python\n{format.load_code(facts)}\n```{_vllm(facts)}"
+    yield f"## Use\n\n```python\n{format.load_code(facts)}\n```{_vllm(facts)}{_system_prompt(facts)}"
     yield f"## Training\n\n{_training(facts)}"
     yield f"## Scores\n\n{_scores(facts)}"
     yield f"## Licence\n\n{_licence(facts)}"
@@ -108,7 +105,15 @@ def _vllm(facts: Facts) -> str:
         return ""
     name = shlex.quote(facts.origin.name)
     command = f"vllm serve {name} --enable-lora --max-lora-rank {most} --lora-modules tuned=PATH_OR_REPOSITORY"
+    if facts.note.get("chat_template"):
+        command += f" --chat-template PATH/{CHAT_TEMPLATE}"
     return f"\n\nvLLM: {_code(command)}"
+
+
+def _system_prompt(facts: Facts) -> str:
+    """Return the system prompt of the conversations; empty without one."""
+    text = facts.note.get("system_prompt")
+    return f"\n\nConversations begin with this system prompt: {_code(text)}" if text else ""
 
 
 def _training(facts: Facts) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.models.load import auto_class
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
 from slzo.report.run_files import SUMMARY_FILE
@@ -28,6 +29,7 @@ class Facts:
         scope: Description of the scope.
         num_tuned: Number of tuned parameters.
         num_layers: Number of decoder layers of the model.
+        auto_class: Name of the transformers class that loads the model.
         adapter: Files of an adapter; ``None`` in other formats, or if the change does not have a low rank.
         summary: The run's ``summary.json``; empty if there is none.
         scored: Whether the summary's score after training is that of this checkpoint.
@@ -40,6 +42,7 @@ class Facts:
     scope: str
     num_tuned: int
     num_layers: int
+    auto_class: str
     adapter: PeftFiles | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
@@ -98,6 +101,7 @@ def facts_of(
         str(checkpoint.content.get("hyper_parameters", {}).get("scope", note["scope"]["class"])),
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
+        auto_class(tuned_model.parts.model.config).__name__,
         adapter,
         summary,
         best is not None

@@ -49,8 +49,8 @@ def load_code(facts: Facts) -> str:
     """Return the Python code that loads the folder."""
     trust = trust_argument(facts)
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY"{trust})\n'
+        f"from transformers import {facts.auto_class}, AutoTokenizer\n\n"
+        f'model = {facts.auto_class}.from_pretrained("PATH_OR_REPOSITORY"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY"{trust})'
     )
 

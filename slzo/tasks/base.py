@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, Self, SupportsIndex
@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, SupportsIndex
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.class_paths import format_error, format_place
 from slzo.utils.errors import SlzoError, broken_contract, shown
 
 Split = Literal["train", "dev", "test"]
@@ -157,12 +158,20 @@ def example_of(task: Task, row: Fields, id: str) -> Example:
     Raises:
         ValueError: The row cannot be used, or the task does not return an example that can.
     """
-    example = task.example(row, id)
+    try:
+        example = task.example(row, id)
+    except (ValueError, SlzoError):
+        raise
+    except Exception as error:  # the user's class may raise anything
+        raise ValueError(
+            f"data.task {type(task).__qualname__}: example() raised {format_error(error)}{format_place(error)}"
+        ) from error
     problem = _problem(example)
     if problem is not None:
         wanted = "an Example with texts as prompt and different candidates, and with indices of candidates as gold"
         raise ValueError(broken_contract("data.task", task, f"example() returned {problem}", wanted))
-    return example
+    candidates, references = tuple(example.candidates), tuple(example.references)  # a class may give lists
+    return replace(example, candidates=candidates, gold=tuple(map(int, example.gold)), references=references)
 
 
 def _problem(example: object) -> str | None:

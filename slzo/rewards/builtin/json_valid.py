@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.rewards.answers import text_of
+from slzo.utils.class_paths import format_error
 
 _FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
 
@@ -24,6 +25,22 @@ def json_valid(
     is_shared = schema is None or isinstance(schema, str | Mapping)
     schemas: list[Any] = [schema] * len(completions) if is_shared else list(schema or ())
     return [_score(text_of(text), of_row, partial) for text, of_row in zip(completions, schemas, strict=True)]
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if the schema for all rows cannot be used."""
+    schema = arguments.get("schema")
+    if not isinstance(schema, str | Mapping):
+        return
+    try:
+        _validator(schema if isinstance(schema, str) else json.dumps(schema))
+    except ImportError as error:
+        raise ValueError(f"schemas need jsonschema ({error}); pip install 'slzo[rewards]'") from None
+    except Exception as error:  # jsonschema has its own
+        raise ValueError(f"schema {schema!r} cannot be used ({format_error(error)}); correct it") from None
+
+
+json_valid.check = _check  # type: ignore[attr-defined]  # for slzo.rewards.calls.load_function
 
 
 def _score(text: str, schema: Mapping[str, Any] | str | None, partial: float) -> float:

@@ -16,6 +16,11 @@ def choose_objective(
     Raises:
         SlzoError: One of them is unknown or does not fit the task, or both name rewards.
     """
+    if task.kind is Kind.GENERATION and task.metric not in (*task.metrics, "reward"):
+        raise SlzoError(
+            f"data.task {task.name!r}: metric {task.metric!r} is not one of its metrics, {', '.join(task.metrics)}; set metric "
+            "in the class to one of them"
+        )
     given = None if reward is None else Reward(reward)
     if objective is None:
         objective = given or "loss"
