@@ -154,7 +154,7 @@ def check_launcher(trainer: Trainer) -> None:
     Raises:
         SlzoError: The trainer has such a strategy.
     """
-    if copies_process(trainer):
+    if copies_process(trainer.strategy.launcher):
         raise SlzoError(_copies(type(trainer.strategy).__name__))
 
 

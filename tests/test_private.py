@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from jsonargparse import ArgumentParser
+from lightning import Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, SequentialLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slzo.private.launchers import copies_process
 from slzo.private.models import (
     arguments_of_any_device,
     attention_of,
@@ -91,6 +93,12 @@ def test_nested_schedulers_are_found():
     inner = [LinearLR(optimizer), LinearLR(optimizer)]
     sequential = SequentialLR(optimizer, inner, [2])
     assert nested_schedulers(ChainedScheduler([sequential]))[1:] == [sequential, *inner]
+
+
+@pytest.mark.parametrize(("strategy", "copies"), [("ddp", False), ("ddp_spawn", True), ("ddp_fork", True)])
+def test_strategies_that_copy_the_process(strategy, copies):
+    trainer = Trainer(strategy=strategy, devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert copies_process(trainer.strategy.launcher) is copies
 
 
 def is_private(name):

@@ -39,7 +39,11 @@ def test_a_metric_that_no_direction_changes_does_not_end_a_run(options, capsys):
 
 
 def test_a_loss_at_its_lower_bound_stops_the_automatic_rate_and_is_told(options, capsys, monkeypatch):
-    monkeypatch.setattr(AutoStep, "update", lambda self, estimate: setattr(self, "loss", -0.1))  # below the bound
+    def add(self, estimate):
+        self.loss = -0.1  # below the bound
+        return 1.0
+
+    monkeypatch.setattr(AutoStep, "add", add)
     auto = ["--model.eps=auto", "--model.optimizer.lr=auto", "--model.estimator=SPSA", "--trainer.max_steps=3"]
     assert main(["fit", *options, *auto]) == 0
     assert (
