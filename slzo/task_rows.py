@@ -116,7 +116,7 @@ class TaskRows:
         num_demonstrations: int = 0,
         max_length: int = 2048,
         objective: Literal["loss", "metric"] | Objective | None = None,
-        reward: str | list[str | dict[str, Any]] | None = None,
+        reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
         allow_changed_rows: bool = False,
         skip_bad_rows: bool = False,
         seed: int | None = None,

@@ -521,3 +521,10 @@ def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, options, end
 def test_rewards_need_a_task_that_generates(sst2_options, capfd):
     assert main(["fit", *sst2_options, "--data.reward=accuracy"]) == 2
     assert "data.reward: task 'sst2' chooses among candidates" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--data.reward.function=rouge", '--data.reward={"function": "rouge"}'])
+def test_a_reward_may_be_one_mapping(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=json_reward", given, "--print_config"])
+    assert "  reward:\n    function: rouge\n" in capsys.readouterr().out

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 # Answers of a batch at which a function may fail, before all are left out.
 _MOST_LEFT_OUT = 3
 
-Functions = str | list[str | dict[str, Any]]
+Functions = str | dict[str, Any] | list[str | dict[str, Any]]
 """Reward functions in a config: a name, or a list of names and of mappings with function, weight and arguments."""
 
 

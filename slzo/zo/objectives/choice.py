@@ -9,7 +9,7 @@ from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Re
 
 
 def choose_objective(
-    task: Task, objective: str | Objective | None, reward: str | list[str | dict[str, Any]] | None
+    task: Task, objective: str | Objective | None, reward: str | dict[str, Any] | list[str | dict[str, Any]] | None
 ) -> tuple[Objective, Reward | None]:
     """Return what training minimizes and the rewards that are reported; see :class:`slzo.task_rows.TaskRows`.
 

@@ -4,14 +4,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import reward_inputs
 from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
-from slzo.rewards.runner import RewardResult, Rewards
+from slzo.rewards.runner import Functions, RewardResult, Rewards
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
@@ -56,7 +55,7 @@ class Reward(Objective):
 
     def __init__(
         self,
-        functions: str | list[str | dict[str, Any]],
+        functions: Functions,
         temperature: float | None = None,
         samples: int | None = None,
         timeout: float = 60.0,
