@@ -319,3 +319,14 @@ def test_rows_to_predict_may_have_an_empty_cell_for_the_answer(tmp_path):
     path.write_text("prompt,completion\nWhy?,\nHow?,So.\n")
     first, second = RowSource(ChatTask()).read_to_predict(str(path)).examples
     assert (first.candidates, second.candidates) == ((), ("So.",))
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_template_whose_generation_prompt_is_not_in_the_conversation_is_refused(turns):
+    made = encoder(turns=turns)
+    made.template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    made.template += "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+    with pytest.raises(
+        SlzoError, match=r"an answer does not begin with the generation prompt, .*use data.task.template"
+    ):
+        made.encode(example_of({"messages": TALK}), 0)

@@ -188,6 +188,14 @@ class ChatEncoder(Encoder):
                 starts += [before, after]
                 spans.append((len(before), len(after)))
         if not all(full.startswith(start) for start in starts):
+            first = (Message("user", "a"),)
+            whole = self._render((*first, Message("assistant", "b")), False)
+            keeps_turn, keeps_prompt = (whole.startswith(self._render(first, generate)) for generate in (False, True))
+            if keeps_turn and not keeps_prompt:
+                raise SlzoError(
+                    "data.task.template: in this template an answer does not begin with the generation prompt, so its tokens "
+                    f"cannot be found; use data.task.template {', '.join(TEMPLATES)}"
+                )
             advice = "" if self.chat.turns == "last" else "data.task.turns last, or "
             raise SlzoError(
                 "data.task.template: this template changes earlier turns when others follow, so the tokens of an answer "
