@@ -12,7 +12,7 @@ from types import FrameType
 from slzo.commands.registry import COMMANDS
 from slzo.utils.console import is_worker
 from slzo.utils.errors import Interrupted, SlzoError
-from slzo.utils.signals import stop_signals
+from slzo.utils.signals import termination_signals
 from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
@@ -104,7 +104,7 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    handled = [number for number in stop_signals() if signal.getsignal(number) == signal.SIG_DFL]
+    handled = [number for number in termination_signals() if signal.getsignal(number) == signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         handled = []
     for number in handled:

@@ -28,6 +28,7 @@ from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import PERPLEXITY, REWARDS
+from slzo.rewards.runner import Functions
 from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
@@ -116,7 +117,7 @@ class TaskRows:
         num_demonstrations: int = 0,
         max_length: int = 2048,
         objective: Literal["loss", "metric"] | Objective | None = None,
-        reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+        reward: Functions | None = None,
         allow_changed_rows: bool = False,
         skip_bad_rows: bool = False,
         seed: int | None = None,

@@ -87,7 +87,7 @@ class ZOTrainer(Trainer):
             super().__init__(**kwargs, plugins=plugins)
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
-            check_launcher(self)
+            check_launcher(self, kwargs.get("strategy"))
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {one_line(error, None)}") from error
 

@@ -38,7 +38,6 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "enable_model_summary": False,
     }
 )
-_COPYING = ("spawn", "fork", "notebook")
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
 _REFUSED: Mapping[type[Callback], str] = {
@@ -139,8 +138,6 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
-        raise SlzoError(_copies(name))
     if name.rpartition(".")[2] in _SHARDING or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
             f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
@@ -148,21 +145,18 @@ def _check_strategy(strategy: Any) -> None:
         )
 
 
-def check_launcher(trainer: Trainer) -> None:
-    """Refuse a strategy whose processes are copies of this one, however it was given.
+def check_launcher(trainer: Trainer, strategy: Any) -> None:
+    """Refuse a strategy whose processes are copies of this one, however it was given; ``strategy`` is the option.
 
     Raises:
         SlzoError: The trainer has such a strategy.
     """
     if copies_process(trainer.strategy.launcher):
-        raise SlzoError(_copies(type(trainer.strategy).__name__))
-
-
-def _copies(strategy: str) -> str:
-    return (
-        f"trainer.strategy {strategy!r}: it copies this process, which slzo does not support; use ddp in a script or on the "
-        "command line, or one device in a notebook"
-    )
+        name = strategy if isinstance(strategy, str) else type(trainer.strategy).__name__
+        raise SlzoError(
+            f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp in a script or on the "
+            "command line, or one device in a notebook"
+        )
 
 
 def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> None:

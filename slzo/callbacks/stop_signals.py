@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import Interrupted
-from slzo.utils.signals import stop_signals
+from slzo.utils.signals import termination_signals
 
 
 class StopSignals:
@@ -31,7 +31,7 @@ class StopSignals:
         self.waits, self.requested = False, 0
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, *stop_signals()):
+        for number in (signal.SIGINT, *termination_signals()):
             if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background of a shell ignores Ctrl-C
                 self._before[number] = signal.signal(number, self._handle)
 

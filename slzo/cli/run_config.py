@@ -19,6 +19,8 @@ from slzo.utils.files import expanded
 def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     """Return the options, preceded by the config of the run that the checkpoint or the replayed run folder belongs to.
 
+    The options of an exported folder come first, also next to a config.
+
     ``last`` and ``best`` become the path of the checkpoint. If only a config names the logger's folder, the trainer finds them.
 
     Raises:

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _MOST_LEFT_OUT = 3
 
 Functions = str | dict[str, Any] | list[str | dict[str, Any]]
-"""Reward functions in a config: a name, or a list of names and of mappings with function, weight and arguments."""
+"""Reward functions in a config: a name, a mapping with function, weight and arguments, or a list of these."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from types import FrameType
 from slzo.utils.slurm import PREEMPTION, job_id
 
 
-def stop_signals() -> tuple[int, ...]:
+def termination_signals() -> tuple[int, ...]:
     """Return the signals besides Ctrl-C that end a run: SIGTERM, and in a SLURM job that of a preemption."""
     return (signal.SIGTERM,) if job_id() is None else (signal.SIGTERM, PREEMPTION)
 
@@ -29,7 +29,7 @@ def signals_held() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         held.append(number)
 
-    numbers = (signal.SIGINT, *stop_signals())
+    numbers = (signal.SIGINT, *termination_signals())
     before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, hold)

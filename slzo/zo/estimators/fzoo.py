@@ -4,7 +4,7 @@ import statistics
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
-from slzo.zo.estimators.differences import differences
+from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import rademacher
 
 
@@ -28,7 +28,7 @@ class FZOO(Estimator):
             )
 
     def estimate(self, request: Request) -> Estimate:
-        estimate, losses = differences(request, rademacher, two_sided=False)
+        estimate, losses = finite_differences(request, rademacher, two_sided=False)
         if estimate.finite:
             spread = statistics.stdev(losses)
             # take no step if all losses are equal, as with a metric that no direction changes

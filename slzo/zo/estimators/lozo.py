@@ -2,7 +2,7 @@
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
-from slzo.zo.estimators.differences import differences
+from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import low_rank
 
 
@@ -27,7 +27,7 @@ class LOZO(Estimator):
 
     def estimate(self, request: Request) -> Estimate:
         check_has_matrices(request.tuned, "LOZO")
-        return differences(request, low_rank(self.rank, self.interval), two_sided=True)[0]
+        return finite_differences(request, low_rank(self.rank, self.interval), two_sided=True)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 2 * num_queries

@@ -1,7 +1,7 @@
 """One-sided estimates with one base evaluation for all queries."""
 
 from slzo.zo.estimators.base import Estimate, Estimator, Request
-from slzo.zo.estimators.differences import differences
+from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import gaussian
 
 
@@ -15,7 +15,7 @@ class OneSided(Estimator):
     """
 
     def estimate(self, request: Request) -> Estimate:
-        return differences(request, gaussian, two_sided=False)[0]
+        return finite_differences(request, gaussian, two_sided=False)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 1 + num_queries

@@ -4,7 +4,7 @@ from typing import Literal
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
-from slzo.zo.estimators.differences import differences
+from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import Noise, gaussian, rademacher
 
 _NOISE: dict[str, Noise] = {"gaussian": gaussian, "rademacher": rademacher}
@@ -28,7 +28,7 @@ class SPSA(Estimator):
         self.noise = noise
 
     def estimate(self, request: Request) -> Estimate:
-        return differences(request, _NOISE[self.noise], two_sided=True)[0]
+        return finite_differences(request, _NOISE[self.noise], two_sided=True)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 2 * num_queries

@@ -6,7 +6,7 @@ from slzo.zo.estimators.base import Estimate, Point, Request
 from slzo.zo.noise import Noise
 
 
-def differences(request: Request, noise: Noise, two_sided: bool) -> tuple[Estimate, list[float]]:
+def finite_differences(request: Request, noise: Noise, two_sided: bool) -> tuple[Estimate, list[float]]:
     """Return the mean over the queries of z times the slope along z, and the losses at ``w + eps z``.
 
     The slope is ``(L(w + eps z) - L(w - eps z)) / (2 eps)`` if ``two_sided``, and ``(L(w + eps z) - L(w)) / eps`` otherwise. Then
