@@ -24,6 +24,7 @@ from slzo.data.splits import Splits, draw_from
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics
+from slzo.evaluation.rewarding import check_columns
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
@@ -320,11 +321,20 @@ class TaskRows:
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             say(self.encoder.note)
-        self._load_rewards()
+        self._load_rewards(self.splits)
 
-    def _load_rewards(self) -> None:
-        if self.reward is not None:
-            self.reward.rewards.load()
+    def _load_rewards(self, splits: Splits | None = None) -> None:
+        """Load the reward functions, and check that the rows of the splits have what these require."""
+        if self.reward is None:
+            return
+        required = self.reward.rewards.load()
+        if splits is None:
+            return
+        for name, examples in {"training": splits.train, "dev": splits.dev, "held-out": splits.test}.items():
+            if examples and (name != "training" or self.objective is self.reward):
+                warning = check_columns(required, examples, name)
+                if warning is not None:
+                    warn(warning)
 
     @property
     def _source(self) -> RowSource:

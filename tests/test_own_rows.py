@@ -37,6 +37,26 @@ def rows_of(count, first=0):
     return [{"text": f"film {i}", "label": i % 2, "key": 100 + i} for i in range(first, first + count)]
 
 
+def test_empty_fields_of_prompts_are_counted(tmp_path, capsys):
+    rows = [{**row, "context": " " if number < 3 else "old"} for number, row in enumerate(rows_of(20))]
+    path = write(tmp_path / "rows.jsonl", [*rows, {**rows_of(1, 20)[0], "label": "", "context": "new"}])
+    set_up(TemplateTask("{context} {text} is", [" bad", " good"], train_file=path))
+    said = capsys.readouterr().out
+    assert f"3 of 21 rows of {path} have an empty 'context'." in said
+    assert "'label'" not in said
+
+
+def test_equal_ids_in_a_folder_are_refused(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for name, text in {"train": "film", "validation": "other film"}.items():
+        rows = [{"idx": f"r{number}", "sentence": f"{text} {number}", "label": number % 2} for number in range(8)]
+        write(tmp_path / "sst2" / f"{name}.jsonl", rows)
+    with pytest.raises(
+        SlzoError, match=r"^data.data_dir '.*': .*train.jsonl:1 has id 'r0', as does .*validation.jsonl:1; "
+    ):
+        set_up("sst2", data_dir=str(tmp_path))
+
+
 def talks_of(count):
     return [{"prompt": f"film {i}", "completion": "good", "key": f"t{i}"} for i in range(count)]
 

@@ -137,6 +137,37 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("in_process", [False, True])
+def test_the_columns_that_functions_require(folder, in_process):
+    given = [
+        "mine.py:matches",
+        "mine.py:length",
+        "regex",
+        {"function": "regex", "arguments": {"pattern": "a"}},
+        "rouge",
+    ]
+    required = [("mine.py:matches", ("word",)), ("mine.py:length", ()), ("regex", ("pattern",)), ("regex", ())]
+    rewards = Rewards(given, in_process=in_process)
+    assert rewards.load() == rewards.load() == [*required, ("rouge", ("references",))]
+
+
+def test_rows_without_what_functions_require_are_named_before_the_model_is_loaded(tmp_path, folder, capsys):
+    path = tmp_path / "rows.jsonl"
+    make_tokenizer().save_pretrained(tmp_path / "words")
+    rows = [{"text": f"film {number}", **({"word": "good"} if number else {})} for number in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = f"{{class_path: TemplateTask, init_args: {{prompt: '{{text}}', train_file: {path}, max_new_tokens: 4}}}}"
+    command = ["test", "--model.model", "nowhere", "--data.task", task, "--data.tokenizer", str(tmp_path / "words")]
+    assert main([*command, "--data.reward", "mine.py:matches"]) == 2
+    assert "model.model 'nowhere'" in capsys.readouterr().err
+    assert main([*command, "--data.reward", "regex"]) == 2
+    problem = "data.reward 'regex': needs 'pattern', which is no field of the held-out rows (they have text, word); add"
+    assert problem in capsys.readouterr().err
+    main([*command, "--data.reward", "exact_match"])
+    warning = "data.reward 'exact_match': compares answers with references, and 4 of 4 held-out rows have none; give"
+    assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_process", [False, True])
 def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
     given = ["mine.py:matches", {"function": "regex", "weight": 0.5, "arguments": {"pattern": "a"}}]
     rewards = Rewards(given, in_process=in_process)

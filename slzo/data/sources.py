@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -93,6 +94,7 @@ class RowSource:
         """Return the rows that can be used; errors of the others are added to ``bad``."""
         examples: list[Example] = []
         places: dict[str, str] = {}
+        empty: Counter[str] = Counter()
         for place, values in placed:
             position = len(examples) + len(bad.errors)  # bad rows count, so that other ids stay the same
             try:
@@ -106,9 +108,13 @@ class RowSource:
                 continue
             places[example.id] = place
             examples.append(replace(example, place=place, columns=values if self.columns else {}))
+            empty.update(_empty_fields(self.task, values))
         if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
-        return SourceRows(examples, bad.report(len(examples), origin))
+        notes = [
+            f"{count} of {len(examples)} rows of {origin} have an empty {name!r}." for name, count in empty.items()
+        ]
+        return SourceRows(examples, "\n".join(filter(None, [bad.report(len(examples), origin), *notes])))
 
     def _open(self, split: Split, bad: BadRows) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
         """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""
@@ -195,6 +201,12 @@ def _missing_labels(task: Task, values: Fields) -> dict[str, Any]:
         for name, none in task.no_label.items()
         if values.get(name) in (None, "") or _is_nan(values.get(name))
     }
+
+
+def _empty_fields(task: Task, values: Fields) -> list[str]:
+    """Return the fields of the prompt without text; only the user's own template accepts such a row."""
+    texts = {name: values[name] for name in task.fields if name not in task.no_label}
+    return [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
 
 
 def _is_nan(value: object) -> bool:

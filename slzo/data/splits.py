@@ -59,8 +59,8 @@ def draw_from(
     read = {split: source.read(split) for split, is_needed in wanted.items() if is_needed}
     notes = [rows.note for rows in read.values() if rows.note]
     test, train, dev = (read[split].examples if split in read else None for split in ("test", "train", "dev"))
-    if files:
-        check_shared_ids(source.task.id_field, test or (), train or (), dev or ())
+    if files or source.data_dir is not None:
+        check_shared_ids(_id_option(source), test or (), train or (), dev or ())
     if divided and train is not None:
         origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
         least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
@@ -167,8 +167,16 @@ def split_off_test(
     return train, test, notes
 
 
-def check_shared_ids(field: str | None, *pools: Sequence[Example]) -> None:
-    """Check that rows with the same id in different splits have the same prompt; ``field`` is data.task.id_field.
+def _id_option(source: RowSource) -> str:
+    """Return the option that the rows' ids come from, with its value."""
+    if not source.task.files:
+        return f"data.data_dir {source.data_dir!r}"
+    field = source.task.id_field
+    return "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
+
+
+def check_shared_ids(option: str, *pools: Sequence[Example]) -> None:
+    """Check that rows with the same id in different splits have the same prompt; the ids come from ``option``.
 
     Raises:
         SlzoError: If they do not; the message names both rows.
@@ -177,10 +185,9 @@ def check_shared_ids(field: str | None, *pools: Sequence[Example]) -> None:
     for example in (example for pool in pools for example in pool):
         other = seen.setdefault(example.id, example)
         if other.prompt != example.prompt:
-            option = "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
             raise SlzoError(
                 f"{option}: {example.place} has id {example.id!r}, as does {other.place}; give each row its own id across all "
-                "files, or name another field"
+                "files" + (", or name another field" if "id_field" in option else "")
             )
 
 

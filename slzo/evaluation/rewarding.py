@@ -1,10 +1,11 @@
-"""Convert rows and their answers to the arguments of reward functions."""
+"""Convert rows and their answers to the arguments of reward functions, and check that the rows have these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slzo.rewards.calls import RewardInputs
 from slzo.tasks.base import Example
+from slzo.utils.errors import SlzoError
 
 # columns that would hide the prompts and answers
 _RESERVED = ("prompt", "prompts", "completion", "completions")
@@ -17,9 +18,8 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
     texts. The columns are the rows' fields. ``references`` holds the accepted answers of rows without this field. A text in it
     becomes a list of one.
     """
-    names = {str(name) for example in examples for name in example.columns if name not in _RESERVED}
     columns: dict[str, list[Any]] = {
-        name: [example.columns.get(name) for example in examples] for name in sorted(names)
+        name: [example.columns.get(name) for example in examples] for name in _column_names(examples)
     }
     columns["references"] = [_references(example) for example in examples]
     prompts: list[Any] = []
@@ -33,6 +33,42 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
             prompts.append(example.messages[-1].content if example.messages else example.prompt)
             completions.append(answer)
     return RewardInputs([example.id for example in examples], prompts, completions, columns)
+
+
+def check_columns(required: Iterable[tuple[str, Sequence[str]]], examples: Sequence[Example], split: str) -> str | None:
+    """Check that rows have the columns that reward functions require, before a model is loaded.
+
+    Args:
+        required: Names of functions with the columns that each requires.
+        examples: The rows.
+        split: Name of the split, for messages.
+
+    Returns:
+        A warning about rows without references, if a function requires these; ``None`` if there are none.
+
+    Raises:
+        SlzoError: No row has a required column.
+    """
+    names, warning = _column_names(examples), None
+    for function, columns in required:
+        for name in columns:
+            if name == "references":
+                missing = sum(not _references(example) for example in examples)
+                if missing:
+                    warning = (
+                        f"data.reward {function!r}: compares answers with references, and {missing} of {len(examples)} {split} "
+                        "rows have none; give their answers in data.task.answer_field, or in a field references"
+                    )
+            elif name not in names:
+                raise SlzoError(
+                    f"data.reward {function!r}: needs {name!r}, which is no field of the {split} rows (they have "
+                    f"{', '.join(names)}); add the field, or give the argument a value in data.reward or a default"
+                )
+    return warning
+
+
+def _column_names(examples: Sequence[Example]) -> list[str]:
+    return sorted({str(name) for example in examples for name in example.columns if name not in _RESERVED})
 
 
 def _references(example: Example) -> Any:

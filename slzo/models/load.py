@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, tokenizer_only: bool = False) -> str:
     """Turn a built-in name, folder, ``.gguf`` file or ``ID@REVISION`` of the Hub into the local folder that transformers loads.
 
     The folder of a Hub model has no weights until they are loaded; its path has the commit, see
-    :func:`slzo.utils.hub.commit_of`.
+    :func:`slzo.utils.hub.commit_of`. With ``tokenizer_only``, it needs no config.
 
     Raises:
         SlzoError: If there is no such file or folder, and the Hub has no such model or cannot be reached.
@@ -58,6 +58,8 @@ def resolve_model(name: str) -> str:
         return str(gguf_to_folder(path))
     folder = path if path.is_dir() else _hub_folder(name)
     if not (folder / "config.json").is_file():
+        if tokenizer_only and (folder / "tokenizer_config.json").is_file():
+            return str(folder)
         raise SlzoError(
             f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
         )
@@ -190,7 +192,7 @@ def load_tokenizer(
     name: str, trust_remote_code: bool = False, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, with another chat template if given; raise SlzoError if it cannot be loaded."""
-    where = resolve_model(name)
+    where = resolve_model(name, tokenizer_only=True)
     tokenizer: PreTrainedTokenizerBase = _load(name, where, AutoTokenizer, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template

@@ -150,6 +150,18 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
     return numbers
 
 
+def required_columns(wanted: RewardCall, function: RewardFunction) -> tuple[str, ...]:
+    """Return the names of a function's arguments that fields of the rows must supply: those without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    given = {"prompts", "completions", *wanted.arguments}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [each.name for each in parameters if each.kind in by_name and each.default is each.empty]
+    return tuple(name for name in needed if name not in given)
+
+
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
     """Return the names of arguments that a function takes; all of them if it has ``**columns``."""
     try:

@@ -29,18 +29,19 @@ class RewardProcess:
     def __init__(self, functions: Sequence[RewardCall], timeout: float) -> None:
         self.functions = list(functions)
         self.timeout = timeout
+        self._required: list[tuple[str, ...]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
         self._stop: Any = None
 
-    def load(self) -> None:
-        """Start the process if it is not running, and load the functions.
+    def load(self) -> Sequence[tuple[str, ...]]:
+        """Start the process if it is not running, and load the functions; return the columns that each of them requires.
 
         Raises:
             SlzoError: A function cannot be found.
         """
         if self._process is not None and self._process.poll() is None:
-            return
+            return self._required
         self.kill()
         paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - Path would follow links
         self._connection, theirs = Pipe()
@@ -55,12 +56,14 @@ class RewardProcess:
             )
         self._stop = weakref.finalize(self, _kill, self._process, self._connection)
         try:
-            problem = self._ask(self.functions, _LOADING_SECONDS)
+            reply = self._ask(self.functions, _LOADING_SECONDS)
         except RewardFailure as failure:
             raise SlzoError(f"data.reward {failure.function}: {failure.reason} while its file was loaded") from None
-        if problem is not None:
+        if isinstance(reply, RewardFailure):
             self.kill()
-            raise SlzoError(f"data.reward {problem.function!r}: {problem.reason}")
+            raise SlzoError(f"data.reward {reply.function!r}: {reply.reason}")
+        self._required = reply
+        return reply
 
     def __call__(self, answers: RewardInputs) -> list[list[float]]:
         """Return one number per answer for each function.

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import MAX_REWARD, RewardCall, RewardFailure, RewardInputs, call, load_function, split_name
+from slzo.rewards.calls import (
+    MAX_REWARD,
+    RewardCall,
+    RewardFailure,
+    RewardInputs,
+    call,
+    load_function,
+    required_columns,
+    split_name,
+)
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, RewardFunction, check_package
 from slzo.utils.errors import SlzoError
@@ -62,19 +71,21 @@ class Rewards:
         """The largest possible reward if each function returns 0 to 1."""
         return sum(max(one.weight, 0.0) for one in self.functions)
 
-    def load(self) -> None:
-        """Load the functions.
+    def load(self) -> list[tuple[str, Sequence[str]]]:
+        """Load the functions; return the name of each with the columns that it requires.
 
         Raises:
             SlzoError: A function cannot be found.
         """
         if self._process is not None:
-            self._process.load()
-            return
-        try:
-            self._loaded = [load_function(one) for one in self.functions]
-        except RewardFailure as failure:
-            raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
+            required = self._process.load()
+        else:
+            try:
+                self._loaded = [load_function(one) for one in self.functions]
+            except RewardFailure as failure:
+                raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
+            required = [required_columns(*pair) for pair in zip(self.functions, self._loaded, strict=True)]
+        return [(one.function, columns) for one, columns in zip(self.functions, required, strict=True)]
 
     def __call__(self, answers: RewardInputs, all_or_none: bool = False) -> RewardResult:
         """Reward answers.

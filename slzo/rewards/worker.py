@@ -1,6 +1,7 @@
 """Main loop of the process that runs reward functions: it reads requests from a connection and writes replies to it.
 
-A message is a pickle. The first request is the list of functions; the others are answers to reward.
+A message is a pickle. The first request is the list of functions, and its reply the columns that each of them requires; the
+others are answers to reward.
 """
 
 import os
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from slzo.rewards.calls import RewardCall, RewardFailure, call, load_function
+from slzo.rewards.calls import RewardCall, RewardFailure, call, load_function, required_columns
 from slzo.rewards.registry import RewardFunction
 from slzo.utils.errors import Interrupted
 
@@ -32,6 +33,7 @@ def main(handle: int) -> None:
         try:
             if isinstance(request, list):
                 wanted, functions = request, [load_function(one) for one in request]
+                reply = [required_columns(*pair) for pair in zip(wanted, functions, strict=True)]
             else:
                 reply = [call(one, function, request) for one, function in zip(wanted, functions, strict=True)]
         except RewardFailure as failure:
