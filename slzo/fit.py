@@ -302,7 +302,14 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     """Do everything after the last step: score the best checkpoint, print the summary, write the run's files.
 
     Afterwards the model has its last weights again. Without a ``folder`` nothing is written. Returns the summary.
+
+    Raises:
+        SlzoError: No step had a finite loss, so nothing was trained.
     """
+    skipped = prepared.stepper.num_nonfinite
+    if skipped and skipped >= outcome.steps:
+        reason = prepared.stepper.problem or "the loss was infinite or NaN"
+        raise SlzoError(f"{reason}; none of the {skipped} steps was taken, so nothing was trained")
     first = rows.processes.rank == 0
     best = best_state(outcome.best, rows.processes)
     name = "last weights" if best is None else Path(str(outcome.best)).name
@@ -398,7 +405,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,
-        num_rows=len(test) if rows.reward is not None else sum(example.is_labelled for example in test),
+        num_rows=len(test) if metric.metric == "reward" else sum(example.is_labelled for example in test),
         requested_rows=rows.num_test,
         config=None if config is None else str(config),
         own_code=config is not None and bool(code_of(config)),

@@ -372,8 +372,12 @@ class TaskRows:
         needs_label = is_train and objective.needs_label
         kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
         if needs_label and not kept:
+            wanted = "give labelled rows"
+            if self.task.chat is not None and examples[0].messages:
+                role = examples[0].messages[-1].role
+                wanted = f"their last turn must be of 'assistant', and that of {examples[0].location} is of {role!r}"
             raise SlzoError(
-                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
+                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; {wanted}"
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")

@@ -18,6 +18,7 @@ from slzo.data.splits import draw_splits, split_off_test
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import Source, load_pair
+from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
@@ -235,6 +236,37 @@ def test_a_dev_split_of_its_own():
         "Left out 1 training rows that are also in the dev split.",
         "Took 19 of 30 training examples and 6 of 10 dev examples: there are no more usable rows.",
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [TALK[1], {**TALK[2], "tool_calls": [{"id": "1"}]}, *TALK[3:]]}, "turn 2 has tool_calls "),
+        ({"messages": [TALK[1], {**TALK[2], "weight": 0}, *TALK[3:]]}, "turn 2 has weight 0, which is not supported"),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, "field 'tools' is not supported"),
+        ({"messages": [TALK[1], {**TALK[2], "content": " "}, *TALK[3:]]}, "an earlier turn of the assistant is empty"),
+    ],
+)
+def test_what_would_be_trained_on_wrongly_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTask().example(row, "7")
+
+
+def test_a_system_prompt_may_be_the_developers():
+    talk = [{**TALK[0], "role": "developer"}, *TALK[1:]]
+    example = ChatTask(system="Be kind.").example({"messages": talk}, "7")
+    assert example.messages[0].role == "developer"
+
+
+def test_rows_without_an_answer_name_the_role(tmp_path, model_dir):
+    path = tmp_path / "talks.jsonl"
+    talks = ([{"role": "human", "content": f"Film {n}?"}, {"role": "gpt", "content": "great"}] for n in range(8))
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    rows = TaskRows(ChatTask(train_file=str(path)), tokenizer=str(model_dir), max_length=256, seed=0)
+    rows.setup("fit")
+    assert rows.rows("test")  # no answers are generated, which would need 256 tokens
+    with pytest.raises(SlzoError, match=r"their last turn must be of 'assistant', and that of example .* is of 'gpt'"):
+        rows.rows("train")
 
 
 def test_the_line_of_a_bad_row_is_named(tmp_path):

@@ -214,6 +214,39 @@ def test_a_missing_value_of_pandas_is_no_reference(tmp_path):
     assert references == [("a", "b"), ("a",), ("a", "c"), ("a", "d")]
 
 
+def test_a_field_of_further_answers_that_no_row_has_is_named(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"question": f"q{n}", "answer": "a", "more": "b"} for n in range(8)])
+    set_up(TemplateTask("{question}", answer_field="answer", references_field="moer", train_file=path))
+    assert "data.task.references_field 'moer': no row of " in capsys.readouterr().err
+    set_up(TemplateTask("{question}", answer_field="answer", references_field="more", train_file=path))
+    assert "references_field" not in capsys.readouterr().err
+
+
+def test_labels_that_are_true_and_false_or_floats(tmp_path):
+    for labels, values in (
+        (["false", "true"], [True, False]),
+        (["False", "True"], [True, False]),
+        ([0, 1], ["1.0", "0"]),
+    ):
+        rows = [{"text": "a", "mood": values[0]}, {"text": "b", "mood": values[1]}, {"text": "c", "mood": ""}]
+        path = write(tmp_path / "rows.jsonl", rows)
+        task = template(labels=labels, label_field="mood", train_file=path)
+        assert [example.gold for example in RowSource(task).read("train").examples] == [(1,), (0,), ()]
+
+
+def test_an_empty_answer_is_none(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "x"}])
+    tasks = (TemplateTask("{prompt}", answer_field="completion", train_file=path), ChatTask(train_file=path))
+    for task in tasks:
+        assert [example.gold for example in RowSource(task).read("train").examples] == [(), (0,)]
+
+
+def test_rewards_get_the_fields_as_they_were_read(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "word": "x"}])
+    source = RowSource(TemplateTask("{text}", answer_field="answer", train_file=path), columns=True)
+    assert dict(source.read_to_predict(path).examples[0].columns) == {"text": "a", "word": "x"}
+
+
 def test_sources_beside_a_tasks_own_files_are_named(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", rows_of(8))
     set_up(template(train_file=path), data_dir="other", hub_path="a/b")

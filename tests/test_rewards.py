@@ -56,6 +56,12 @@ def matches(prompts, completions, word):
 def raises(completions, **columns):
     if "b" in completions: raise ValueError("boom\\non two lines")
     return [0.5] * len(completions)
+def changes(completions, **columns):
+    completions[0] = "changed"
+    return [0.0] * len(completions)
+async def _later(): return [1.0]
+def wrong(completions, word):
+    return {"dict": {"0": 1}, "str": "1", "coroutine": _later(), "NoneType": None}[word[0]]
 def busy(completions, **columns):
     while "b" in completions: pass
     return [0.5] * len(completions)
@@ -92,7 +98,9 @@ def rewarded(name, *texts, **given):
         ("number_match", ["so 1,250.0", "12", "none"], {"references": [["#### 1250"], ["13"], ["1"]]}, [1, 0, 0]),
         ("regex", ["a1", "a"], {"pattern": r"\d"}, [1, 0]),
         ("regex", ["a1", "b"], {"pattern": ["a", "b."], "whole": True}, [0, 0]),
-        ("json_valid", ['{"a": 1}', "```json\n[1]\n```", "{a: 1}", ""], {}, [1, 1, 0, 0]),
+        ("json_valid", ['{"a": 1}', "```JSON\n[1]\n```", "{a: 1}", "", "NaN"], {}, [1, 1, 0, 0, 0]),
+        ("number_match", ["0", "104", "\N{MINUS SIGN}5"], {"references": [["0.04"], ["100"], ["-5"]]}, [0, 0, 1]),
+        ("number_match", ["0", "104"], {"references": [["0.04"], ["100"]], "tolerance": 0.05}, [0, 1]),
     ],
 )
 def test_built_in_rewards(name, texts, given, expected):
@@ -184,12 +192,16 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
 @pytest.mark.parametrize(
     ("function", "reason", "others"),
     [
-        ("raises", "raised ValueError: boom on two lines, at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("busy", "took longer than 0.6 s (timeout) and was stopped, at row 'row-b'", [0.5, math.nan, 0.5]),
+        ("raises", "raised ValueError: boom on two lines, line 23 of mine.py, at row 'row-b'", [0.5, math.nan, 0.5]),
+        (
+            "busy",
+            "took longer than 0.6 s (timeout) and was stopped, for 3 rows together, the first of which is 'row-a'",
+            [math.nan] * 3,
+        ),
         ("leaves", "ended the reward process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("huge", "returned 1e+308, which is above 1e+30 (with its weight 1), at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("nothing", "returned 'None', which is not a number, at row 'row-a'", [math.nan] * 3),
+        ("nothing", "returned None, at row 'row-a'", [math.nan] * 3),
         (
             "too_few",
             "returned 1 values for 3 answers, for 3 rows together, the first of which is 'row-a'",
@@ -204,7 +216,7 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     assert found.totals == pytest.approx(others, nan_ok=True)
     assert found.problems[0] == f"data.reward mine.py:{function}: {reason}"
     endings = [record.message.partition("; ")[2] for record in caplog.records]
-    together = function == "too_few"
+    together = function in ("too_few", "busy")
     assert endings == ["no row of this batch is counted" if together else "the row is not counted"] * len(endings)
     assert len(endings) == len(found.problems) == (3 if function == "nothing" else 1)
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
@@ -298,6 +310,7 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
             {"schema": "nope.json"},
             r"schema 'nope.json' cannot be used \(FileNotFoundError: .*\); correct it",
         ),
+        ("json_valid", {"schema": [1]}, r"schema \[1\] must be a JSON schema or the path"),
         ("json_valid", {"schema": {"type": "nope"}}, r"schema \{'type': 'nope'\} cannot be used \(SchemaError: "),
     ],
 )
@@ -311,9 +324,47 @@ def test_a_text_as_references_is_one_answer():
     assert Rewards("accuracy", in_process=True)(reward_inputs(["42"], [example])).totals == (1.0,)
 
 
-def test_a_row_without_references_has_its_accepted_answers():
-    examples = [Example("a", "What?", (), (), ("y",), columns={"references": given}) for given in (["x"], None)]
-    assert reward_inputs(["x", "y"], examples).columns["references"] == [["x"], ["y"]]
+def test_the_references_are_those_of_the_metric_or_the_field_of_rows_without_answers():
+    given = [(("y",), ["x"]), ((), ["x", 4]), ((), 4), ((), ""), ((), math.nan), ((), [])]
+    examples = [Example("a", "What?", (), (), answers, columns={"references": field}) for answers, field in given]
+    found = reward_inputs(["x"] * len(given), examples).columns["references"]
+    assert found == [["y"], ["x", "4"], ["4"], [], [], []]
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_none_of_one_of_several_functions_adds_nothing(folder, in_process):
+    found = Rewards(["mine.py:nothing", "mine.py:length"], in_process=in_process)(answers("aa"))
+    assert found.totals == (0.02,)
+    assert math.isnan(found.parts["nothing"][0])
+    assert not found.problems
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_function_that_changes_its_lists_does_not_affect_others(folder, in_process):
+    assert Rewards(["mine.py:changes", "mine.py:length"], in_process=in_process)(answers("aa")).parts["length"] == (
+        0.02,
+    )
+
+
+@pytest.mark.parametrize("kind", ["dict", "str", "coroutine", "NoneType"])
+def test_what_is_no_list_of_numbers_is_named(folder, kind):
+    problem = Rewards("mine.py:wrong", in_process=True)(answers("aa", word=[kind])).problems[0]
+    assert "mine.py:wrong: returned " in problem
+    assert "; return a list with a number for each answer" in problem
+
+
+def test_the_function_that_takes_too_long_is_named(folder):
+    problems = Rewards(["mine.py:length", "mine.py:busy"], timeout=0.5)(answers("b", "c")).problems
+    assert [problem.partition(": ")[0] for problem in problems] == ["data.reward mine.py:busy"]
+
+
+def test_a_file_may_import_one_beside_it(folder, monkeypatch):
+    (folder / "own").mkdir()
+    (folder / "own" / "beside.py").write_text("VALUE = 0.25")
+    (folder / "own" / "reward.py").write_text(
+        "import beside\ndef f(completions): return [beside.VALUE] * len(completions)"
+    )
+    assert Rewards("own/reward.py:f")(answers("a")).totals == (0.25,)
 
 
 @pytest.mark.parametrize(
@@ -445,9 +496,7 @@ def test_no_step_is_taken_when_a_reward_fails(folder, caplog):
     result = stepper.step(batch_of(), 0, torch.optim.SGD(tensors.masters, lr=1.0))
     assert not result.estimate.finite
     assert all(torch.equal(before[name], now) for name, now in tensors.named_masters().items())
-    assert result.report.problems == (
-        "data.reward mine.py:nothing: returned 'None', which is not a number, at row 'r0'",
-    )
+    assert result.report.problems == ("data.reward mine.py:nothing: returned None, at row 'r0'",)
     assert caplog.records[0].message.endswith("the step is not taken")
 
 
@@ -543,10 +592,15 @@ def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, options, end
     options = [*reward_options, "--data.reward=mine.py:nothing", "--record.test_before=false", *options]
     assert main(["fit", *options]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(
-        "slzo: error: data.reward mine.py:nothing: returned 'None', which is not a number, at row 'train-"
-    )
+    assert last.startswith("slzo: error: data.reward mine.py:nothing: returned None, at row 'train-")
     assert last.endswith(ending)
+
+
+def test_a_run_without_a_single_step_trained_nothing(reward_options, capfd):
+    assert main(["fit", *reward_options, "--data.reward=mine.py:nothing", "--guard.factor=null"]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("slzo: error: data.reward mine.py:nothing: returned None, at row 'train-")
+    assert last.endswith("none of the 4 steps was taken, so nothing was trained")
 
 
 def test_rewards_need_a_task_that_generates(sst2_options, capfd):

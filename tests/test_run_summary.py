@@ -13,6 +13,7 @@ from helpers import last_checkpoint, run_dir, summary
 from slzo import TaskDataModule, fit
 from slzo.__main__ import main
 from slzo.evaluation.bag_of_words import WordsReference
+from slzo.evaluation.held_out import HeldOutScores
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.report.history import History
@@ -307,6 +308,18 @@ def test_the_change_of_one_row_shows_nothing():
     assert (found["score_before"], found["score_after"]) == (1.0, 0.0)
     assert {found[name] for name in ("score_change", "score_standard_error", "verdict")} == {None}
     assert not found["doubtful"]
+
+
+def test_rewards_are_compared_on_the_rows_that_have_one_both_times():
+    before = HeldOutScores({"reward": 0.5}, {"a": 0.0, "b": 0.5, "c": 1.0})
+    after = HeldOutScores({"reward": 0.8}, {"b": 0.7, "c": 0.9})
+    found = summarized(before, after, "reward", num_rows=4)
+    assert (found["score_before"], found["score_after"], found["num_rows"]) == pytest.approx((0.75, 0.8, 2))
+    assert found["score_change"] == pytest.approx(0.05)
+    line = dict(lines_of(found))["Score"]
+    assert line.startswith(
+        "reward 0.7500 -> 0.8000 ± 0.1000 on 2 held-out rows (2 without a reward are left out); change"
+    )
 
 
 def lines_of(found, name=""):

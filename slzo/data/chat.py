@@ -127,7 +127,7 @@ class ChatEncoder(Encoder):
         """Return the turns of demonstrations, without their system prompts."""
         solved: list[Message] = []
         for shown in demonstrations:
-            solved += [turn for turn in shown.messages if turn.role != "system"]
+            solved += [turn for turn in shown.messages if not turn.is_system]
             solved.append(Message("assistant", _answer(shown)))
         return [_Turn(message, scored=False) for message in solved]
 
@@ -139,7 +139,7 @@ class ChatEncoder(Encoder):
         The turns of ``shown`` come after the system prompt. Without an answer, the tokens are those of the prompt alone.
         """
         own = [_Turn(message, scored=self.chat.turns == "all") for message in example.messages]
-        front = sum(turn.message.role == "system" for turn in own[:1])
+        front = sum(turn.message.is_system for turn in own[:1])
         try:
             ids, counts = self._longest((*own[:front], *shown, *own[front:]), answer, room)
         except ValueError as error:  # of the template
@@ -251,7 +251,7 @@ def _answer(example: Example) -> str:
 
 def _shorter_versions(turns: tuple[_Turn, ...]) -> list[tuple[_Turn, ...]]:
     """Return shorter versions of a conversation: without more and more of its oldest turns, then without its system prompt."""
-    system = turns[:1] if turns[0].message.role == "system" else ()
+    system = turns[:1] if turns[0].message.is_system else ()
     rest = turns[len(system) :]
     starts = [number for number, turn in enumerate(rest) if turn.message.role == "user" and number]
     last = rest[starts[-1] :] if starts else rest

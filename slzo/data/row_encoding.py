@@ -47,7 +47,7 @@ def encode_rows(
         try:
             prompt: tuple[int, ...] = ()
             if generates or not example.candidates:
-                prompt = encoder.encode_prompt(example, demonstrations, max_new_tokens)
+                prompt = encoder.encode_prompt(example, demonstrations, max_new_tokens if generates else 1)
             if example.candidates:
                 encoded = encoder.encode(example, first_key + place, demonstrations, only_gold)
             else:

@@ -13,7 +13,8 @@ from slzo.data.files import READERS, BadRows, PlacedRow, read_file
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, is_missing
+from slzo.utils.console import warn
 from slzo.utils.errors import RowError, SlzoError, shown
 from slzo.utils.hub import split_revision
 
@@ -95,6 +96,7 @@ class RowSource:
         examples: list[Example] = []
         places: dict[str, str] = {}
         empty: Counter[str] = Counter()
+        found: set[str] = set()
         for place, values in placed:
             position = len(examples) + len(bad.errors)  # bad rows count, so that other ids stay the same
             try:
@@ -107,8 +109,13 @@ class RowSource:
                 bad.add(RowError(f"{place}: {error}"))
                 continue
             places[example.id] = place
-            examples.append(replace(example, place=place, columns=values if self.columns else {}))
+            columns = _without_placeholders(self.task, values) if self.columns else {}
+            examples.append(replace(example, place=place, columns=columns))
             empty.update(_empty_fields(self.task, values))
+            found.update(values)
+        for option, name in self.task.optional_fields.items():
+            if examples and name not in found:
+                warn(f"{option} {name!r}: no row of {origin} has this field; correct it, or leave it out")
         if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
         notes = [
@@ -196,11 +203,12 @@ def _existing(file: str, option: str) -> Path:
 
 
 def _missing_labels(task: Task, values: Fields) -> dict[str, Any]:
-    return {
-        name: none
-        for name, none in task.no_label.items()
-        if values.get(name) in (None, "") or _is_nan(values.get(name))
-    }
+    return {name: none for name, none in task.no_label.items() if is_missing(values.get(name))}
+
+
+def _without_placeholders(task: Task, values: Fields) -> Fields:
+    """Return the fields of a row as it was read, without the values that stand for a missing label."""
+    return {name: value for name, value in values.items() if name not in task.no_label or value != task.no_label[name]}
 
 
 def _empty_fields(task: Task, values: Fields) -> list[str]:

@@ -261,12 +261,13 @@ class RunningScore:
         with warnings.catch_warnings():  # of torchmetrics, if there are no labels or no rows
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
             found, total, weight = self._metrics.compute(), self._loss.compute(), self._weight.compute()
+            means = [mean.compute() for mean in self._means]
         if weight > 0 or not self._means:  # rewarded rows need no gold answer
             found["loss"] = total / weight
         if "loss" in found and PERPLEXITY in self._extra:
             found[PERPLEXITY] = found["loss"].exp()
         if self._means:
-            reward, square, tokens = (mean.compute() for mean in self._means)
+            reward, square, tokens = means
             spread = (square - reward**2).clamp(min=0).sqrt()
             found |= {"reward": reward.float(), "reward_std": spread.float(), "answer_tokens": tokens.float()}
         return found

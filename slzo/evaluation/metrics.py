@@ -19,7 +19,7 @@ def row_score(metric: str, example: Example, prediction: int | str) -> float | N
 
     ``None`` for a row without a label, and for other metrics (MultiRC's answer_f1 and question_em, perplexity).
     """
-    if not (example.gold or example.references):
+    if not example.is_labelled:
         return None
     if isinstance(prediction, str):
         return None if metric == PERPLEXITY else answer_metric(metric, prediction, example.references)

@@ -5,6 +5,7 @@ from typing import Any
 
 from slzo.rewards.calls import RewardInputs
 from slzo.tasks.base import Example
+from slzo.tasks.fields import is_missing
 from slzo.utils.errors import SlzoError
 
 # columns that would hide the prompts and answers
@@ -15,8 +16,8 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
     """Convert answers to examples' prompts to what reward functions get.
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
-    texts. The columns are the rows' fields. ``references`` holds the accepted answers of rows without this field. A text in it
-    becomes a list of one.
+    texts. The columns are the rows' fields. ``references`` holds the accepted answers, or the field of this name in rows without
+    answers; a value in it that is no list becomes a list of one text.
     """
     columns: dict[str, list[Any]] = {
         name: [example.columns.get(name) for example in examples] for name in _column_names(examples)
@@ -59,6 +60,8 @@ def check_columns(required: Iterable[tuple[str, Sequence[str]]], examples: Seque
                         f"data.reward {function!r}: compares answers with references, and {missing} of {len(examples)} {split} "
                         "rows have none; give their answers in data.task.answer_field, or in a field references"
                     )
+            elif name in _RESERVED:
+                raise SlzoError(f"data.reward {function!r}: has an argument {name!r}; call it {name}s")
             elif name not in names:
                 raise SlzoError(
                     f"data.reward {function!r}: needs {name!r}, which is no field of the {split} rows (they have "
@@ -71,11 +74,12 @@ def _column_names(examples: Sequence[Example]) -> list[str]:
     return sorted({str(name) for example in examples for name in example.columns if name not in _RESERVED})
 
 
-def _references(example: Example) -> Any:
+def _references(example: Example) -> list[Any]:
     given = example.columns.get("references")
-    if given is None:
+    if example.references or is_missing(given):
         return list(example.references)
-    return [given] if isinstance(given, str) else given
+    values = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return [str(value) if isinstance(value, int | float) else value for value in values]
 
 
 def _is_conversation(example: Example) -> bool:

@@ -3,7 +3,9 @@
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from slzo.evaluation.bag_of_words import WordsReference
@@ -15,7 +17,10 @@ from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_c
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
     """Return the content of ``summary.json``, primitives only."""
-    metric = run.metric.metric
+    metric, num_rows = run.metric.metric, run.num_rows
+    if metric == "reward":
+        before, after = _on_rewarded_rows(before, after)
+        run = replace(run, num_rows=len(after.rows))
     scores_before = {} if before is None else before.metrics
     change = _change(run, before, after)
     outcome, history = run.outcome, run.outcome.history
@@ -26,6 +31,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     return {
         **run.figures,
         "num_rows": run.num_rows,
+        "unscored_rows": num_rows - run.num_rows,
         "dominant_layer": run.layer,
         "metric": metric,
         "score_before": scores_before.get(metric),
@@ -50,6 +56,19 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "best_checkpoint": outcome.best,
         "run_dir": run.folder,
     }
+
+
+def _on_rewarded_rows(before: HeldOutScores | None, after: HeldOutScores) -> tuple[HeldOutScores | None, HeldOutScores]:
+    """Return the rewards of the rows that have one both times; those at which a function failed have none."""
+    if before is None or before.rows.keys() == after.rows.keys():
+        return before, after
+    common = before.rows.keys() & after.rows.keys()
+
+    def restricted(scores: HeldOutScores) -> HeldOutScores:
+        rows = {name: value for name, value in scores.rows.items() if name in common}
+        return HeldOutScores({**scores.metrics, "reward": fmean(rows.values()) if rows else math.nan}, rows)
+
+    return restricted(before), restricted(after)
 
 
 def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> ScoreChange | None:
@@ -128,6 +147,8 @@ def _score(summary: Mapping[str, Any]) -> str:
     text += (
         f"{summary['score_after']:.4f}{_error(summary['score_standard_error'])} on {summary['num_rows']} held-out rows"
     )
+    if summary["unscored_rows"]:
+        text += f" ({summary['unscored_rows']} without a reward are left out)"
     if change is not None:
         text += f"; change {change:+.4f}{_error(summary['score_change_standard_error'])}"
     return f"{summary['metric']} {text}"

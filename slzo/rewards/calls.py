@@ -6,14 +6,14 @@ import inspect
 import math
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slzo.rewards.registry import REWARDS, RewardFunction
-from slzo.utils.class_paths import format_error, format_place
-from slzo.utils.errors import Interrupted
+from slzo.utils.class_paths import format_error, format_place, required_arguments
+from slzo.utils.errors import Interrupted, shown
 
 MAX_REWARD = 1e30
 """The largest weighted reward; sums of these still fit into float32."""
@@ -67,11 +67,12 @@ class RewardFailure(Exception):  # noqa: N818
         function: Name of the function.
         reason: What is wrong, or what it did as a phrase that begins with a verb.
         place: Index of the answer at which it failed; ``None`` if unknown.
+        timed_out: Whether it took too long.
     """
 
-    def __init__(self, function: str, reason: str, place: int | None = None) -> None:
-        super().__init__(function, reason, place)
-        self.function, self.reason, self.place = function, reason, place
+    def __init__(self, function: str, reason: str, place: int | None = None, timed_out: bool = False) -> None:
+        super().__init__(function, reason, place, timed_out)
+        self.function, self.reason, self.place, self.timed_out = function, reason, place, timed_out
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -98,6 +99,9 @@ def load_function(wanted: RewardCall) -> RewardFunction:
             check(wanted.arguments)
         except ValueError as error:
             raise RewardFailure(wanted.function, str(error)) from None
+        except Exception as error:  # the user's function may raise anything
+            reason = f"its check raised {format_error(error)}{format_place(error)}"
+            raise RewardFailure(wanted.function, reason) from error
     return function
 
 
@@ -117,7 +121,7 @@ def _find(name: str) -> RewardFunction:
 
 
 def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) -> list[float]:
-    """Call a reward function; return one number per answer.
+    """Call a reward function; return one number per answer, NaN where it returned ``None``.
 
     Raises:
         RewardFailure: The function raised, or returned something else.
@@ -126,15 +130,22 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
     given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **wanted.arguments}
     accepted = _accepted(function, given)
     try:
-        values = list(function(**{name: value for name, value in given.items() if name in accepted}))
+        returned: Any = function(**{name: value for name, value in given.items() if name in accepted})
+        values = None if isinstance(returned, str | bytes | Mapping | set) else _listed(returned)
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
-        raise RewardFailure(wanted.function, f"raised {format_error(error)}") from error
+        reason = f"raised {format_error(error)}{format_place(error)}"
+        raise RewardFailure(wanted.function, reason) from error
+    if values is None:
+        raise RewardFailure(wanted.function, f"returned {shown(returned)}; return a list with a number for each answer")
     if len(values) != len(answers.ids):
         raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers")
     numbers = []
     for place, value in enumerate(values):
+        if value is None:
+            numbers.append(math.nan)
+            continue
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -150,16 +161,18 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
     return numbers
 
 
+def _listed(returned: Any) -> list[Any] | None:
+    """Return the values that a function returned; ``None`` if they are none."""
+    return list(returned) if isinstance(returned, Iterable) else None
+
+
 def required_columns(wanted: RewardCall, function: RewardFunction) -> tuple[str, ...]:
     """Return the names of a function's arguments that fields of the rows must supply: those without a default."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return ()
     given = {"prompts", "completions", *wanted.arguments}
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [each.name for each in parameters if each.kind in by_name and each.default is each.empty]
-    return tuple(name for name in needed if name not in given)
+    try:
+        return tuple(name for name in required_arguments(function) if name not in given)
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return ()
 
 
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
@@ -184,6 +197,8 @@ def _run_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for modules beside it, as of a script
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -23,7 +23,7 @@ class RewardProcess:
 
     Args:
         functions: The functions to call.
-        timeout: Time limit of a call, in seconds, for all functions together.
+        timeout: Time limit of a call of one function, in seconds.
     """
 
     def __init__(self, functions: Sequence[RewardCall], timeout: float) -> None:
@@ -56,7 +56,8 @@ class RewardProcess:
             )
         self._stop = weakref.finalize(self, _kill, self._process, self._connection)
         try:
-            reply = self._ask(self.functions, _LOADING_SECONDS)
+            names = ", ".join(one.function for one in self.functions)
+            reply = self._ask(self.functions, _LOADING_SECONDS, names)
         except RewardFailure as failure:
             raise SlzoError(f"data.reward {failure.function}: {failure.reason} while its file was loaded") from None
         if isinstance(reply, RewardFailure):
@@ -72,8 +73,12 @@ class RewardProcess:
             RewardFailure: A function failed, ended the process or took too long; in the last two cases the process is gone.
             Interrupted: A function raised KeyboardInterrupt.
         """
+        return [self._reward(number, answers) for number in range(len(self.functions))]
+
+    def _reward(self, number: int, answers: RewardInputs) -> list[float]:
+        """Call one function."""
         self.load()
-        reply = self._ask(answers, self.timeout)
+        reply = self._ask((number, answers), self.timeout, self.functions[number].function)
         if isinstance(reply, RewardFailure):
             raise reply
         if isinstance(reply, int):
@@ -86,14 +91,16 @@ class RewardProcess:
             self._stop()
         self._process = self._connection = self._stop = None
 
-    def _ask(self, request: Any, limit: float) -> Any:
+    def _ask(self, request: Any, limit: float, function: str) -> Any:
+        """Send a request, and return the reply; ``function`` is who to blame if there is none."""
+        timed_out = False
         assert self._process is not None
         assert self._connection is not None
         try:
             self._connection.send_bytes(pickle.dumps((request, limit)))
             if self._connection.poll(min(limit, _LONGEST_WAIT)):
                 return pickle.loads(self._connection.recv_bytes())
-            reason = f"took longer than {limit:g} s (timeout) and was stopped"
+            reason, timed_out = f"took longer than {limit:g} s (timeout) and was stopped", True
         except (OSError, EOFError):
             try:
                 status = self._process.wait(timeout=10)
@@ -105,7 +112,7 @@ class RewardProcess:
             self.kill()
             raise
         self.kill()
-        raise RewardFailure(", ".join(one.function for one in self.functions), reason)
+        raise RewardFailure(function, reason, timed_out=timed_out)
 
 
 def _kill(process: "subprocess.Popen[bytes]", connection: "Connection[Any, Any]") -> None:

@@ -1,5 +1,6 @@
 """Reward answers with several weighted functions, and handle their failures."""
 
+import copy
 import logging
 import math
 import time
@@ -36,7 +37,7 @@ class RewardResult:
 
     Attributes:
         totals: Weighted sum of each answer; NaN if a function failed.
-        parts: Values of each function without weights, by its short name.
+        parts: Values of each function without weights, by its short name; NaN if it returned ``None`` or failed.
         problems: Messages about failures, one line each.
     """
 
@@ -88,21 +89,24 @@ class Rewards:
         return [(one.function, columns) for one, columns in zip(self.functions, required, strict=True)]
 
     def __call__(self, answers: RewardInputs, all_or_none: bool = False) -> RewardResult:
-        """Reward answers.
+        """Reward answers. Where one of several functions returns ``None``, it adds nothing to the sum.
 
         If a function fails at an answer, that answer is left out and the others are tried again. All are left out if it fails at
-        more than three, or at no answer alone; with ``all_or_none`` at the first failure. Each failure is logged as a warning of
-        one line.
+        more than three, or at no answer alone, or takes too long; with ``all_or_none`` at the first failure. Each failure is
+        logged as a warning of one line.
         """
         places = list(range(len(answers.ids)))
         values = [[math.nan] * len(places) for _ in self.functions]
+        totals = [math.nan] * len(places)
         problems: list[str] = []
         while places:
             part = answers.some(places)
             try:
                 found = self._call(part)
             except RewardFailure as failure:
-                place = failure.place if failure.place is not None else self._search(part)
+                place = failure.place
+                if place is None and not failure.timed_out:
+                    place = self._search(part)
                 problems.append(_message(failure, part, place))
                 if all_or_none or place is None or len(problems) > _MOST_LEFT_OUT:
                     outcome = "the step is not taken" if all_or_none else "no row of this batch is counted"
@@ -111,22 +115,27 @@ class Rewards:
                 _log.warning("%s; the row is not counted", problems[-1])
                 del places[place]
             else:
-                for of_function, new in zip(values, found, strict=True):
-                    for place, value in zip(places, new, strict=True):
+                for place, *row in zip(places, *found, strict=True):
+                    for of_function, value in zip(values, row, strict=True):
                         of_function[place] = value
+                    weighted = zip(self.functions, row, strict=True)
+                    totals[place] = sum(one.weight * value for one, value in weighted if not math.isnan(value))
                 break
-        totals = [
-            sum(w.weight * v for w, v in zip(self.functions, row, strict=True)) for row in zip(*values, strict=True)
-        ]
         parts = {name: tuple(of_function) for name, of_function in zip(self.names, values, strict=True)}
         return RewardResult(tuple(totals), parts, tuple(problems))
 
     def _call(self, answers: RewardInputs) -> list[list[float]]:
         if self._process is not None:
-            return self._process(answers)
-        if not self._loaded:
-            self.load()
-        return [call(one, function, answers) for one, function in zip(self.functions, self._loaded, strict=True)]
+            found = self._process(answers)
+        else:
+            if not self._loaded:
+                self.load()
+            pairs = zip(self.functions, self._loaded, strict=True)
+            found = [call(one, function, copy.deepcopy(answers)) for one, function in pairs]  # it may change its lists
+        for place, values in enumerate(zip(*found, strict=True)):
+            if all(map(math.isnan, values)):
+                raise RewardFailure(", ".join(one.function for one in self.functions), "returned None", place)
+        return found
 
     def _search(self, answers: RewardInputs) -> int | None:
         """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""
@@ -184,7 +193,7 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     short = [name.rpartition(":" if ":" in name else ".")[2] for name in names]
     found: list[str] = []
     for place, name in enumerate(short):
-        while name in found or name in short[:place]:
+        while name in (*found, "std") or name in short[:place]:  # reward_std is the standard deviation
             name = f"{name}_{place}"
         found.append(name)
     return tuple(found)

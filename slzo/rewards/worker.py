@@ -1,7 +1,7 @@
 """Main loop of the process that runs reward functions: it reads requests from a connection and writes replies to it.
 
-A message is a pickle. The first request is the list of functions, and its reply the columns that each of them requires; the
-others are answers to reward.
+A message is a pickle. The first request is the list of functions, and its reply the columns that each of them requires. The
+others are the number of a function and answers for it to reward.
 """
 
 import os
@@ -35,7 +35,8 @@ def main(handle: int) -> None:
                 wanted, functions = request, [load_function(one) for one in request]
                 reply = [required_columns(*pair) for pair in zip(wanted, functions, strict=True)]
             else:
-                reply = [call(one, function, request) for one, function in zip(wanted, functions, strict=True)]
+                number, answers = request
+                reply = call(wanted[number], functions[number], answers)
         except RewardFailure as failure:
             reply = failure
         except Interrupted as stop:

@@ -96,6 +96,7 @@ class Task(ABC):
         kind: Kind of the task, see :class:`Kind`.
         hub: Location of the rows on the Hub; ``None`` for a task without a Hub data set.
         fields: Row fields that :meth:`example` reads; a missing field is reported with file and row.
+        optional_fields: Fields that rows may lack, by the option that names them.
         metric: Name of the metric that summarizes a run.
         metrics: For a generation task: metrics of held-out rows, including ``metric``. All except ``perplexity`` need generated
             answers.
@@ -114,6 +115,7 @@ class Task(ABC):
     kind: Kind
     hub: HubSource | None = None
     fields: tuple[str, ...] = ()
+    optional_fields: Mapping[str, str] = MappingProxyType({})
     metric: str = "accuracy"
     metrics: tuple[str, ...] = ("f1", "exact_match")
     stop: tuple[str, ...] = ("\n",)

@@ -8,7 +8,7 @@ Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 
 from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
 from slzo.utils.errors import SlzoError, shown
 
@@ -76,10 +76,14 @@ class ChatTask(Task):
         turns, answer = _turns(row)
         if not turns:
             raise ValueError("the answer has no turn before it; begin with a user turn")
-        if turns[-1].role in ("system", "assistant"):
+        if turns[-1].is_system or turns[-1].role == "assistant":
             raise ValueError(f"the turn before the answer has role {turns[-1].role}; it must be a user turn")
-        if not any(turn.content.strip() for turn in turns if turn.role != "system"):
+        if not any(turn.content.strip() for turn in turns if not turn.is_system):
             raise ValueError("the user turn is empty; give it some text")
+        if self.turns == "all" and any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
+            raise ValueError(
+                "an earlier turn of the assistant is empty; give it some text, or use data.task.turns last"
+            )
         if answer is not None and not answer.strip():
             raise ValueError("the answer is empty; give it some text, or leave it out")
         turns = self.chat.with_system(turns)
@@ -91,10 +95,12 @@ class ChatTask(Task):
 
 def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
     """Return the turns before the answer, and the answer if there is one."""
+    if row.get("tools"):
+        raise ValueError("field 'tools' is not supported; leave it out, or leave out the row")
     if row.get("messages") is not None:
         return _split_off_answer(read_messages(row["messages"], "messages"))
     if row.get("prompt") is not None:
-        prompt, answer = row["prompt"], row.get("completion")
+        prompt, answer = row["prompt"], None if is_missing(row.get("completion")) else row["completion"]
         turns = (Message("user", prompt),) if isinstance(prompt, str) else read_messages(prompt, "prompt")
         if answer is None or isinstance(answer, str):
             return turns, answer
@@ -102,7 +108,7 @@ def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
     if row.get("instruction") is not None:
         instruction, context, answer = (_text(row, name) for name in ("instruction", "input", "output"))
         prompt = instruction if not context.strip() else f"{instruction}\n\n{context}"
-        return (Message("user", prompt),), answer if row.get("output") is not None else None
+        return (Message("user", prompt),), None if is_missing(row.get("output")) else answer
     present = ", ".join(str(name) for name, value in row.items() if value is not None)
     raise ValueError(f"field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has {present}")
 

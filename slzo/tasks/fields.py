@@ -1,5 +1,6 @@
 """Read single fields of a row; errors name the field and its value."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,11 @@ from slzo.utils.errors import shown
 
 Fields = Mapping[str, Any]
 """The fields of a row by name, as the Hub calls them."""
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field has no value: ``None``, an empty cell, or the NaN that pandas writes for one."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:

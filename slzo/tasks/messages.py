@@ -8,6 +8,8 @@ from slzo.utils.errors import shown
 
 Turns = Literal["all", "last"]
 
+SYSTEM_ROLES = ("system", "developer")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -20,6 +22,11 @@ class Message:
 
     role: str
     content: str
+
+    @property
+    def is_system(self) -> bool:
+        """Whether it is the system prompt."""
+        return self.role in SYSTEM_ROLES
 
     def to_dict(self) -> dict[str, str]:
         """Return the dictionary that templates and reward functions expect."""
@@ -43,7 +50,7 @@ class ChatFormat:
 
     def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
         """Return the turns of a conversation, with the system prompt if they have none."""
-        if self.system is None or turns[0].role == "system":
+        if self.system is None or turns[0].is_system:
             return turns
         return (Message("system", self.system), *turns)
 
@@ -51,7 +58,7 @@ class ChatFormat:
 def read_messages(value: object, name: str) -> tuple[Message, ...]:
     """Read the turns in a field of a row: a list of objects with role and content.
 
-    A content may be a list of parts, as for vision-language models; only their texts are used.
+    A content may be a list of parts with texts.
 
     Raises:
         ValueError: If the value has another form; the message names field and turn.
@@ -63,6 +70,11 @@ def read_messages(value: object, name: str) -> tuple[Message, ...]:
 
 def _message(turn: object, where: str) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+    for name, value in turn.items() if isinstance(turn, Mapping) else ():
+        if (name in ("tool_calls", "function_call") and value) or (name == "weight" and value == 0):
+            raise ValueError(
+                f"field {where} has {name} {shown(value)}, which is not supported; leave out the row or this part"
+            )
     if isinstance(content, Sequence) and not isinstance(content, str):
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None

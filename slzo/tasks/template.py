@@ -4,13 +4,14 @@ Source: ``train_file`` (and ``dev_file``, ``test_file``). Prompt: a template wit
 over the candidates, or the ``metrics`` of generated answers, by default token F1.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from string import Formatter
 
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, is_missing
 from slzo.utils.errors import SlzoError, shown
 
 
@@ -98,6 +99,8 @@ class TemplateTask(Task):
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
             self.no_label = {label_field: ""}
+        if references_field is not None:
+            self.optional_fields = {"data.task.references_field": references_field}
         needed = (*self._in_prompt, answer_field if given else label_field, id_field)
         self.fields = tuple(field for field in needed if field is not None)
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
@@ -114,12 +117,8 @@ class TemplateTask(Task):
         """Return the accepted answers, the one to train on first; empty if the row has no such field."""
         answers: tuple[str, ...] = ()
         for field in (self.answer_field, self.references_field):
-            if field is None or row.get(field) is None:
-                continue
-            # an empty cell, or the NaN that pandas writes for one
-            if field == self.references_field and (row[field] == "" or row[field] != row[field]):
-                continue
-            answers += _answers(row[field], field)
+            if field is not None and not is_missing(row.get(field)):
+                answers += _answer_texts(row[field], field)
         for end in self.stop:
             if any(end in answer.strip() for answer in answers):
                 raise ValueError(
@@ -131,10 +130,11 @@ class TemplateTask(Task):
         if isinstance(label, float) and label.is_integer():  # Parquet files made with pandas
             label = int(label)
         if isinstance(label, str | int):
-            key = str(label).strip()
-            if key in self._index_of:
-                return (self._index_of[key],)
-            if key in ("-1", ""):
+            text = json.dumps(label) if isinstance(label, bool) else str(label).strip()
+            for key in (text, text.removesuffix(".0"), str(label)):  # pandas writes 1.0 in columns with gaps
+                if key in self._index_of:
+                    return (self._index_of[key],)
+            if text in ("-1", "-1.0", ""):
                 return ()
         raise ValueError(f"field {self.label_field!r} is {shown(label)}; it must be one of {', '.join(self._index_of)}")
 
@@ -161,8 +161,8 @@ def _fields_of(prompt: str) -> tuple[str, ...]:
 def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) -> dict[str, int]:
     if len(candidates) < 2:
         raise SlzoError(
-            f"data.task.candidates {list(candidates)}: give at least two answer texts, or data.task.answer_field to"
-            " generate answers"
+            f"data.task.candidates {list(candidates)}: give at least two answer texts; for generated answers,"
+            " data.task.answer_field, or without answers data.task.max_new_tokens and a data.reward"
         )
     texts = [candidate.strip() for candidate in candidates]
     if not all(texts):
@@ -191,7 +191,7 @@ def _as_text(value: object, field: str) -> str:
     raise ValueError(f"field {field!r} is {shown(value)}; it must be text or a number")
 
 
-def _answers(value: object, field: str) -> tuple[str, ...]:
+def _answer_texts(value: object, field: str) -> tuple[str, ...]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     answers = tuple(_as_text(item, field) for item in values)
     if not all(answer.strip() for answer in answers):

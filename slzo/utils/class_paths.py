@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def import_failure(path: str, only_module: bool = False) -> str:
@@ -18,7 +20,10 @@ def import_failure(path: str, only_module: bool = False) -> str:
 
 def format_error(error: BaseException) -> str:
     """Return class and message of an error, on one line."""
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    try:
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+    except Exception:  # an error of the user's own class
+        message = "no message"
     return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
 
 
@@ -37,8 +42,8 @@ def format_place(error: BaseException) -> str:
     return f", line {frames[-1].lineno} of {_short(frames[-1].filename)}" if frames else ""
 
 
-def required_arguments(kind: type) -> list[str]:
-    """Return the names of a class's arguments that have no default."""
+def required_arguments(kind: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments of a class or function that have no default."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(kind).parameters.values()
     return [each.name for each in parameters if each.kind in named and each.default is each.empty]

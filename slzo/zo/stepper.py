@@ -106,6 +106,7 @@ class Stepper:
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
         nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.
+        problem: Why the last of them had none, if the loss said so; else empty.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Stepper:
         self.known = dict(known or {})
         self.num_evaluations: float = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self.nonfinite_in_row = 0
+        self.problem = ""
 
     def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
         """Return the loss over the rows of all processes; ``batch`` has those of this one, on the model's device.
@@ -266,11 +268,12 @@ class Stepper:
             return
         self.num_nonfinite += 1
         self.nonfinite_in_row += 1
+        self.problem = next(iter(report.problems), "")
         if self.nonfinite_in_row < self.max_nonfinite:
             return
-        if report.problems:
+        if self.problem:
             raise SlzoError(
-                f"{report.problems[0]}; no step was taken {self.nonfinite_in_row} times in a row (model.max_nonfinite)"
+                f"{self.problem}; no step was taken {self.nonfinite_in_row} times in a row (model.max_nonfinite)"
             )
         raise SlzoError(
             f"training diverged: the loss was infinite or NaN {self.nonfinite_in_row} steps in a row, the last at step "

@@ -10,7 +10,7 @@ from typing import Any
 from slzo.rewards.answers import text_of
 from slzo.utils.class_paths import format_error
 
-_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
+_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL | re.IGNORECASE)
 
 
 def json_valid(
@@ -30,8 +30,10 @@ def json_valid(
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError if the schema for all rows cannot be used."""
     schema = arguments.get("schema")
-    if not isinstance(schema, str | Mapping):
+    if schema is None:
         return
+    if not isinstance(schema, str | Mapping):
+        raise ValueError(f"schema {schema!r} must be a JSON schema or the path of a file with one; correct it")
     try:
         _validator(schema if isinstance(schema, str) else json.dumps(schema))
     except ImportError as error:
@@ -46,12 +48,16 @@ json_valid.check = _check  # type: ignore[attr-defined]  # for slzo.rewards.call
 def _score(text: str, schema: Mapping[str, Any] | str | None, partial: float) -> float:
     fenced = _FENCED.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return 0.0
     if schema is None:
         return 1.0
     return 1.0 if _validator(schema if isinstance(schema, str) else json.dumps(schema)).is_valid(value) else partial
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")  # Python's own parser takes NaN and Infinity
 
 
 @cache

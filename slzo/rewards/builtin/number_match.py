@@ -13,7 +13,9 @@ _NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+
 def number_match(
     completions: Sequence[Any], references: Sequence[Sequence[str]], tolerance: float = 1e-6
 ) -> list[float]:
-    """1 if the last number in the answer is the last one of a reference, up to a relative ``tolerance``, else 0.
+    """1 if the last number in the answer is the last one of a reference, else 0.
+
+    ``tolerance`` is relative to the larger of the two.
 
     Commas within a number are taken for thousands: "The total is 1,250." matches "#### 1250".
     """
@@ -23,12 +25,12 @@ def number_match(
 
 def last_number(text: str) -> float | None:
     """Return the last number in a text; ``None`` if there is none."""
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _matches(number: float | None, references: Sequence[str], tolerance: float) -> bool:
     expected = [last_number(text) for text in references]
     return number is not None and any(
-        each is not None and math.isclose(number, each, rel_tol=tolerance, abs_tol=tolerance) for each in expected
+        each is not None and math.isclose(number, each, rel_tol=tolerance) for each in expected
     )

@@ -28,8 +28,9 @@ class Reward(Objective):
     whose reward is above that of the others to the same row. SPSA compares the rewards at two points of the weights.
 
     A function has TRL's signature, f(prompts, completions, **columns) -> list[float]; columns are the row's other fields, and
-    references, the accepted answers. The functions run in a separate process. If one raises an error, does not return a finite
-    number for each answer, ends its process or takes too long, it is reported with the row, and the step is not taken.
+    references, the accepted answers. Where one of several returns None, it adds nothing. The functions run in a separate
+    process. If one raises an error, does not return a finite number or None for each answer, ends its process or takes too
+    long, it is reported with the row, and the step is not taken.
 
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
@@ -39,7 +40,7 @@ class Reward(Objective):
             rows get the likeliest tokens, so answers far from these teach little.
         samples: Answers per training row; more than one needs a temperature above 0. Left out, 4 for a policy gradient and 1
             otherwise.
-        timeout: Seconds that a call of the functions may take.
+        timeout: Seconds that a call of a function may take.
         in_process: Call the functions in this process, without a time limit.
         best: The largest possible reward, which lr auto and the guard measure the distance to; left out, the sum of the
             weights above 0, for functions that return 0 to 1.
@@ -131,8 +132,8 @@ def _summarized(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequ
         values = {"reward": statistics.fmean(totals), "reward_std": statistics.pstdev(totals)}
         values["answer_tokens"] = statistics.fmean(num_tokens)
         if len(rewarded.parts) > 1:
-            values |= {
-                f"reward_{name}": statistics.fmean(rewards[number] for number in numbers)
-                for name, rewards in rewarded.parts.items()
-            }
+            for name, rewards in rewarded.parts.items():
+                found = [rewards[number] for number in numbers if not math.isnan(rewards[number])]
+                if found:  # none where the function always returned None
+                    values[f"reward_{name}"] = statistics.fmean(found)
     return LossReport(values, rewarded.problems)
