@@ -144,6 +144,7 @@ def test_the_command_line_refuses_in_one_line(plain, capsys, args, expected):
 
 
 def test_a_run_cannot_be_replayed(plain, capsys):
+    Path("config.yaml").write_text("seed_everything: 0")
     error = error_line(capsys, "replay", *plain, "--run=.")
     assert re.search(
         r"model\.estimator LayerOutputPerturbation.*: uses a derivative, so there is no log of losses", error

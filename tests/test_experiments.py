@@ -16,9 +16,9 @@ from slzo.__main__ import main
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.data.batch import eval_batch
-from slzo.experiments import layer_trials, sweep
+from slzo.experiments import layer_trials, store
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore
+from slzo.experiments.store import CellStore, complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
@@ -258,7 +258,7 @@ def test_a_sweep_writes_table_json_picture_and_a_verdict(options, capsys):
     assert content["plan"]["layers"] == [1, 3]
     assert Path("swept/sweep.png").stat().st_size > 10_000
     assert "<svg" in Path("swept/sweep.svg").read_text(encoding="utf-8")
-    assert "cells left" in output
+    assert " left, about " in output
     assert not Path("runs").exists()
 
 
@@ -346,14 +346,16 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--seconds=0"], r"seconds 0.0: give a number above 0"),
         (["--seconds=.inf"], r"seconds inf: give a number above 0"),
         (["--model.scope=AllParameters"], r"model\.scope: a sweep varies the dominant layer"),
-        (["--lrs=[1e-3]", "--layers=[1]"], r"lrs, eps: compare .*leave out layers, seconds and"),
-        (["--lrs=[1e-3]", "--directions=40"], r"lrs, eps: compare .*leave out layers, seconds and"),
+        (["--lrs=[1e-3]", "--layers=[1]"], r"layers \[1\]: leave it out, as lrs and eps compare rates in one layer"),
+        (["--lrs=[1e-3]", "--directions=40"], r"directions 40: leave it out, as lrs and eps"),
+        (["--steps=0", "--layers=[1]"], r"steps 0: trains no layer, so leave out layers and seconds"),
+        (["--steps=0", "--model.eps=1e25"], r"model.eps 1e\+25: the loss of layer 0 is not finite at this distance"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
     ],
 )
 def test_bad_sweep_options(options, capsys, extra, message):
     assert re.match(rf"slzo: error: {message}", error_line(capsys, "sweep", *options, "--output=swept", *extra))
-    assert not Path("swept").exists()
+    assert not list(Path().glob("swept/cells/*.json"))
 
 
 @pytest.mark.pictures
@@ -416,23 +418,24 @@ def test_a_folder_that_another_process_works_in_keeps_its_settings(tmp_path):
         with pytest.raises(SlzoError, match="eps: 1 -> 2"):
             CellStore(tmp_path / "s", {"eps": 2})
     CellStore(tmp_path / "s", {"eps": 2})
+    with pytest.raises(SlzoError, match="eps: 2 -> 1"), store.claim("x"):  # it was overtaken before its first cell
+        pass
 
 
-def test_the_time_left_is_that_of_the_cells_before(monkeypatch, capsys, tmp_path):
-    """After 5 s and 11 s, without the cell that another process has done."""
-    now, store = [100.0], CellStore(tmp_path / "s", {})
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+def test_the_time_left_is_at_the_pace_of_all_processes(monkeypatch, capsys, tmp_path):
+    """After 6 s and 12 s, in the first of which another process has also done a cell."""
+    now, folder = [100.0], CellStore(tmp_path / "s", {})
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
 
     def measure(seconds):
         now[0] += seconds
-        store.save("other", {})
+        folder.save("other", {})
         return {"mean": 1.0, "standard_error": 0.5, "directions": 20}
 
-    sweep._complete(
-        store, {name: partial(measure, s) for name, s in {"a": 5.0, "b": 11.0, "other": 1.0, "c": 2.0}.items()}
-    )
+    cells = {name: partial(measure, s) for name, s in {"a": 6.0, "b": 12.0, "other": 1.0, "c": 2.0}.items()}
+    complete_cells(folder, cells, "dev loss")
     ends = [line.partition("(")[2] for line in capsys.readouterr().out.splitlines()]
-    assert ends == ["2 cells left, about 10 s)", "1 cells left, about 8 s)", "done)"]
+    assert ends == ["2 left, about 6 s)", "1 left, about 6 s)", "done)"]
 
 
 def curve(*points):
@@ -475,7 +478,7 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
     assert "layer, 2, has the lowest dev loss, 0.43 +- 0.01; layer 1 has 0.5, from one seed" in curves_verdict(
         curves, plan, 2
     )
-    assert "the chosen layer, 3, diverged or was not trained." in curves_verdict(curves, plan, 3)
+    assert "the chosen layer, 3, diverged or was not among those trained." in curves_verdict(curves, plan, 3)
 
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
@@ -496,7 +499,11 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
         ([row(2, 0.5), row(11, 0.4, True)], ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 7.1 standard"]),
         ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
         ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),
-        ([row(2, diverged=1), row(11, None, True, diverged=1)], ["Every training diverged", "slzo sweep --lrs auto"]),
+        ([row(2, diverged=1), row(11, None, True, diverged=1)], ["In every layer a training diverged", "with --lrs auto"]),
+        ([row(2, 0.5, diverged=1), row(11, 0.4, True), row(12, 0.1)],
+         ["The chosen layer, 11, has the lowest dev loss", "layer 12 has", "Left out, as trainings diverged: layer 2."]),
+        ([row(2, 0.0), row(11, -0.1, True)], ["No layer lowered the dev loss; the best, layer 2, did not change it."]),
+        ([row(2, sensitivity=0.0), row(11, None, True, sensitivity=0.0)], ["No direction changed the loss: give a larger"]),
         ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1."]),
         ([row(2), row(11)], ["chooses no layer"]),
         ([row(2, sensitivity=1.2), row(11, None, True), row(12, sensitivity=0.5)],
@@ -508,11 +515,16 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
     ],
 )  # fmt: skip
 def test_verdicts(rows, parts):
-    found = verdict(rows)
+    found = verdict(rows, SweepPlan(None, 20, (0,), 20), {})
     assert [part for part in parts if part not in found] == [], found
 
 
 # ---- the sweep over learning rates -----------------------------------------------------------------------------------------
+
+
+def test_a_given_layer_is_the_one_that_others_are_compared_with(options, capsys):
+    assert main(["sweep", *options, *SWEEP, "--layers=[1,2]", "--model.layer=2"]) == 0
+    assert re.search(r"the chosen layer, 2,", capsys.readouterr().out, re.IGNORECASE)
 
 
 def test_a_sweep_over_rates_recommends_one_and_goes_on(options, capsys, monkeypatch):

@@ -166,8 +166,10 @@ def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
     tokenizer.save_pretrained(own)
     settings = json.loads((own / "generation_config.json").read_text()) | {"temperature": 0.3, "top_k": 7}
     (own / "generation_config.json").write_text(json.dumps(settings))  # without do_sample, which a save refuses
+    (own / "preprocessor_config.json").write_text('{"size": 4}')  # as of a model with image input
     best = run(f"--model.model={own}")
     assert main(["export", f"--ckpt_path={best}", "--output=merged"]) == 0
+    assert Path("merged/preprocessor_config.json").read_text() == '{"size": 4}'
     assert main(["export", f"--ckpt_path={best}", "--output=delta", "--format=delta"]) == 0
     merged, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("merged", own))
     assert not torch.equal(merged(IDS).logits, base(IDS).logits)

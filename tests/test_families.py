@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, random_example, tiny_model, tuned, tuned_layer
+from helpers import error_line, last_checkpoint, packed_prompts, random_example, tiny_model, tuned, tuned_layer
 from transformers import AutoConfig
 
 import family_table
@@ -35,6 +35,7 @@ from slzo.zo.scopes import (
     ScopeContext,
     SmallestWeights,
 )
+from slzo.zo.scopes.linear_maps import linears, mlp_output
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 from tiny import make_tokenizer
@@ -69,6 +70,43 @@ def test_a_wrong_model_does_not_get_into_the_table(monkeypatch):
     monkeypatch.setattr(family_table, "split_and_verify", lambda model, **_: ModelParts(model, onednn=False))
     with pytest.raises(AssertionError, match=r"lfm2: accepted, but its logits are wrong by \d"):
         family_table.verdict_of("lfm2")
+
+
+@pytest.mark.parametrize(
+    "scope", [LayerScope(), LayerScope("mlp"), LoRA(2), LoRA(2, layers="all"), ActivationSubspace(2)]
+)
+def test_a_layer_that_shares_tensors_with_others_is_refused(scope):
+    """As in Zamba2: the loss of the layers between them would be wrong, and a merged layer would change the others."""
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    with pytest.raises(
+        SlzoError, match=r"model.layer \d: has tensors in common with layers \d; tune a layer without such"
+    ):
+        TunedModel.from_scope(ModelParts(model), scope, 2)
+    TunedModel.from_scope(ModelParts(model), LayerScope(), 3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("gemma4_text", "mlp.down_proj"),
+        ("falcon_h1", "feed_forward.down_proj"),
+        ("bamba", "feed_forward.down_proj"),
+        ("mamba", None),
+    ],
+)
+def test_the_output_of_the_mlp_is_not_that_of_another_module(model_type, expected):
+    parts = ModelParts(family_table.tiny_model(model_type), packed=False)
+    found = mlp_output(parts, linears(parts, 1))
+    assert (found and found.path) == expected
+
+
+def test_a_map_that_no_layer_runs_is_named():
+    parts = ModelParts(family_table.tiny_model("mamba"), packed=False)
+    with pytest.raises(
+        SlzoError, match=r"model.scope: the model does not run .*layers.1.mixer.* once for each token, so"
+    ):
+        TunedModel.from_scope(parts, ActivationSubspace(2), 1, prompts=packed_prompts)
 
 
 # ---- the start-up check ----------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slzo.models import gguf_folder
-from slzo.models.load import load_model
+from slzo.models.load import load_model, load_tokenizer
+from slzo.models.original_weights import OriginalWeights
 from slzo.models.shape import model_shape
 from slzo.utils.errors import SlzoError
+from tiny import make_tokenizer
 
 TENSOR = "model.layers.2.mlp.up_proj.weight"
 
@@ -159,3 +161,47 @@ def test_the_plan_of_a_broken_config_names_its_entry(folder):
     change_config(folder, hidden_act="nope")
     with pytest.raises(SlzoError, match=r"no model can be made .*: hidden_act 'nope' is not known .*; correct its"):
         model_shape(str(folder))
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": null}}', "{"])
+def test_a_damaged_index_is_one_line(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert OriginalWeights(str(folder), "").dtype is None
+    with pytest.raises(SlzoError, match="cannot be loaded"):
+        load_model(str(folder))
+
+
+def test_a_damaged_shard_is_one_line(folder, sst2_options, capsys):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "a.safetensors", {"format": "pt"})
+    (folder / "b.safetensors").write_bytes(b"x" * 100)
+    files = {name: f"{'b' if name == TENSOR else 'a'}.safetensors" for name in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert OriginalWeights(str(folder), "").dtype == torch.float32
+    options = [*sst2_options, f"--model.model={folder}", "--model.layer=1", "--trainer.max_steps=1"]
+    assert "slzo: error: model.model" in error_line(capsys, "fit", *options)
+
+
+def test_weights_that_are_nan_are_named(folder, sst2_options, capsys):
+    change_weights(folder, **{TENSOR: load_file(folder / "model.safetensors")[TENSOR] * torch.nan})
+    line = error_line(capsys, "fit", *sst2_options, f"--model.model={folder}", "--model.layer=1")
+    assert "the logits of a plain forward pass are infinite or NaN; its weights may be damaged" in line
+
+
+def test_an_unknown_quantization_and_a_folder_that_is_no_model_are_named(folder):
+    change_config(folder, quantization_config={"quant_method": "foo"})
+    with pytest.raises(SlzoError, match="transformers does not know its quantization 'foo'"):
+        load_model(str(folder))
+    (folder / "config.json").rename(folder / "slzo.json")
+    with pytest.raises(SlzoError, match="the folder has an adapter or a delta, not a whole model; give its base model"):
+        load_model(str(folder))
+
+
+def test_a_folder_with_a_tokenizer_alone_is_a_tokenizer(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(make_tokenizer())
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(SlzoError, match="it has no tokenizer files"):
+        load_tokenizer(str(tmp_path))

@@ -164,7 +164,8 @@ def test_differentiating_estimators_have_no_log(fit, capsys):
     [
         (["--run=nowhere"], "run 'nowhere': no such folder"),
         (["--run="], "run '': no such folder"),
-        (["--run=empty"], "its zo_log is missing"),
+        (["--run=empty"], "run 'empty': not the folder of a run; give one such as runs/version_0"),
+        (["--run=unlogged"], "its zo_log is missing"),
         (["--run=foreign"], "was not written by slzo"),
         (["--run=later"], "has format 2"),
         (["--run=short", "--step=9"], "step 9: the log of 'short' has 0 steps"),
@@ -175,6 +176,8 @@ def test_what_cannot_be_replayed_is_one_line(options, more, message, capsys):
         Path(name).mkdir()
         if text is not None:
             (Path(name) / "zo_log").write_text(text)
+    Path("unlogged").mkdir()
+    Path("unlogged/config.yaml").write_text("seed_everything: 0")
     Path("short").mkdir()
     StepLogWriter(Path("short/zo_log"), StepLog({})).close()
     assert message in error_line(capsys, "replay", *options, *more)

@@ -176,7 +176,7 @@ WITHIN = ScoreChange("accuracy", 0.5, 0.51, 0.02, True)
 FELL = ScoreChange("accuracy", 0.5, 0.4, 0.02, True)
 
 
-SEARCH = "slzo sweep --config run/config.yaml --lrs auto  # "
+SEARCH = "slzo sweep --config run/config.yaml --model.layer 3 --output run/rates --lrs auto  # "
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_the_next_command_fits_the_case(change, dev, expected):
 
 def test_what_several_processes_cannot_do_is_suggested_for_one():
     facts, one = replace(FACTS, processes=2), "--trainer.strategy auto --model.parallel rows"
-    assert f"{one}  #" in next_command(WITHIN, losses(0.6, 0.6), facts)
+    assert f"{one} --lrs auto  #" in next_command(WITHIN, losses(0.6, 0.6), facts)
     assert f"{one}  #" in next_command(FELL, losses(0.6, 0.5), facts)
     assert one not in next_command(WITHIN, losses(0.6, 0.5), facts)
 
@@ -219,7 +219,8 @@ def test_a_run_that_made_it_worse_says_so_first(options, capsys):
     assert "Compare    largest class 0.5000, bag of words 1.0000 (TF-IDF and logistic regression)" in lines
     assert lines[-4:-1] == [f"Next       {found['next']}", f"{'':11}{found['first_order']}", found["ahead"]]
     command = shlex.split(found["next"], comments=True)
-    assert command == ["slzo", "sweep", "--config", "runs/version_0/config.yaml", "--lrs", "auto"]
+    of_run = ["--config", "runs/version_0/config.yaml", "--model.layer", "0", "--output", "runs/version_0/rates"]
+    assert command == ["slzo", "sweep", *of_run, "--lrs", "auto"]
     assert main([*command[1:-1], "[1e-3]", "--steps=1"]) == 0
 
 
@@ -420,5 +421,5 @@ def test_in_python_the_hint_is_what_to_do_without_a_command(config, monkeypatch)
     reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
     found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)
     in_python = f"ZOModule(optimizer=...)  # {reason}", f"ZOModule(estimator=Backprop())  # {more}"
-    expected = (f"slzo sweep --config {config} --lrs auto  # {reason}", FIRST_ORDER) if config else in_python
+    expected = (f"{SEARCH}{reason}", FIRST_ORDER) if config else in_python
     assert (found["next"], found["first_order"]) == expected

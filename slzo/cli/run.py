@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 
 from slzo.cli.given import one_word_each
@@ -32,8 +33,12 @@ def run_command(name: str, args: Sequence[str]) -> None:
 def _run(command: Command, words: Sequence[str]) -> None:
     if words and not (first := words[0]).startswith("-") and not command.words:
         is_config = first in shipped_configs() or Path(first).suffix in (".yaml", ".yml")
-        option = "ckpt_path" if os.path.exists(first) and not is_config else "config"  # noqa: PTH110  any text
-        raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {first}")
+        option, value = "config", first
+        if os.path.exists(first) and not is_config:  # noqa: PTH110  any text
+            takes = signature(command_function(command)).parameters
+            option = next((name for name in ("ckpt_path", "run") if name in takes), "config")
+            value = str(Path(first) / "config.yaml") if option == "config" and Path(first).is_dir() else first
+        raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {value}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
     if command.runs_model:

@@ -16,6 +16,8 @@ from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import disk_errors
 from slzo.zo.profile import OutlierProfile
+from slzo.zo.scopes.base import check_layer
+from slzo.zo.selection import Choice
 
 
 def sweep(
@@ -57,12 +59,18 @@ def sweep(
     finds_rates = lrs is not None or eps is not None
     if app.trainer.world_size > 1:
         raise SlzoError(
-            f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
+            f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and a sweep runs each training on one "
+            "device; set both to 1"
         )
     if finds_rates:
-        if any(option is not None for option in (layers, seconds, directions)):
-            raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and directions")
+        of_layers = {"layers": layers, "seconds": seconds, "directions": directions}
+        if given := [name for name, value in of_layers.items() if value is not None]:
+            raise SlzoError(
+                f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
+            )
         check_rates(lrs, eps, steps, own_seeds, options.estimator)
+    if steps == 0 and (layers is not None or seconds is not None):
+        raise SlzoError("steps 0: trains no layer, so leave out layers and seconds, or give steps")
     plan = SweepPlan(
         None if layers is None else tuple(layers),
         steps,
@@ -87,7 +95,11 @@ def sweep(
             assert run.profiler is not None
             found = profile_model(parts, rows, run.profiler)
             try:
-                choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
+                if options.layer is None:
+                    choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
+                else:
+                    check_layer(options.layer, parts.num_layers, "model.layer")
+                    choice = Choice(options.layer, "set by model.layer")
             except SlzoError as error:
                 say(f"{format_profile(found)}\n{error}")
                 return found

@@ -24,6 +24,7 @@ from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.task_rows import TaskRows
 from slzo.timing import measure_times, spaced_batches
 from slzo.training import auto_rate, make_stepper, measure_step, tune, uses_auto
+from slzo.utils.errors import SlzoError
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
@@ -256,6 +257,11 @@ class LayerTrials(Trials):
                 z = model.tensors.draw(seed, 0, query)
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
                 slopes.append(abs(high - low) / (2 * eps))
+                if not math.isfinite(slopes[-1]):
+                    raise SlzoError(
+                        f"model.eps {eps:g}: the loss of layer {layer} is not finite at this distance; give a smaller one, or "
+                        "directions 0 to measure no sensitivity"
+                    )
                 error = standard_error(slopes)
                 enough = error is not None and error < _MAX_ERROR * statistics.fmean(slopes)
                 if enough and len(slopes) >= _LEAST_DIRECTIONS:
@@ -269,9 +275,11 @@ class LayerTrials(Trials):
         """
         options, rows = self.options, self.rows
         data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
+        reward = {} if rows.reward is None else {"reward code": rows.reward.rewards.code_hash()}
         return {
             **options.flat(),
             **rows.task_settings,
+            **reward,
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
             "batch_size": rows.batch_size,

@@ -9,6 +9,7 @@ from torch import Tensor
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.find import REPLAYED
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
+from slzo.report.run_files import CONFIG_FILE
 from slzo.task_rows import TaskRows
 from slzo.training import load_parts, restore, restored_rate
 from slzo.utils.console import say
@@ -47,6 +48,8 @@ def replay_run(
     folder = Path(run).expanduser()
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
+    if not any((folder / name).exists() for name in (CONFIG_FILE, NAME)):
+        raise SlzoError(f"run {run!r}: not the folder of a run; give one such as runs/version_0")
     options.check_objective(rows.objective)
     if not options.estimator.uses_points:
         raise SlzoError(

@@ -9,8 +9,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from slzo.report.forecast import duration
+from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import PARTIAL, read_json, write_json
+from slzo.utils.files import PARTIAL, expanded, read_json, write_json
 from slzo.utils.settings import differences
 
 _SETTINGS_FILE = "settings.json"
@@ -30,14 +32,11 @@ class CellStore:
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(expanded(folder))
+        self._settings = settings = json.loads(json.dumps(settings))
         path = self.folder / _SETTINGS_FILE
-        settings = json.loads(json.dumps(settings))
-        if path.is_file() and self._is_used() and (changes := differences(read_json(path, _REMOVE), settings)):
-            raise SlzoError(
-                f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
-                "the settings, rows and weights of before"
-            )
+        if path.is_file() and self._is_used():
+            self._check_settings()
         # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
         if any(file.suffix != PARTIAL for file in files) and not path.is_file():
@@ -52,6 +51,14 @@ class CellStore:
             raise SlzoError(
                 f"output {str(self.folder)!r}: cannot be written ({error.strerror}); give another folder"
             ) from error
+
+    def _check_settings(self) -> None:
+        """Raise SlzoError if the folder holds results of other settings."""
+        if changes := differences(read_json(self.folder / _SETTINGS_FILE, _REMOVE), self._settings):
+            raise SlzoError(
+                f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
+                "the settings, rows and weights of before"
+            )
 
     def _is_used(self) -> bool:
         """Return whether a cell is finished, or a process works on one."""
@@ -72,6 +79,9 @@ class CellStore:
         """Lock a cell and yield whether the caller should compute it: it is not finished and no other process works on it.
 
         The operating system releases the lock of a killed process.
+
+        Raises:
+            SlzoError: A process with other settings has started in the folder since.
         """
         lock = FileLock(self._path(name).with_suffix(".lock"))
         try:
@@ -80,6 +90,7 @@ class CellStore:
             yield False
             return
         try:
+            self._check_settings()
             yield self.result(name) is None
         finally:
             lock.release()
@@ -108,6 +119,27 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
+
+
+def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:
+    """Compute cells of one kind; report each of them, and the time for the others at the pace of all processes so far."""
+
+    def num_left() -> int:
+        return sum(store.result(name) is None for name in cells)
+
+    started, at_start = time.monotonic(), num_left()
+
+    def report(name: str, result: Mapping[str, Any]) -> None:
+        if "scores" in result:
+            last = result["scores"][-1]
+            found = result["diverged"] or f"{loss} {last['loss']:.4f}, metric {last['metric']:.4f}"
+        else:
+            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
+        left = num_left()
+        seconds = left * (time.monotonic() - started) / max(1, at_start - left)
+        say(f"{name}: {found} ({f'{left} left, about {duration(seconds)}' if left else 'done'})")
+
+    store.complete(cells, report)
 
 
 def _is_locked(path: Path) -> bool:

@@ -1,18 +1,15 @@
 """Train each decoder layer with the same seeds for the same steps, or the same time, and compare it with the chosen layer."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore
+from slzo.experiments.store import CellStore, complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import (
-    curves_verdict,
     format_rows,
     layer_curves,
     layer_results,
@@ -20,7 +17,6 @@ from slzo.experiments.sweep_report import (
     verdict,
     write_sweep,
 )
-from slzo.report.forecast import duration
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
@@ -48,13 +44,11 @@ def sweep_layers(
         return
     rows = layer_results(store, plan, profile)
     curves = seed_curves(store, plan)
-    if plan.seconds is not None and curves:
-        sentence = curves_verdict(curves, plan, profile.dominant_layer, profile.title)
-    else:
-        sentence = verdict(rows, profile.title)
+    loss = trials.rows.selection_metric.description.rstrip(",")
+    sentence = verdict(rows, plan, curves, profile.title, loss)
     title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
-    write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title)
-    say(format_rows(rows))
+    write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title, loss)
+    say(format_rows(rows, "dev loss" if trials.rows.selection_metric.best is None else "distance"))
     say(f"\n{sentence}\nFiles      {store.folder}")
 
 
@@ -67,23 +61,8 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
+    loss = trials.rows.selection_metric.description.rstrip(",")
     measured = range(trials.parts.num_layers if plan.directions else 0)
-    _complete(store, {plan.sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured})
+    complete_cells(store, {plan.sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}, loss)
     trials.clear_prefix()  # the sensitivities used few rows, and the trainings begin at a lower layer again
-    _complete(store, {plan.training_cell(*training): partial(train, *training) for training in plan.trainings})
-
-
-def _complete(store: CellStore, cells: Mapping[str, Callable[[], Any]]) -> None:
-    """Compute cells of one kind; report each of them, and the time for the others at the mean time of those before."""
-    started, done = time.monotonic(), count(1)
-
-    def report(name: str, result: Mapping[str, Any]) -> None:
-        if "scores" in result:
-            last = result["scores"][-1]
-            found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
-        else:
-            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
-        left, each = sum(store.result(other) is None for other in cells), (time.monotonic() - started) / next(done)
-        say(f"{name}: {found} ({f'{left} cells left, about {duration(left * each)}' if left else 'done'})")
-
-    store.complete(cells, report)
+    complete_cells(store, {plan.training_cell(*each): partial(train, *each) for each in plan.trainings}, loss)

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, Literal
 
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore
+from slzo.experiments.store import CellStore, complete_cells
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
@@ -61,11 +61,13 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
         SlzoError: The folder holds other results.
     """
     settings = trials.settings() | {"steps": plan.steps, "layer": layer}
-    store = CellStore(output or f"{trials.default_folder()}-rates", settings)
-    tried, before = search(trials, store, plan, layer)
+    own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
+    store = CellStore(output or f"{trials.default_folder()}-rates", settings | own)
+    loss = trials.rows.selection_metric.description.rstrip(",")
+    tried, before = search(trials, store, plan, layer, loss)
     if is_worker():
         return
-    best, words = recommend(tried, before)
+    best, words = recommend(tried, before, loss)
     content = {
         "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},
         "reason": words,
@@ -121,8 +123,10 @@ def plan_rates(
     return RatePlan(tuple(sorted(set(rates))), sizes, steps, tuple(dict.fromkeys(seeds)))
 
 
-def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None) -> tuple[list[RateResult], float]:
-    """Run the trials that are not finished, smallest eps and learning rate first.
+def search(
+    trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None, what: str = "dev loss"
+) -> tuple[list[RateResult], float]:
+    """Run the trials that are not finished, smallest eps and learning rate first; ``what`` is what the loss is called.
 
     Returns:
         The result of each pair, and the dev loss before training.
@@ -134,7 +138,8 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
     def name_of(eps: float | None, lr: float, seed: int) -> str:
         return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"
 
-    store.complete({name_of(*cell): partial(train, *cell) for cell in product(plan.eps, plan.lrs, plan.seeds)})
+    cells = product(plan.eps, plan.lrs, plan.seeds)
+    complete_cells(store, {name_of(*cell): partial(train, *cell) for cell in cells}, what)
     found = []
     for eps, lr in product(plan.eps, plan.lrs):
         done = [Trial.from_dict(store.result(name_of(eps, lr, seed))) for seed in plan.seeds]
@@ -142,16 +147,17 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
         loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)
         found.append(RateResult(lr, eps, loss, metric, diverged))
-        result = f"diverged: {diverged}" if diverged else f"dev loss {loss:.4f}, metric {metric:.4f}"
+        result = f"diverged: {diverged}" if diverged else f"{what} {loss:.4f}, metric {metric:.4f}"
         say(f"lr {lr:.3g}{'' if eps is None else f', eps {eps:.3g}'}: {result}")
     return found, done[0].scores[0].loss
 
 
-def recommend(tried: Sequence[RateResult], before: float) -> tuple[RateResult | None, str]:
+def recommend(tried: Sequence[RateResult], before: float, what: str = "dev loss") -> tuple[RateResult | None, str]:
     """Return the pair to use, and the reason in words.
 
     The pair with the lowest dev loss wins. The reason says so if its rate is at an edge of the grid. There is no recommendation
-    if no pair improved on ``before``, the dev loss before training, by a share of at least ``MIN_PROGRESS``.
+    if no pair improved on ``before``, the dev loss before training, by a share of at least ``MIN_PROGRESS``. ``what`` is what the
+    loss is called.
     """
     good = [pair for pair in tried if not pair.diverged]
     if not good:
@@ -160,11 +166,11 @@ def recommend(tried: Sequence[RateResult], before: float) -> tuple[RateResult | 
     best = min(good, key=lambda pair: pair.loss)
     if best.loss > before - MIN_PROGRESS * abs(before):
         return None, (
-            f"No rate lowered the dev loss of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
+            f"No rate lowered the {what} of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
             "rates or more steps."
         )
     eps = "" if best.eps is None else f" and eps {best.eps:.3g}"
-    words = f"Use lr {best.lr:.3g}{eps}: dev loss {before:.4f} -> {best.loss:.4f}."
+    words = f"Use lr {best.lr:.3g}{eps}: {what} {before:.4f} -> {best.loss:.4f}."
     rates = sorted({pair.lr for pair in tried})
     if len(rates) > 1 and best.lr == rates[-1]:
         words += " It is the largest rate of the grid: larger ones may be better still."

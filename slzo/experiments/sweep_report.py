@@ -75,8 +75,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
         rows.append(
             LayerResult(
                 layer=layer,
-                sensitivity=found.get("mean", math.nan),
-                sensitivity_se=found.get("standard_error", math.nan),
+                sensitivity=_number(found.get("mean")),
+                sensitivity_se=_number(found.get("standard_error")),
                 outlier_ratio=measured.ratio,
                 seeds=len(trials),
                 loss_before=trials[0].scores[0].loss if trials else None,
@@ -94,39 +94,69 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     return rows
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def verdict(rows: Sequence[LayerResult], chosen: str = "chosen layer") -> str:
-    """Return a sentence that says whether the layer that the profile chose, called ``chosen``, wins, and how clearly."""
-    trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None}
+def verdict(
+    rows: Sequence[LayerResult],
+    plan: SweepPlan,
+    curves: Mapping[int, Sequence[Sequence[Score]]],
+    chosen: str = "chosen layer",
+    loss: str = "dev loss",
+) -> str:
+    """Return sentences that say whether the chosen layer wins, and how clearly.
+
+    Layers of which a training diverged are left out.
+
+    Args:
+        rows: The results of all layers.
+        plan: Options of the sweep.
+        curves: The curves of each layer, one per seed; compared if the sweep is also one for a time.
+        chosen: What the layer is called that the profile or the user chose.
+        loss: What the loss is called.
+    """
+    trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None and not row.diverged}
     dominant = next((row.layer for row in rows if row.dominant), None)
     if not trained and any(row.diverged for row in rows):
-        return "Every training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
+        return (
+            "In every layer a training diverged: lower the learning rate (this command with --lrs auto tries several)."
+        )
     if not trained:
         measured = {row.layer: (row.sensitivity, row.sensitivity_se) for row in rows}
+        if not any(value for value, _ in measured.values()):
+            return "No direction changed the loss: give a larger model.eps. No layer was trained."
         return f"{_compared('the highest sensitivity', measured, dominant, chosen, highest=True)} No layer was trained."
-    if all((row.gain or 0) <= 0 for row in rows):
-        best = max((row for row in rows if row.gain is not None), key=lambda row: row.gain or 0)
+    unstable = [row for row in rows if row.diverged]
+    note = (
+        f" Left out, as trainings diverged: {', '.join(f'layer {row.layer}' for row in unstable)}." if unstable else ""
+    )
+    gains = {row.layer: row.gain or 0.0 for row in rows if row.layer in trained}
+    best = max(gains, key=gains.__getitem__)
+    if gains[best] <= 0:
+        how = f"raised it by {-gains[best]:.4g}" if gains[best] else "did not change it"
         return (
-            f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4g}. Try other "
-            "learning rates (slzo sweep --lrs auto) or more steps."
+            f"No layer lowered the {loss}; the best, layer {best}, {how}. Try other learning rates (this command with "
+            f"--lrs auto) or more steps.{note}"
         )
-    return _compared("the lowest dev loss", trained, dominant, chosen)
+    if plan.seconds is None:
+        return f"{_compared(f'the lowest {loss}', trained, dominant, chosen)}{note}"
+    stable = {layer: curves[layer] for layer in trained}
+    return f"{curves_verdict(stable, plan, dominant, chosen, loss)}{note}"
 
 
 def curves_verdict(
-    curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, dominant: int | None, chosen: str = "chosen layer"
+    curves: Mapping[int, Sequence[Sequence[Score]]],
+    plan: SweepPlan,
+    dominant: int | None,
+    chosen: str = "chosen layer",
+    what: str = "dev loss",
 ) -> str:
-    """Return two sentences: which layer has reached the lowest dev loss in the same steps, and which in the same time.
-
-    Args:
-        curves: The curves of each layer, one per seed.
-        plan: Options of the sweep.
-        dominant: The layer of the profile's rule; ``None`` if it found none.
-        chosen: What this layer is called.
-    """
+    """Return two sentences: which layer has reached the lowest loss in the same steps, and which in the same time."""
     assert plan.seconds is not None
 
     def sentence(place: Callable[[Score], float], length: float, unit: str) -> str:
@@ -135,7 +165,7 @@ def curves_verdict(
             for layer, of_seeds in curves.items()
         }
         found = {layer: (statistics.fmean(of_seeds), standard_error(of_seeds)) for layer, of_seeds in losses.items()}
-        return f"In {length:g} {unit}: {_compared('the lowest dev loss', found, dominant, chosen)}"
+        return f"In {length:g} {unit}: {_compared(f'the lowest {what}', found, dominant, chosen)}"
 
     return f"{sentence(lambda score: score.step, plan.steps, 'steps')} {sentence(lambda score: score.seconds, plan.seconds, 's')}"
 
@@ -160,12 +190,14 @@ def _compared(
     if dominant is None:
         return f"{start}; the profile chooses no layer."
     if dominant not in found:
-        return f"{start}; {names[dominant]} diverged or was not trained."
+        return f"{start}; {names[dominant]} diverged or was not among those trained."
     if not others:
         return f"{start}; no other was compared."
     rival = others[0] if best == dominant else dominant
     (value, error), (behind, other_error) = found[best], found[rival]
-    if error is None or other_error is None:
+    if value == behind:
+        how_sure = "the same"
+    elif error is None or other_error is None:
         how_sure = "from one seed, so without a standard error"
     else:
         errors = in_errors(abs(value - behind), math.hypot(error, other_error))
@@ -177,16 +209,17 @@ def _measured(value: float, error: float | None) -> str:
     return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
 
 
-def format_rows(rows: Sequence[LayerResult]) -> str:
-    """Format the results as a table."""
-    lines = ["layer  sensitivity (se)      outlier ratio    dev loss    metric  |proj. grad|"]
+def format_rows(rows: Sequence[LayerResult], loss: str = "dev loss") -> str:
+    """Format the results as a table; ``loss`` is the head of its column, at most 10 characters."""
+    lines = [f"layer  sensitivity (se)      outlier ratio  {loss:>10s}    metric  |proj. grad|"]
     for row in rows:
         trained = "         -         -             -"
         if row.loss is not None:
             trained = f"{row.loss:10.4f}{row.metric:10.4f}{row.mean_abs_projected_grad:14.4g}"
         elif row.diverged:
             trained = "  diverged         -             -"
-        mark = "  <- dominant" if row.dominant else ""
+        mark = f"  {row.diverged} of {row.seeds} diverged" if row.diverged and row.loss is not None else ""
+        mark += "  <- dominant" if row.dominant else ""
         sensitivity = (
             "-".rjust(11) if math.isnan(row.sensitivity) else f"{row.sensitivity:11.4g} ({row.sensitivity_se:.2g})"
         )
@@ -202,8 +235,9 @@ def write_sweep(
     sentence: str,
     curves: Mapping[int, Sequence[Score]],
     title: str,
+    loss: str = "dev loss",
 ) -> None:
-    """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg."""
+    """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg; ``loss`` is what the loss is called."""
     names = [field.name for field in fields(LayerResult)]
     with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -212,6 +246,7 @@ def write_sweep(
         writer.writerows({k: "" if v is None or v != v else v for k, v in asdict(row).items()} for row in rows)
     content: dict[str, Any] = {
         "verdict": sentence,
+        "loss": loss,
         "plan": asdict(plan),
         "settings": settings,
         "torch": str(torch.__version__),
@@ -222,9 +257,9 @@ def write_sweep(
     chosen = next((row.layer for row in rows if row.dominant), None)
     seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, bars: standard errors"
     below = f"{plan.steps} steps, {seeds}" if plan.trainings else "before training, bars: standard errors"
-    save(sweep_picture(content["layers"], title, below), folder, "sweep")
+    save(sweep_picture(content["layers"], title, below, loss), folder, "sweep")
     if plan.seconds is not None and curves:
-        save(sweep_curves_picture(content["curves"], title, chosen), folder, "sweep_curves")
+        save(sweep_curves_picture(content["curves"], title, chosen, loss), folder, "sweep_curves")
 
 
 def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Score]]]:

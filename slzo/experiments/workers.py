@@ -1,8 +1,11 @@
 """More processes for the cells of an experiment: the same command several times, on one folder of results."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,10 +35,14 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
         raise SlzoError(
             f"workers {number}: each worker needs a core of its own, and there are {cores}; give 1 to {cores}"
         )
+    if is_worker():
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if number == 1 or is_worker():
         yield
         return
-    threads, visible = cores // number, os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(cores // number, int(wanted) if wanted.isdecimal() and int(wanted) else cores)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = visible.split(",") if visible else [str(card) for card in range(torch.cuda.device_count())]
     started = []
     for worker in range(1, number):
@@ -58,3 +65,10 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
             process.terminate()
         for process in started:
             process.wait()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when the process that started it is gone, which alone reports the results."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -15,6 +15,8 @@ from slzo.utils.files import library_disk_errors
 from slzo.zo.tuned_model import TunedModel
 
 _GENERATION = "generation_config.json"
+# of models with image input
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
@@ -41,8 +43,9 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     with library_disk_errors():
         save_model(model, folder)
         tokenizer.save_pretrained(folder)
-    if original.is_file():
-        (folder / _GENERATION).write_bytes(original.read_bytes())
+    for name in (_GENERATION, *_PROCESSORS):
+        if (file := original.with_name(name)).is_file():
+            (folder / name).write_bytes(file.read_bytes())
 
 
 def load_code(facts: Facts) -> str:

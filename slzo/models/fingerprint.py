@@ -75,8 +75,9 @@ class Fingerprint:
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
 
     def short_hash(self) -> str:
-        """Return one short hash of the weights, to compare processes or results."""
-        return hashlib.sha256(" ".join([*self.sample.values(), *self.tuned.values()]).encode()).hexdigest()[:12]
+        """Return one short hash of config and weights, to compare processes or results."""
+        parts = [json.dumps(self.config, sort_keys=True), *self.sample.values(), *self.tuned.values()]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
     def with_tuned(self, tensors: Mapping[str, Tensor]) -> Self:
         """Add the model's tensors that are tuned, before they change."""

@@ -60,9 +60,10 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
     if not (folder / "config.json").is_file():
         if tokenizer_only and (folder / "tokenizer_config.json").is_file():
             return str(folder)
-        raise SlzoError(
-            f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
-        )
+        what = "the folder has no config.json; give a folder written by save_pretrained"
+        if any((folder / file).is_file() for file in ("adapter_config.json", "slzo.json")):
+            what = "the folder has an adapter or a delta, not a whole model; give its base model, or export with --format merged"
+        raise SlzoError(f"model.model {name!r}: {what}")
     check_config_file(name, folder / "config.json")
     return str(folder)
 
@@ -149,7 +150,7 @@ def load_model(
     }
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
-        _check_quantized(name, method_of_config(stored), quantization)
+        _check_quantized(name, stored, quantization)
     elif quantization is not None:
         kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
     if stored is not None or quantization is not None:
@@ -170,11 +171,18 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check_quantized(name: str, method: str, quantization: Any) -> None:
-    """Check that a quantized model is not quantized again and that its package is installed."""
+def _check_quantized(name: str, stored: Any, quantization: Any) -> None:
+    """Check that transformers can load a quantized model, and that it is not quantized again."""
+    from transformers.quantizers import AutoHfQuantizer  # loads packages that few models need
+
+    method = method_of_config(stored)
     if quantization is not None:
         raise SlzoError(
             f"model.quantization {quantization!r}: model {name!r} is already quantized ({method}); leave the option out"
+        )
+    if not AutoHfQuantizer.supports_quant_method(stored if isinstance(stored, dict) else stored.to_dict()):
+        raise SlzoError(
+            f"model.model {name!r}: transformers does not know its quantization {method!r}; give another model"
         )
     missing = missing_package(method)
     if missing is not None:

@@ -69,6 +69,8 @@ def reason_of(error: Exception, config: PretrainedConfig | None = None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
+    if lines[0].startswith("Couldn't instantiate the backend tokenizer"):
+        return "it has no tokenizer files, or needs sentencepiece or tiktoken"
     if isinstance(error, StrictDataclassError):  # the first line names the check, the last the reason
         return f"config.json: {lines[-1].partition(': ')[2]}"
     return lines[0] if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {lines[0]}"

@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -33,9 +35,9 @@ class OriginalWeights:
             path = self._files.get(known)
             if path is None:
                 continue
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(known)
-            if tensor.shape == shape and tensor.dtype in _DTYPES.values():
+            with _opened(path) as file:
+                tensor = None if file is None else file.get_tensor(known)
+            if tensor is not None and tensor.shape == shape and tensor.dtype in _DTYPES.values():
                 return tensor
         return None
 
@@ -49,8 +51,8 @@ class OriginalWeights:
         """Type of the largest tensor, read from the file headers; ``None`` if there are no files."""
         largest, dtype = 0, None
         for path in set(self._files.values()):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dictionary)
+            with _opened(path) as file:
+                for name in () if file is None else file.keys():
                     part = file.get_slice(name)
                     size = math.prod(part.get_shape())
                     if size > largest:
@@ -77,7 +79,7 @@ class OriginalWeights:
                 return {}
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):  # loading will report it
             return {}
 
     def _path(self, name: str) -> str | None:
@@ -86,3 +88,15 @@ class OriginalWeights:
             return str(path) if (path := Path(self.source, name)).is_file() else None
         found = try_to_load_from_cache(self.source, name)
         return found if isinstance(found, str) else None
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Open a safetensors file; ``None`` if it is damaged, which loading the model will report."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError):
+        yield None
+        return
+    with file as opened:
+        yield opened

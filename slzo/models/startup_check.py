@@ -69,6 +69,11 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
         raise
     except Exception as failure:  # the code of a model may raise any
         raise refusal(model, f"a plain forward pass failed ({one_line(failure)})") from failure
+    if not expected.isfinite().all():
+        raise SlzoError(
+            "model.model: the logits of a plain forward pass are infinite or NaN; its weights may be damaged, or too large for "
+            f"model.dtype {str(model.dtype).removeprefix('torch.')}"
+        )
     twin = _Twin(model)
     cause: Exception | None = None
     reason = ""

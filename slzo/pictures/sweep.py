@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str = "") -> Figure:
+def sweep_picture(
+    rows: Sequence[Mapping[str, Any]], title: str = "", below: str = "", loss: str = "dev loss"
+) -> Figure:
     """Draw sensitivity, outlier ratio and gain by layer with standard errors, and mark the chosen layer.
 
     Args:
         rows: Rows as under ``layers`` in ``sweep.json``.
         title: Title of the picture.
         below: Line below the title.
+        loss: What the loss is called.
     """
     figure = new_figure(8, 8, title, below)
     axes = figure.subplots(3, sharex=True)
@@ -36,7 +39,7 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str
             at, gains = [row["layer"] for row in repeated], [row["gain"] for row in repeated]
             axes[2].errorbar(at, gains, [row["loss_se"] for row in repeated], fmt="none", color="black", capsize=3)
     chosen = next((row["layer"] for row in rows if row["dominant"]), None)
-    names = ("|L+ - L-| / (2 eps)", "outlier ratio max / median", "gain: dev loss before - after")
+    names = ("|L+ - L-| / (2 eps)", "outlier ratio max / median", f"gain: {loss} before - after")
     for axis, name in zip(axes, names, strict=True):
         if chosen is not None:
             axis.axvline(chosen, color=RED, linewidth=6, alpha=0.25, label=f"chosen layer {chosen}")
@@ -48,7 +51,10 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str
 
 
 def sweep_curves_picture(
-    curves: Mapping[int, Sequence[Mapping[str, Any]]], title: str = "", chosen: int | None = None
+    curves: Mapping[int, Sequence[Mapping[str, Any]]],
+    title: str = "",
+    chosen: int | None = None,
+    loss: str = "dev loss",
 ) -> Figure:
     """Draw the dev loss of each trained layer over steps and over seconds; the chosen layer's lines are thicker.
 
@@ -56,6 +62,7 @@ def sweep_curves_picture(
         curves: Scores by layer, as in ``sweep.json``.
         title: Title of the picture.
         chosen: The chosen layer; ``None`` if there is none.
+        loss: What the loss is called.
     """
     figure = new_figure(11, 4.8, title)
     steps, seconds = figure.subplots(1, 2, sharey=True)
@@ -67,7 +74,7 @@ def sweep_curves_picture(
         steps.plot([max(1, score["step"]) for score in curve], losses, label=label, **style)
         seconds.plot([score["seconds"] for score in curve], losses, **style)
     steps.set_xscale("log")
-    style_axis(steps, "steps", "dev loss", whole=False)
+    style_axis(steps, "steps", loss, whole=False)
     style_axis(seconds, "training seconds", "", whole=False)
     steps.legend(fontsize=8, ncols=2, frameon=False)
     return figure

@@ -13,7 +13,10 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
     lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
     """
-    search = _command("sweep", run, "--lrs", "auto", *_one_process(run), python="ZOModule(optimizer=...)")
+    layer = () if run.layer is None else ("--model.layer", str(run.layer))
+    output = () if run.folder is None else ("--output", f"{run.folder}/rates")
+    options = (*layer, *output, *_one_process(run), "--lrs", "auto")
+    search = _command("sweep", run, *options, python="ZOModule(optimizer=...)")
     if losses is None:
         return f"{search}  # too few validations to find the reason: compares learning rates"
     if losses.rose:

@@ -81,6 +81,17 @@ def split_name(name: str) -> tuple[str, str]:
     return where, attribute
 
 
+def code_file(name: str) -> Path | None:
+    """Return the file of a function; ``None`` if it is built in or has none."""
+    if name in REWARDS:
+        return None
+    where, _ = split_name(name)
+    if where.endswith(".py"):
+        return Path(where).expanduser()
+    found = importlib.util.find_spec(where)
+    return None if found is None or not found.has_location else Path(str(found.origin))
+
+
 def load_function(wanted: RewardCall) -> RewardFunction:
     """Find a reward function, and check that it takes the arguments of the config.
 

@@ -1,6 +1,7 @@
 """Reward answers with several weighted functions, and handle their failures."""
 
 import copy
+import hashlib
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from slzo.rewards.calls import (
     RewardFailure,
     RewardInputs,
     call,
+    code_file,
     load_function,
     required_columns,
     split_name,
@@ -71,6 +73,14 @@ class Rewards:
     def best(self) -> float:
         """The largest possible reward if each function returns 0 to 1."""
         return sum(max(one.weight, 0.0) for one in self.functions)
+
+    def code_hash(self) -> str:
+        """Return a hash of the files of the functions that are not built in."""
+        digest = hashlib.sha256()
+        for one in self.functions:
+            file = code_file(one.function)
+            digest.update(b"" if file is None else file.read_bytes())
+        return digest.hexdigest()[:12]
 
     def load(self) -> list[tuple[str, Sequence[str]]]:
         """Load the functions; return the name of each with the columns that it requires.

@@ -113,7 +113,8 @@ class Trial:
     @property
     def lowest(self) -> Score:
         """The score with the lowest dev loss after the first step, whose weights ``fit`` would keep."""
-        return min(self.scores[1:] or self.scores, key=lambda score: score.loss)
+        # NaN is not smaller than anything
+        return min(self.scores[1:] or self.scores, key=lambda score: (math.isnan(score.loss), score.loss))
 
     @property
     def gain(self) -> float:

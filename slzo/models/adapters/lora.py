@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
@@ -51,10 +51,16 @@ class LoRAMatrices(Adapter):
                 torch.manual_seed(self.seed)
                 peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
         except ValueError as error:
-            reason = one_line(error)
+            reason, inside = one_line(error), f".{self.layers[0]}."
+            maps = (
+                name
+                for name, module in model.named_modules()
+                if inside in name and isinstance(module, nn.Linear | Conv1D)
+            )
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in maps)) or "q_proj, v_proj"
             raise SlzoError(
                 f"model.scope LoRA: {reason}; check model.scope.rank and set model.scope.target_modules to names of linear maps "
-                "of the layers, like [q_proj, v_proj]"
+                f"of the layers, such as some of [{known}]"
             ) from error
         model.requires_grad_(False).eval()
 

@@ -9,6 +9,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError, broken_contract, shown
+from slzo.zo.scopes.linear_maps import check_own_tensors
 from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
@@ -143,18 +144,23 @@ def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
     """Return the layers as sorted numbers.
 
     Raises:
-        SlzoError: The model does not have one of them, the list is empty, or the dominant layer is not known.
+        SlzoError: The model does not have one of them, the list is empty, the dominant layer is not known, or a single layer has
+            tensors in common with others.
     """
     num_layers = context.parts.num_layers
     if layers is None:
         if context.layer is None:
             raise SlzoError("model.scope.layers: no dominant layer is known; set model.layer or give a list of layers")
-        return [check_layer(context.layer, num_layers)]
-    if layers == "all":
+        chosen = [check_layer(context.layer, num_layers)]
+    elif layers == "all":
         return list(range(num_layers))
-    if not layers:
+    elif not layers:
         raise SlzoError("model.scope.layers []: give at least one layer, or leave it out for the dominant layer")
-    return sorted({check_layer(layer, num_layers, "model.scope.layers") for layer in layers})
+    else:
+        chosen = sorted({check_layer(layer, num_layers, "model.scope.layers") for layer in layers})
+    for layer in chosen:
+        check_own_tensors(context.parts, layer)
+    return chosen
 
 
 def describe_layers(layers: Layers) -> str:

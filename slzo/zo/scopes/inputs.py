@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
 
 
 @torch.no_grad()
 def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Return the inputs of linear maps for all tokens of some batches: for each module a float32 tensor (tokens, inputs)."""
+    """Return the inputs of linear maps for all tokens of some batches: for each module a float32 tensor (tokens, inputs).
+
+    Raises:
+        SlzoError: The model does not run a map once for each token.
+    """
     # copies of linear maps that run through oneDNN do not call the hooks of the maps
     plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn else parts
     plain.prepare()  # runs the model, so it must come before the hooks
@@ -25,7 +30,10 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
             if states.dim() == 2:  # OPT flattens the input of its MLP
                 rows = 1 if plain.packed else sum(group.shape[0] for group in batch.layout.groups)
                 states = states.unflatten(0, (rows, -1))
-            recorded[number].append(plain.to_packed(states, batch).float())
+            try:
+                recorded[number].append(plain.to_packed(states, batch).float())
+            except (IndexError, RuntimeError):
+                _refuse(parts, modules[number])
 
         return hook
 
@@ -34,4 +42,15 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
             for number, module in enumerate(modules):
                 hooks.enter_context(module.register_forward_pre_hook(recorder(number, batch)))
             plain.run(batch, 0, plain.num_layers)
+    for module, pieces in zip(modules, recorded, strict=True):
+        if not pieces:
+            _refuse(parts, module)
     return [torch.cat(pieces) for pieces in recorded]
+
+
+def _refuse(parts: ModelParts, module: nn.Module) -> NoReturn:
+    name = next(name for name, other in parts.model.named_modules() if other is module)
+    raise SlzoError(
+        f"model.scope: the model does not run {name} once for each token, so its inputs are not known; set "
+        "model.scope.target_modules to other linear maps, or use LayerScope"
+    )

@@ -12,12 +12,33 @@ from slzo.utils.errors import SlzoError
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
 # name for the linear map from the MLP back to the hidden states, which model families call down_proj, fc2, c_proj and so on
 MLP_OUTPUT = "mlp_output"
+_MLP_NAMES = ("mlp", "feed_forward", "ffn")
+# state-space and convolution layers, and inputs of single layers
+_OTHER_NAMES = ("mamba", "mixer", "conv", "per_layer", "norm")
 
 
 def layer_parameters(parts: ModelParts, layer: int) -> dict[str, Tensor]:
     """Return the parameters of one decoder layer by their names in the model."""
     path = f"{parts.layers_path}.{layer}"
     return {f"{path}.{name}": tensor for name, tensor in parts.layers[layer].named_parameters()}
+
+
+def check_own_tensors(parts: ModelParts, layer: int) -> None:
+    """Check that a decoder layer shares no tensor with other layers, as some hybrid models do.
+
+    Raises:
+        SlzoError: It does; tuning it would change the other layers too.
+    """
+    own = {id(tensor) for tensor in parts.layers[layer].parameters()}
+    sharing = [
+        number
+        for number, other in enumerate(parts.layers)
+        if number != layer and any(id(tensor) in own for tensor in other.parameters())
+    ]
+    if sharing:
+        raise SlzoError(
+            f"model.layer {layer}: has tensors in common with layers {', '.join(map(str, sharing))}; tune a layer without such"
+        )
 
 
 def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
@@ -106,13 +127,15 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
     """Return the linear maps of one decoder layer with the given short names or ``mlp_output``; ``None`` returns all.
 
     Raises:
-        SlzoError: ``names`` is empty, the layer has no such linear map, or ``names`` is ``None`` and the layer has experts.
+        SlzoError: ``names`` is empty, the layer has no such linear map or shares tensors with others, or ``names`` is ``None``
+            and the layer has experts.
     """
+    check_own_tensors(parts, layer)
     found = linears(parts, layer)
     if names is None:
         check_no_experts(parts, layer, "model.scope.target_modules")
         return found
-    output = None if has_experts(parts.layers[layer]) else mlp_output(found)
+    output = None if has_experts(parts.layers[layer]) else mlp_output(parts, found)
     known = list(dict.fromkeys(linear.short_name for linear in found))
     known += [] if output is None else [MLP_OUTPUT]
     if not names:
@@ -139,9 +162,26 @@ def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
         )
 
 
-def mlp_output(found: Sequence[Linear]) -> Linear | None:
-    """Return the last linear map of the MLP among the linear maps of a layer, or ``None`` without an MLP."""
-    return next((linear for linear in reversed(found) if linear.part == MLP), None)
+def mlp_maps(parts: ModelParts, found: Sequence[Linear]) -> list[Linear]:
+    """Return the linear maps of the MLP among those of a layer, up to the one back to the hidden states; empty without an MLP.
+
+    They are those in a module that is called MLP. In a layer without one they are all maps that belong neither to attention nor
+    to another known kind of module, as in OPT.
+    """
+    named = [each for each in found if _has_step(each, _MLP_NAMES) and not _has_step(each, ("norm",))]
+    maps = named or [each for each in found if each.part == MLP and not _has_step(each, _OTHER_NAMES)]
+    last = next((place for place in reversed(range(len(maps))) if maps[place].sizes[0] == parts.width), None)
+    return [] if last is None else maps[: last + 1]
+
+
+def mlp_output(parts: ModelParts, found: Sequence[Linear]) -> Linear | None:
+    """Return the linear map of the MLP back to the hidden states among those of a layer, or ``None`` without an MLP."""
+    return next(reversed(mlp_maps(parts, found)), None)
+
+
+def _has_step(linear: Linear, names: Sequence[str]) -> bool:
+    """Whether the path of a linear map has a step with one of the names in it."""
+    return any(name in step for step in linear.path.split(".") for name in names)
 
 
 def linears(parts: ModelParts, layer: int) -> list[Linear]:

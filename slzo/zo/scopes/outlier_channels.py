@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.linear_maps import MLP, Linear, check_no_experts, linears, mlp_output
+from slzo.zo.scopes.linear_maps import Linear, check_no_experts, linears, mlp_maps
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_tensor import Masked
 
@@ -36,13 +36,13 @@ class OutlierChannels(Scope):
     def tensors(self, context: ScopeContext) -> TunedTensors:
         (layer,) = resolve_layers(None, context)
         check_no_experts(context.parts, layer, "model.scope OutlierChannels")
-        maps = [linear for linear in linears(context.parts, layer) if linear.part == MLP]
-        down = mlp_output(maps)
-        ups = [] if down is None else [up for up in maps[:-1] if up.sizes[0] % down.sizes[1] == 0]
-        if down is None or not ups:
+        maps = mlp_maps(context.parts, linears(context.parts, layer))
+        ups = [up for up in maps[:-1] if up.sizes[0] % maps[-1].sizes[1] == 0]
+        if not ups:
             raise SlzoError(
                 "model.scope OutlierChannels: the layer has no MLP with up and down projections; use LayerScope"
             )
+        down = maps[-1]
         num_channels = down.sizes[1]
         count = round(self.percent / 100 * num_channels)
         if count == 0:
