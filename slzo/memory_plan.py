@@ -11,7 +11,7 @@ import torch
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
-from slzo.models.shape import model_shape
+from slzo.models.shape import ModelShape, model_shape
 from slzo.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -108,18 +108,36 @@ def memory_inputs(
 ) -> MemoryInputs:
     """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
 
-    ``num_shards`` processes divide the layers.
+    ``num_shards`` processes divide the layers. A layer that is not chosen yet is taken to be in the middle, or next to the last
+    one if that takes more memory: the states that are kept of prompts grow with the layers below it.
 
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
     """
     shape, skeleton = model_shape(options.model, options.trust_remote_code)
-    dtype = getattr(torch, options.dtype)
-    skeleton.to(dtype)
+    skeleton.to(getattr(torch, options.dtype))
     parts = ModelParts(skeleton, packed=False, onednn=False)
-    layer = options.layer
-    if layer is None and options.scope.needs_layer:
-        layer = parts.num_layers // 2  # not chosen yet; all layers have the same size
+    layers = [options.layer]
+    if options.layer is None and options.scope.needs_layer:
+        layers = [parts.num_layers // 2, max(0, parts.num_layers - 2)]
+    work = _workload(options, rows, max_steps, shape.vocabulary)
+    found = (
+        _inputs_of(replace(options, layer=layer), rows, shape, parts, work, device, num_shards) for layer in layers
+    )
+    return max(found, key=lambda inputs: inputs.plan().total)
+
+
+def _inputs_of(
+    options: TrainingOptions,
+    rows: TaskRows,
+    shape: ModelShape,
+    parts: ModelParts,
+    work: Workload,
+    device: torch.device,
+    num_shards: int,
+) -> MemoryInputs:
+    """Collect the inputs of a plan for the layer of the options."""
+    layer, skeleton = options.layer, parts.model
     context = ScopeContext(parts, layer)
     layers = options.scope.changed_layers(context)
     start = min(layers, default=0)
@@ -135,12 +153,12 @@ def memory_inputs(
     engine = options.engine
     inputs = MemoryInputs(
         shape,
-        dtype,
+        getattr(torch, options.dtype),
         options.quantization,
         tuned,
         len(layers),
         start,
-        _workload(options, rows, max_steps, shape.vocabulary),
+        work,
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
         on_cpu=device.type == "cpu",
         differentiated=differentiated,

@@ -1,5 +1,6 @@
 """Memory is estimated before the model is loaded."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from slzo.zo import memory
 from slzo.zo.memory import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
 from slzo.zo.scopes import LoRA
 from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
 from write_shape import Shape, write_shape
 
 PROGRAM = PROGRAM_BYTES + 32000 * TOKENIZER_BYTES  # with the vocabulary of Llama 2
@@ -152,6 +154,31 @@ def test_a_plan_compares_with_first_order(options, capsys, monkeypatch):
     own, (_, line) = planned(capsys, *options, "--model.scope=LoRA", "--model.scope.layers=all")
     other, _ = planned(capsys, *options, *FIRST_ORDER, "--model.scope=LoRA", "--model.scope.layers=all")
     assert re.fullmatch(rf"  tuned +{own} +{other}", line)
+
+
+@pytest.mark.usefixtures("_not_loaded")
+@pytest.mark.parametrize("generates", [True, False])
+def test_a_layer_that_is_not_chosen_yet_is_where_more_memory_is_taken(options, generates, capsys, monkeypatch):
+    """Of a model of 4 layers, layer 2 is both in the middle and next to the last one."""
+    model = tiny_model("llama", num_hidden_layers=8)
+    model.save_pretrained("deep")
+    make_tokenizer().save_pretrained("deep")
+    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)
+    more = ["--model.model=deep", *([] if generates else FIRST_ORDER)]
+    if generates:
+        task = {"prompt": "{sentence} is", "train_file": "train.jsonl", "max_new_tokens": 2}
+        rows = [{"sentence": f"film {number} " * 9} for number in range(40)]
+        Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        more += [
+            f"--data.task={json.dumps({'class_path': 'TemplateTask', 'init_args': task})}",
+            "--data.reward=json_valid",
+        ]
+        more += ["--data.data_dir=null"]
+    unknown, middle, late = (
+        planned(capsys, *options, *more, *layer)[0] for layer in ([], ["--model.layer=4"], ["--model.layer=6"])
+    )
+    assert middle != late
+    assert unknown == (late if generates else middle)
 
 
 @pytest.mark.usefixtures("_not_loaded")

@@ -4,7 +4,8 @@
     python tools/research/rewards_by_default.py --output rewards --models smollm2-135m --rewards length sum --seeds 0 1
 
 The rows are sentences about made-up people, see tools/json_task.py, and sums. A cell is a model, a reward, an objective and a
-seed. The objective is the reward, or the loss of the gold answer where there is one. A cell runs ``slzo fit`` and reads the
+seed. The objective is the reward, also by first order on the same policy gradient, or the loss of the gold answer where there is
+one. A cell runs ``slzo fit`` and reads the
 summary; the base model is also scored by the best of 16 samples. Results are saved at once, and the same command continues where
 it stopped.
 """
@@ -36,7 +37,11 @@ from options import option, parse
 from tables import finished, markdown_table, name_of
 
 _SAMPLES, _SAMPLED_ROWS = 16, 30
-OBJECTIVES = ("reward", "loss", "samples")
+OBJECTIVES = ("reward", "first_order", "loss", "samples")
+_FIRST_ORDER = {
+    "estimator": {"class_path": "slzo.zo.estimators.Backprop"},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": "auto"}},
+}
 _SCHEMA = {"type": "object", "required": ["city"]}
 
 
@@ -137,8 +142,8 @@ def config(cell: Cell, folder: Path, steps: int) -> dict[str, Any]:
         data["objective"] = "loss"
     return {
         "seed_everything": cell.seed,
-        "trainer": {"accelerator": "auto", "devices": 1, "max_steps": steps, "val_check_interval": 20},
-        "model": {"model": cell.model},
+        "trainer": {"accelerator": "auto", "devices": 1, "max_steps": steps, "val_check_interval": 10},
+        "model": {"model": cell.model} | (_FIRST_ORDER if cell.objective == "first_order" else {}),
         "data": data,
     }
 
