@@ -19,7 +19,7 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
-from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
+from slzo.data.fingerprint import are_trained_rows, check_tokenizer, hash_tokenizer
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
@@ -228,7 +228,7 @@ class ZOModule(LightningModule):
             return
         adapt_rows(rows, self.parts, self.options)
         if self._start is not None:
-            self._check_tokenizer(self._start.note)
+            self._check_rows(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -297,10 +297,19 @@ class ZOModule(LightningModule):
             self._restore(start, for_training=True)
         self._start = None
 
-    def _check_tokenizer(self, note: Mapping[str, Any]) -> None:
-        """Check that the rows have the tokenizer of a checkpoint that is scored."""
-        if not self.rows.allow_changed_rows:
-            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
+    def _check_rows(self, note: Mapping[str, Any]) -> None:
+        """Check that the rows have the tokenizer of a checkpoint that is scored, and warn if dev rows may be trained rows."""
+        rows = self.rows
+        if rows.allow_changed_rows:
+            return
+        check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), note["data"])
+        same_task = rows.task.name == note["settings"]["data.task"]
+        validates = self.trainer.state.fn == "validate"
+        if validates and same_task and not are_trained_rows(rows.rows("train"), note["data"]):
+            warn(
+                "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
+                "rows that it was trained on; use its options, or slzo test"
+            )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the module, together with the constants of the scope, which are no submodule."""
@@ -506,7 +515,7 @@ class ZOModule(LightningModule):
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(rows, self.parts, self.options)
-            self._check_tokenizer(note)
+            self._check_rows(note)
             return
         if changes := changed_settings(note["settings"], agreed_settings(self.options, rows)):
             warn(

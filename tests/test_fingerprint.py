@@ -86,6 +86,15 @@ def test_options_that_change_rows_are_noticed(run, capsys, option, message):
     assert main(["fit", *run, "--ckpt_path=last", option, ALLOW]) == 0
 
 
+def test_a_validation_on_rows_that_may_be_trained_ones_says_so(run, capsys):
+    assert main(["validate", *run, "--ckpt_path=last"]) == 0
+    assert "the rows that it was trained on" not in capsys.readouterr().err
+    assert main(["validate", *run, "--ckpt_path=last", "--seed_everything=5"]) == 0
+    assert "dev rows may be among the rows that it was trained on; use its options" in capsys.readouterr().err
+    assert main(["test", *run, "--ckpt_path=last", "--seed_everything=5"]) == 0
+    assert "the rows that it was trained on" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_another_tokenizer_is_refused_and_can_be_allowed(run, tmp_path, capsys):
     swap_two_tokens(tmp_path / "model")

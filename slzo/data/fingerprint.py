@@ -87,6 +87,11 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([json.dumps(known)], 16).hex()
 
 
+def are_trained_rows(rows: Sequence[Row], saved: Mapping[str, Any]) -> bool:
+    """Return whether ``rows`` are the training rows of a checkpoint, for which :meth:`DataFingerprint.to_dict` gave ``saved``."""
+    return torch.equal(_hash_rows(rows), saved["rows"]["train"])
+
+
 def _hash_rows(rows: Sequence[Row]) -> Tensor:
     hashes = (_digest((repr(part) for part in _parts(row)), 4) for row in rows)
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes], dtype=torch.int32)
