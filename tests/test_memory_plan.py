@@ -123,8 +123,11 @@ def _not_loaded(monkeypatch):
 def test_a_plan_is_printed_without_loading(options, capsys):
     assert main(["plan", *options]) == 0
     shown = capsys.readouterr().out
-    for words in ("masters", "peak", "model.quantization int8", "model.engine.cache_gb 0"):
+    for words in ("masters", "peak", "model.engine.cache_gb 0"):
         assert words in shown
+    assert "model.quantization" not in shown  # the float32 files are mapped
+    assert main(["plan", *options, "--model.dtype=bfloat16"]) == 0
+    assert "model.quantization int8" in capsys.readouterr().out
 
 
 FIRST_ORDER = ["--model.estimator=Backprop", "--model.optimizer=AdamW"]

@@ -170,8 +170,10 @@ class MemoryInputs:
             yield "model.dtype bfloat16", replace(self, dtype=torch.bfloat16).plan()
         placed = bool(self.where)  # a device map is set, and quantization cannot be combined with it
         if not placed and self.quantization is None and self.shape.stored_method is None:
-            yield "model.quantization int8", replace(self, quantization="int8").plan()
-            yield "model.quantization nf4", replace(self, quantization="nf4").plan()
+            # float32 weights that are mapped take less memory than quantized ones
+            if self.dtype != torch.float32 or not self.plan().mapped:
+                yield "model.quantization int8", replace(self, quantization="int8").plan()
+                yield "model.quantization nf4", replace(self, quantization="nf4").plan()
             most = self.shape.num_layers - self.full_layers
             yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
         if self.cache_bytes:

@@ -102,7 +102,7 @@ class Setting:
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
         """Load a model and the rows of a task, and profile the layers."""
-        rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 872)), seed)
+        rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 854)), seed)
         parts = load(ZOModule(model, seed=seed).options, rows)
         removing, first = chosen_layers(parts, rows, OutlierRemovingLayer(), FirstOutlierLayer())
         layers = {"removing": removing, "last": parts.num_layers - 1, "first": first}

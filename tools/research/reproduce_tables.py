@@ -41,6 +41,7 @@ from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
 from options import option, parse
 from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
