@@ -124,7 +124,9 @@ def prepare(
         stepper.load_state_dict(checkpoint.note)
         stepper.num_evaluations += evaluations
     resumed = checkpoint is not None
-    prepared = Prepared(options, settings, loaded, model, stepper, data, choice, profile, plan, resumed, time)
+    prepared = Prepared(
+        options, settings, loaded, model, stepper, data, choice, profile, plan, resumed, time, tuned is not None
+    )
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     if not resumed:
         _announce(prepared)

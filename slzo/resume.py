@@ -145,12 +145,13 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
 
 
 def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """Return a checkpoint of the first masters; without an adapter they follow from the base model and are left out."""
+    """Return a checkpoint of the first masters, which are left out if they follow from the base model."""
     tensors = prepared.model.tensors
+    is_needed = prepared.tuned_before or prepared.model.adapter is not None
     return {
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
-        "state_dict": {} if prepared.model.adapter is None else tensors.clone_masters(),
+        "state_dict": tensors.clone_masters() if is_needed else {},
         "slzo": make_note(prepared, rows),
     }
 

@@ -57,6 +57,7 @@ class Prepared:
     plan: MemoryPlan | None = None
     resumed: bool = False  # whether a checkpoint is continued
     time: TimePlan | None = None  # None if the time is not limited
+    tuned_before: bool = False  # whether the first masters are not those of the base model
 
     @property
     def layer_reason(self) -> str:

@@ -15,6 +15,7 @@ from slzo.zo import AutoStep, ClosureLoss, Request, TunedTensors, take_step
 from slzo.zo.auto_step import _PROBE_STEP
 from slzo.zo.estimators import FZOO, SPSA, Estimate
 from slzo.zo.optim import set_rate
+from slzo.zo.tuned_tensor import Whole
 
 pytestmark = pytest.mark.fast
 
@@ -164,6 +165,44 @@ def test_the_rate_lowers_the_loss_by_its_share(kind, options, share):
 def test_an_estimator_that_normalizes_is_like_an_optimizer_that_does():
     rate = AutoStep(**MEASURED).rate(made(torch.optim.SGD), FZOO())
     assert rate == pytest.approx(5.0 * PLAIN_RATE)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4, 16, 64])
+def test_the_first_step_has_its_gain_with_any_number_of_queries(num_queries):
+    """Of a linear loss: a mean over directions has smaller elements, which Adam would enlarge."""
+    gains = []
+    for seed in range(20):
+        parameter = nn.Parameter(torch.zeros(4000))
+        slope = torch.randn(4000, generator=torch.Generator().manual_seed(seed)) / 4000
+        tuned = TunedTensors({"w": Whole(parameter)})
+        loss = ClosureLoss(tuned, lambda slope=slope, parameter=parameter: 1 + (slope * parameter).sum())
+        optimizer = torch.optim.Adam(tuned.masters, lr=1.0)
+        request = Request(tuned, loss, seed=seed, step=0, eps=1e-3, num_queries=num_queries)
+        auto = AutoStep(eps=1e-3, loss=1.0, square=float(slope.square().sum()), weight=20.0)
+        take_step(request, SPSA(), optimizer, auto=auto)
+        gains.append(float(-(slope * tuned.masters[0].detach()).sum()))
+    assert 0.02 < sum(gains) / len(gains) < 0.06
+
+
+def test_a_loss_that_explodes_along_a_direction_does_not_raise_the_rate():
+    auto, optimizer = AutoStep(**MEASURED, weight=20.0), made(torch.optim.SGD)
+    usual = auto.rate(optimizer, SPSA())
+    factor = auto.add(estimate(2000.0, 1e5))
+    assert auto.rate(optimizer, SPSA()) <= usual
+    assert factor * 1e5 * auto.rate(optimizer, SPSA()) <= 3 * auto.slope * usual
+
+
+def test_an_estimate_that_is_divided_by_its_size_is_not_clipped():
+    moves = []
+    for scale in (1.0, 1000.0):
+        _, tuned, loss = quadratic()
+        scaled = LossAt(lambda points, loss=loss, scale=scale: scale * loss.at(points))
+        optimizer = torch.optim.SGD(tuned.masters, lr=1.0)
+        request = Request(tuned, scaled, seed=0, step=0, eps=1e-3, num_queries=8)
+        auto = AutoStep(eps=1e-3, loss=1.0, square=1.0)
+        _, norm = take_step(request, FZOO(), optimizer, auto=auto, measure_update=True)
+        moves.append(norm / optimizer.param_groups[0]["lr"])
+    assert moves[0] == pytest.approx(moves[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.RAdam])

@@ -59,6 +59,37 @@ from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
 
+
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy([1.0, 10000.0])])
+def test_positions_with_fewer_directions_than_others_take_no_part_in_these(objective):
+    """Their shift is 0 there, and the loss of the row changes: 0 times infinity."""
+    generator = random.Random(0)
+    examples = [random_example(generator, number, 8, (3, 2), number % 2) for number in range(4)]
+    model = tuned_model("llama", 2, scale=2.0)
+    for step in range(3):
+        assert (
+            LayerOutputPerturbation()
+            .estimate(Request(model.tensors, batch_loss(model, examples, objective), 0, step))
+            .finite
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_does_not_hide_the_noise_of_a_layer_that_adds_little(dtype):
+    generator = random.Random(0)
+    examples = [random_example(generator, number, 6 + 2 * number, (1, 1), number % 2) for number in range(6)]
+    plain = tiny_model("llama", 0, 3.0)
+    plain.model.embed_tokens.weight.mul_(300)
+    model = tuned_layer(ModelParts(copy.deepcopy(plain).to(dtype), onednn=False), 3)
+    want = flat(autograd_gradient(plain, examples, model.tensors.names)).double()
+    loss, estimator = (
+        batch_loss(model, examples, CandidateCrossEntropy()),
+        LayerOutputPerturbation(tokens=0, queries=64),
+    )
+    mean = sum(flat(estimator.estimate(Request(model.tensors, loss, 0, step)).gradient).double() for step in range(20))
+    assert float(F.cosine_similarity(mean, want, dim=0)) > 0.9
+
+
 LAST = 3  # the last layer of a tiny model
 
 

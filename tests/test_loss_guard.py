@@ -77,11 +77,7 @@ def test_a_measured_rate_is_halved_too(options, monkeypatch, capsys):
     assert main(["fit", *given, *SPIKES[1:]]) == 0
     times = len(rollbacks(capsys.readouterr().out))
     assert times >= 1
-    found = state_of()[0]["slzo"]["auto_step"]
-    assert found["factor"] == 0.5**times
-    most = 0.3 / found["curvature"] if found["curvature"] > 0 else math.inf
-    rate = min(30 * found["loss"] / found["square"], most) / (1 + found["steps"] / 100)
-    assert summary()["lr_at_end"] == pytest.approx(0.5**times * rate)
+    assert state_of()[0]["slzo"]["auto_step"]["factor"] == 0.5**times
 
 
 @pytest.mark.parametrize(
@@ -219,7 +215,9 @@ def test_without_a_copy_only_the_rate_is_halved(options, monkeypatch, capsys):
 def test_a_guard_forgets_the_run_before(options):
     """One callback in two fits of one process."""
     guard = LossGuard()
-    guard.load_state_dict({"rollbacks": 3, "first": 2.0, "lowest": 1e-9, "good": None, "good_step": 7})
+    guard.load_state_dict(
+        {"rollbacks": 3, "first": 2.0, "lowest": 1e-9, "good": None, "good_means": {}, "good_step": 7}
+    )
     more = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--model.layer=1"]
     cli = SlzoCLI(COMMANDS["fit"], [*options, *more])
     cli.trainer.callbacks = [guard]

@@ -91,6 +91,24 @@ def test_a_model_that_is_quantized_already_is_dequantized_in_the_tuned_layer(fol
 
 
 @needs("bitsandbytes")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_large_biases_do_not_hide_the_weights(tmp_path, dtype):
+    """Those of Qwen's keys are above 100. In half precision w + b has none of the digits of w."""
+    for seed in (0, 1):
+        model = tiny_model(scale=1.0, seed=seed, attention_bias=True, **SIZES)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.fill_(100.0)
+        model.save_pretrained(tmp_path / str(seed))
+    quantized = load_model(str(tmp_path / "0"), dtype=dtype, quantization="nf4")
+    quantized.name_or_path = quantized.config._name_or_path = str(tmp_path / "1")  # other weights, equal biases
+    assert one_layer(quantized).dequantized
+    for name, tensor in load_model(str(tmp_path / "0"), dtype=dtype).model.layers[LAYER].named_parameters():
+        found = quantized.model.layers[LAYER].get_parameter(name)
+        assert float((found - tensor).float().norm() / tensor.float().norm()) < 0.15, name  # of nf4: about 0.1
+
+
+@needs("bitsandbytes")
 def test_a_map_that_stores_its_weight_transposed(tmp_path):
     tiny_model("gpt2", scale=1.0, n_embd=64, hidden_size=64).save_pretrained(tmp_path)
     plain, model = load_model(str(tmp_path)), load_model(str(tmp_path), quantization="nf4")

@@ -129,7 +129,7 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
             now = stepper.model.tensors.clone_masters()
             moves = torch.cat([(now[name] - before[name]).abs().flatten() for name in now])
             assert float(moves.median()) == pytest.approx(result.record.lr, rel=1e-3)
-    stepper.rollback(before, optimizer, [], 2, 0)
+    stepper.rollback(before, {}, optimizer, [], 2, 0)
     assert same_tensors(dict(stepper.model.tensors.named_masters()), before)
     assert not optimizer.state
     assert stepper.step(batch, 2, optimizer).record.lr == pytest.approx(0.005 / 1.03)

@@ -4,14 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import error_line, last_checkpoint, run_dir, same_tensors, tuned
 
+from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import Rollback, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.experiments.replay import replay_run
+from slzo.zo.estimators import SPSA
 from slzo.zo.stepper import Stepper
 
 STEPS = 6
@@ -136,6 +141,42 @@ def test_a_resume_repeats_no_step_after_a_rollback(fit, changed, forward_passes,
     assert main([*fit, changed, "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"]) == 0
     assert "Steps 2 to 3 are in the log" in capsys.readouterr().out
     assert forward_passes == [4, 5]
+
+
+def test_a_module_that_is_tuned_further_is_replayed_too(model_dir, data_dir, tmp_path, monkeypatch):
+    """Its first weights are not those of the base model."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"layer": 2, "estimator": SPSA(), "eps": 1e-2, "optimizer": partial(torch.optim.SGD, lr=1e-2)}
+    module = ZOModule(str(model_dir), seed=0, **settings)
+    rows = partial(TaskDataModule, "sst2", data_dir=str(data_dir), num_train=16, num_dev=4, num_test=4, batch_size=4)
+    for _ in range(2):
+        trainer = ZOTrainer(max_steps=2, val_check_interval=2, accelerator="cpu", enable_progress_bar=False)
+        trainer.fit(module, datamodule=rows())
+    options = ZOModule(str(model_dir), seed=0, **settings).options
+    for number in (0, 1):
+        replay_run(options, rows(), str(run_dir(number)), None, None, torch.device("cpu"))
+        assert_same(run_dir(number) / "checkpoints/replay-step=2.ckpt", last_checkpoint(number))
+
+
+def test_a_rollback_restores_what_the_rate_follows(fit, monkeypatch):
+    found = iter([2.0, 1.9, 1.9, 9.0, 9.0, *[1.8] * 9])
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": next(found))
+    means = []
+    roll_back = Stepper.rollback
+
+    def observed(stepper, *args):
+        roll_back(stepper, *args)
+        means.append((args[1], stepper.rate_means))
+
+    monkeypatch.setattr(Stepper, "rollback", observed)
+    assert main([*fit, "--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.eps=auto"]) == 0
+    ((kept, restored),) = means
+    assert kept == restored
+    assert kept["weight"] == 8 + 2  # those after step 2
+    steps = read_step_log(run_dir() / "zo_log").steps
+    assert 0.3 < steps[4].lr / steps[2].lr < 0.7
+    assert main(["replay", "--run=runs/version_0", "--output=all.ckpt"]) == 0
+    assert_same("all.ckpt", last_checkpoint())
 
 
 def test_a_run_is_replayed_inside_its_folder(fit, monkeypatch):

@@ -45,6 +45,7 @@ class LossGuard(Callback):
         self.rolled_back_at = -1
         self._first = self._lowest = math.inf
         self._good: dict[str, Tensor] | None = None
+        self._good_means: dict[str, float] = {}
         self._good_step = -1
 
     @property
@@ -96,6 +97,7 @@ class LossGuard(Callback):
         tensors = module.stepper.model.tensors
         self._good_step = trainer.global_step
         self._good = tensors.clone_masters() if tensors.may_be_copied else None
+        self._good_means = module.stepper.rate_means
 
     def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
         self.rollbacks += 1
@@ -103,7 +105,8 @@ class LossGuard(Callback):
             self.rolled_back_at = trainer.global_step
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         to = -1 if self._good is None else self._good_step
-        module.stepper.rollback(self._good, trainer.optimizers[0], schedulers, trainer.global_step, to)
+        stepper, optimizer = module.stepper, trainer.optimizers[0]
+        stepper.rollback(self._good, self._good_means, optimizer, schedulers, trainer.global_step, to)
         back = f", weights rolled back to step {self._good_step}" if self._good is not None else ""
         say(
             f"\nThe {module.rows.selection_metric.description} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
@@ -113,8 +116,9 @@ class LossGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The lowest dev loss and the weights that had it."""
         own = {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest}
-        return {**own, "good": self._good, "good_step": self._good_step}
+        return {**own, "good": self._good, "good_means": self._good_means, "good_step": self._good_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
+        self._good_means = state_dict["good_means"]

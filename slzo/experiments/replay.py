@@ -114,12 +114,16 @@ def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps:
     """Take steps and return a copy of the masters after them."""
     tensors = stepper.model.tensors
     optimizer, scheduler = options.optimizer.build(tensors.masters)
-    targets = {0: tensors.clone_masters()} if 0 in log.rollbacks.values() else {}
+    targets: dict[int, tuple[dict[str, Tensor] | None, dict[str, float]]] = {}
+    if 0 in log.rollbacks.values():
+        targets[0] = tensors.clone_masters(), stepper.rate_means
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)
         if step + 1 in log.rollbacks.values():
-            targets[step + 1] = tensors.clone_masters()
+            targets[step + 1] = tensors.clone_masters(), stepper.rate_means
         to = log.rollbacks.get(step + 1)
         if to is not None:
-            stepper.rollback(targets.get(to), optimizer, [] if scheduler is None else [scheduler], step + 1, to)
+            schedulers = [] if scheduler is None else [scheduler]
+            masters, means = targets.get(to, (None, {}))
+            stepper.rollback(masters, means, optimizer, schedulers, step + 1, to)
     return tensors.clone_masters()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -99,7 +99,8 @@ def _load_original(originals: OriginalWeights, path: str, linear: nn.Linear | Co
     inputs, _ = _sizes(linear)
     rows = torch.linspace(0, inputs - 1, min(_ROWS_COMPARED, inputs), dtype=torch.float64).long()
     unit = one_hot(rows, inputs).to(linear.weight)
-    expected, actual = (part(unit).float() for part in (linear, module))
+    weight = linear.weight if isinstance(linear, Conv1D) else linear.weight.T
+    expected, actual = weight[rows].float(), _without_bias(module, unit).float()
     return bool((actual - expected).norm() <= _SAME_WEIGHT * expected.norm())
 
 
@@ -113,10 +114,21 @@ def _dequantize(module: nn.Module, linear: nn.Linear | Conv1D) -> None:
         stop = min(start + _ROWS_AT_ONCE, inputs)
         unit = columns.new_zeros(stop - start, inputs)
         unit.diagonal(start).fill_(1)
-        columns[start:stop] = module(unit) - bias
+        columns[start:stop] = _without_bias(module, unit)
     linear.weight.copy_(columns if isinstance(linear, Conv1D) else columns.T)
     if linear.bias is not None:
         linear.bias.copy_(bias)
+
+
+def _without_bias(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of a linear map without its bias, in which half precision would round the weights away."""
+    owner: Any = module
+    bias = getattr(owner, "bias", None)
+    owner.bias = None
+    try:
+        return owner(inputs)
+    finally:
+        owner.bias = bias
 
 
 def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import os
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Derive a 63-bit seed from numbers and names.
+    """Derive a 63-bit seed from numbers and names; torch's generators on the CPU use its lower 32 bits.
 
     The seed is a hash, so that neighbouring steps, epochs or tensors have unrelated random streams. It is the same on every
     machine and after every resume.

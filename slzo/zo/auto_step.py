@@ -3,6 +3,7 @@
 import math
 import statistics
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -65,7 +66,7 @@ class AutoRate(ABC):
         return (1 + self.steps / _HALF_STEPS) / self.factor
 
     @abstractmethod
-    def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
+    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int = 1) -> float:
         """Return the learning rate for the step whose estimate was added last.
 
         Raises:
@@ -76,6 +77,16 @@ class AutoRate(ABC):
         """Add a finite estimate: count its step. Return the factor, at most 1, that clips its gradient; 1 by default."""
         self.steps += 1
         return 1.0
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What the rate follows, to be restored with earlier masters; empty by default."""
+        return {}
+
+    def restore_means(self, means: Mapping[str, float]) -> None:
+        """Restore what :attr:`means` returned."""
+        for name, value in means.items():
+            setattr(self, name, value)
 
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
@@ -177,6 +188,10 @@ class AutoStep(AutoRate):
         )
 
     @property
+    def means(self) -> dict[str, float]:
+        return {"loss": self.loss, "square": self.square, "weight": self.weight}
+
+    @property
     def slope(self) -> float:
         """Root mean square of the slopes."""
         return math.sqrt(self.square)
@@ -189,7 +204,7 @@ class AutoStep(AutoRate):
     def add(self, estimate: Estimate) -> float:
         """Add a finite estimate to the running means. Return the factor, at most 1, that clips its slopes.
 
-        They are clipped to 3 times the usual size, also in the means.
+        They are clipped to 3 times the usual size, also in the means, and so is the loss of such a step.
         """
         factor = super().add(estimate)
         square = statistics.fmean(slope * slope for slope in estimate.projected_grad)
@@ -197,21 +212,27 @@ class AutoStep(AutoRate):
         if 0 < limit < square:
             factor, square = math.sqrt(limit / square), limit
         self.weight = min(self.weight + 1, _MEAN_STEPS)
-        self.loss += (estimate.loss - self.lowest - self.loss) / self.weight
+        loss = estimate.loss - self.lowest
+        if factor < 1:  # a loss that explodes along a direction must not raise the rate
+            loss = min(loss, _CLIP_MULTIPLE * self.loss)
+        self.loss += (loss - self.loss) / self.weight
         self.square += (square - self.square) / self.weight
         return factor
 
-    def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
+    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int = 1) -> float:
         r"""Return the learning rate for the step whose estimate was added last.
 
         Optimizers and estimators that divide the gradient by its size move every element by about the rate. For them the rate is
-        the distance that plain gradient descent would move an element: :math:`\eta` times the slope.
+        the distance that plain gradient descent would move an element: :math:`\eta` times the slope. The gradient of such an
+        optimizer is a mean over ``num_queries`` directions, whose elements are smaller by the square root of their number.
 
         Raises:
             SlzoError: No rate is known for this optimizer.
         """
         normalizes, share = rate_rule(optimizer)
         slope = self.slope if normalizes or estimator.normalizes else 1.0
+        if normalizes:
+            slope /= math.sqrt(num_queries)
         return share / self.divisor * self._undivided_rate() * slope
 
     def describe(self, sets_rate: bool = True) -> str:

@@ -214,7 +214,7 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
     """Halve the learning rate and the bounds between which schedulers, nested ones included, move it."""
     for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+        for name in ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr"):
             if name in group:
                 group[name] /= 2
     for scheduler in [nested for outer in schedulers for nested in nested_schedulers(outer)]:

@@ -24,6 +24,8 @@ _LEAST_OF_ADDED = 0.015
 _MOST_OF_STATE = 0.1
 # A layer that adds nothing to a token still gets noise: this share of the token's state, or this size.
 _LEAST_SHARE, _LEAST = 1e-3, 1e-12
+# In half precision rounding would hide the noise of a layer that adds little: its size counts as this many roundings at least.
+_LEAST_ROUNDINGS = 20
 
 
 def check_layer_output(parts: ModelParts, span: Span, estimator: str) -> None:
@@ -79,7 +81,8 @@ class PackedLayerOutput(LayerOutput):
         self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
         here = output[batch.needed].float()
         added = rms(here - entered[batch.needed].float())
-        self.size = torch.maximum(added, _LEAST_SHARE * rms(here)).clamp(min=_LEAST)
+        least = max(_LEAST_SHARE, _LEAST_ROUNDINGS * torch.finfo(output.dtype).eps)
+        self.size = torch.maximum(added, least * rms(here)).clamp(min=_LEAST)
         run = self._above.positions
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens

@@ -40,9 +40,10 @@ def take_step(
     try:
         estimate = estimate_of(estimator, request)
         if auto is not None:
-            if estimate.finite:
-                estimate.scale_gradient(auto.add(estimate))
-            set_rate(optimizer, auto.rate(optimizer, estimator))
+            factor = auto.add(estimate) if estimate.finite else 1.0
+            if not estimator.normalizes:  # otherwise a large slope makes no large step
+                estimate.scale_gradient(factor)
+            set_rate(optimizer, auto.rate(optimizer, estimator, request.num_queries))
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:

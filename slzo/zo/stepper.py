@@ -206,13 +206,25 @@ class Stepper:
         self._count(estimate, step, report)
         return StepResult(estimate, record, report, rows.num_bytes + points.num_bytes, norm)
 
+    @property
+    def rate_means(self) -> dict[str, float]:
+        """Running means that an automatic rate follows, to be restored with earlier masters."""
+        return {} if self.auto is None else self.auto.means
+
     def rollback(
-        self, masters: Mapping[str, Tensor] | None, optimizer: Optimizer, schedulers: Sequence[Any], steps: int, to: int
+        self,
+        masters: Mapping[str, Tensor] | None,
+        rate_means: Mapping[str, float],
+        optimizer: Optimizer,
+        schedulers: Sequence[Any],
+        steps: int,
+        to: int,
     ) -> None:
         """Go back to earlier masters, halve the learning rate, and reset the optimizer's state.
 
         Args:
             masters: The earlier masters, see :meth:`TunedTensors.clone_masters`; ``None`` only halves the learning rate.
+            rate_means: :attr:`rate_means` at that time.
             optimizer: The optimizer. Its state is reset only if ``masters`` are given.
             schedulers: Learning-rate schedulers.
             steps: Steps taken so far.
@@ -221,6 +233,8 @@ class Stepper:
         if masters is not None:
             self.model.tensors.load(masters)
             optimizer.state = defaultdict(dict)
+            if self.auto is not None:
+                self.auto.restore_means(rate_means)
         if self.sets_rate and self.auto is not None:
             self.auto.factor /= 2
         else:

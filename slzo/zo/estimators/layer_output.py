@@ -120,7 +120,9 @@ class LayerOutputPerturbation(Estimator):
             own = [along[first : first + len(signs)] * torch.stack(signs)] if signs else []
             own += [size * _orthogonal(torch.stack(noise), directions)] if noise else []
             change, applied = self._changes(output, torch.cat(own))
-            slope = change[: len(signs), :, None] / _norm(applied[: len(signs)])
+            length = applied[: len(signs)].norm(dim=2, keepdim=True)
+            # a position with fewer directions than others is not moved, but the loss of its row changes
+            slope = torch.where(length > 0, change[: len(signs), :, None] / length, 0)
             gradient += (slope * normalize(applied[: len(signs)], dim=2)).sum(dim=0)
             rest += torch.einsum("np,npd->pd", change[len(signs) :], applied[len(signs) :])
         rest /= num_queries * size.square()
