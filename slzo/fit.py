@@ -44,6 +44,7 @@ from slzo.training import (
     agreed_settings,
     auto_rate,
     check_layer_option,
+    continued_settings,
     load_parts,
     make_stepper,
     restore,
@@ -88,6 +89,7 @@ def prepare(
     checkpoint, plan = run.checkpoint, None
     if checkpoint is not None:
         checkpoint.check_resumable(settings)
+        settings = continued_settings(checkpoint.note["settings"], settings)
     if run.time is None:  # otherwise the plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
     if checkpoint is not None:
@@ -385,7 +387,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         "scope": options.scope.describe(),
         "estimator": options.estimator.describe(),
         "optimizer": options.optimizer.name,
-        "lr": options.optimizer.settings["lr"],
+        "lr": prepared.settings["model.optimizer.lr"],
         "lr_at_end": outcome.lr,
         "eps": stepper.options.eps,
         "steps": outcome.steps,

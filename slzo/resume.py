@@ -138,7 +138,8 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
         return None
     if log.settings != settings:
         warn(
-            "options that steps depend on have changed; the steps after the checkpoint in the log of the run are not used"
+            "options that steps depend on have changed; the log of the run is not used: steps after the checkpoint are taken "
+            "again, and slzo replay can rebuild the run that it continues, but not this one"
         )
         return None
     return log

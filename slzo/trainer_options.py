@@ -130,6 +130,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if value == 0 and value is not False:
             raise SlzoError(f"trainer.{name} 0: nothing would be trained; give more, or use `slzo test` to score only")
+    if options.get("max_steps") == -1 and options.get("max_time") is None and options.get("max_epochs") is None:
+        raise SlzoError("trainer.max_steps -1: nothing ends the run; give trainer.max_time or trainer.max_epochs")
+    least_steps, most_steps = options.get("min_steps"), options.get("max_steps", -1)
+    if least_steps is not None and -1 < most_steps < least_steps:
+        raise SlzoError(f"trainer.min_steps {least_steps}: is more than trainer.max_steps {most_steps}; lower it")
     devices = options.get("devices")
     most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
     if str(devices).isdecimal() and int(str(devices)) > most:

@@ -44,6 +44,23 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
+def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a resumed run: ``own`` ones, but optimizer, scheduler and seed of the checkpoint, which continue.
+
+    A rate that becomes automatic, or ceases to be, is the new one.
+    """
+    rate = "model.optimizer.lr"
+    switched = own[rate] != saved[rate] and "auto" in (own[rate], saved[rate])
+
+    def continues(name: str) -> bool:
+        if name == rate and switched:
+            return False
+        return name.startswith(("model.optimizer", "model.lr_scheduler")) or name == "model.seed"
+
+    kept = {name: value for name, value in own.items() if not continues(name)}
+    return kept | {name: value for name, value in saved.items() if continues(name)}
+
+
 # options of optimizer and scheduler that say how the same step is computed, or that change during a training
 _NOT_COMPARED = ("fused", "foreach", "last_epoch")
 

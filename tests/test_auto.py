@@ -250,7 +250,15 @@ def test_a_run_that_is_resumed_with_a_given_rate_says_so(auto, capsys):
     assert (
         "model.eps: auto -> 0.01; model.optimizer.lr: auto -> 0.001; the new values are used" in capsys.readouterr().err
     )
-    assert summary(1)["eps"] == 1e-2
+    assert (summary(1)["eps"], summary(1)["lr"]) == (1e-2, 1e-3)
+
+
+def test_a_resumed_run_records_the_rate_that_it_continues_with(auto):
+    given = ["--model.optimizer=SGD", "--model.eps=1e-2"]
+    assert main(["fit", *auto, *given, "--model.optimizer.lr=1e-3", "--trainer.max_steps=2"]) == 0
+    assert main(["fit", *auto, *given, "--model.optimizer.lr=5e-3", "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
+    assert (summary(1)["lr"], summary(1)["lr_at_end"]) == (1e-3, 1e-3)
+    assert read_checkpoint(last_checkpoint(1)).note["settings"]["model.optimizer.lr"] == 1e-3
 
 
 @pytest.mark.slow

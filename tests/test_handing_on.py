@@ -56,5 +56,14 @@ def test_without_a_last_checkpoint_the_newest_of_the_same_run_is_last(options, c
     assert summary(2)["steps"] == 6
 
 
+def test_a_newer_run_without_a_checkpoint_is_named(options, capsys):
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    interrupted = run_dir(1)
+    interrupted.mkdir()
+    (interrupted / "environment.json").write_text("{}")
+    assert main(["test", "--ckpt_path=last"]) == 0
+    assert "'runs/version_1' is newer and has no checkpoint" in capsys.readouterr().err
+
+
 def test_without_a_run_there_is_no_best(options, capsys):
     assert "no run below 'runs'" in error_line(capsys, "test", *options, "--ckpt_path=best")

@@ -115,7 +115,7 @@ def test_the_page_of_a_run(tmp_path, capsys):
         "It <rose>. Words <ahead>. Next: slzo sweep # rate slzo fit # first",
         "largest class 0.6250",
         "bag of words 0.8125",
-        "0.5000 ± 0.0500",  # sqrt(0.5 * 0.5 / 100)
+        "0.5000 ± 0.0503",  # sqrt(0.5 * 0.5 / 99)
         "0.7500 ± 0.0433",
         "+0.2500 ± 0.0125 (paired)",
         "0.1000 → 0.0500",

@@ -36,7 +36,9 @@ def run_facts(**facts):
         "num_rows": 8,
         "scheduled": False,
         "figures": figures(facts),
-        "history": History(seconds=1.0, train_seconds=1.0),
+        "history": History(
+            seconds=1.0, train_seconds=1.0, points=[{"step": 1, "evaluations": 1, "seconds": 1.0, "distance": 1.0}]
+        ),
     }
     given = usual | facts
     outcome, known = ({field.name for field in fields(kind)} for kind in (FitOutcome, RunFacts))
@@ -196,6 +198,20 @@ SEARCH = "slzo sweep --config run/config.yaml --model.layer 3 --output run/rates
 )
 def test_the_next_command_fits_the_case(change, dev, expected):
     assert re.match(expected, next_command(change, dev, FACTS))
+
+
+def test_what_cannot_be_done_again_is_not_suggested():
+    assert "max_steps" not in next_command(
+        WITHIN, losses(0.6, 0.5), replace(FACTS, scheduled=True)
+    )  # it ends with its steps
+    none = replace(FACTS, outcome=replace(FACTS.outcome, history=History()))
+    assert next_command(WITHIN, None, none).endswith("; needs dev rows (data.num_dev)")
+
+
+def test_without_a_best_checkpoint_the_last_one_is_used():
+    found = summarized(BEFORE, AFTER, best=None, last="run/checkpoints/last.ckpt")
+    assert all("--ckpt_path run/checkpoints/last.ckpt" in command for command in found["use"])
+    assert len(found["use"]) == 4
 
 
 def test_what_several_processes_cannot_do_is_suggested_for_one():

@@ -47,7 +47,7 @@ def test_the_configs_of_a_wheel_are_in_the_package(tmp_path, monkeypatch):
         (["--config", "folder"], ["--config=folder"]),
         (
             ["--layer", "-1", "--help", "word", "--print_config", "-c=chat"],
-            ["--layer=-1", "--help", "word", "--print_config", f"--config={CHAT}"],
+            ["--layer=-1", "--help", "word", f"--config={CHAT}", "--print_config"],
         ),
     ],
 )

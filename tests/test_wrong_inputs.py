@@ -48,7 +48,7 @@ WRONG = """
 --model.scope=LayerScope --model.scope.layers=[] | model.scope.layers []: give at least one layer
 --model.scope=SmallestWeights --model.scope.fraction=2 | model.scope.fraction 2.0: the share of weights must be above 0
 --model.scope=nope.Nope | model.scope 'nope.Nope': nope cannot be imported
---model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': no such class; choose one of
+--model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': is of another kind; give a class of the kind of ActivationSubspace
 --model.scope=3 | model.scope '3': no such class
 --model.scope='{"class_path": "LoRA", "init_args": {"rank": 0}}' | model.scope.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
@@ -174,6 +174,8 @@ WRONG = """
 --trainer.limit_train_batches=0.0001 | trainer: You requested to check 0.0001 of the `train_dataloader`
 --trainer.limit_val_batches=1.5 | trainer: You have passed invalid value 1.5 for limit_val_batches
 --trainer.max_steps=0 | trainer.max_steps 0: nothing would be trained
+--trainer.max_steps=-1 | trainer.max_steps -1: nothing ends the run; give trainer.max_time or trainer.max_epochs
+--trainer.min_steps=99 | trainer.min_steps 99: is more than trainer.max_steps
 --trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
 --trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
 --trainer.max_time=x | trainer.max_time 'x': not a time; give DD:HH:MM:SS
@@ -223,6 +225,9 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
 --data.nope=1 | data.nope: unknown option
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
+--profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': is of another kind; give a class of the kind of Auto
+--model.estimator=./own.Signs | model.estimator './own.Signs': no such class
+--model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
 --profiler.num_sequences=3 | profiler.num_sequences 3: too few for a reliable average; give at least 10
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
@@ -251,6 +256,9 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=endless.yaml | --config 'endless.yaml': not YAML (alias *a is inside its own anchor &a)
 --config=bomb.yaml | --config 'bomb.yaml': not YAML (more than 30 aliases)
 --config=code.yaml | --config 'code.yaml': not YAML (could not determine a constructor for the tag
+--config=group.yaml | model.engine null: a group of options takes no value; set its options with --model.engine.NAME VALUE
+--config=rule.yaml | profiler []: a group of options takes no value
+--config=outside.yaml | --config 'outside.yaml', line 2: rank: belongs below init_args, as in {class_path: LoRA, init_args: {rank: ...}}
 --config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
 TEMPLATE --data.task.prompt={sentence} --data.task.name=../../esc | data.task.name '../../esc': folders of results are called after it
 TEMPLATE --data.task.prompt={sentence} --data.task.name=.. | data.task.name '..': folders of results are called after it
@@ -270,6 +278,9 @@ FILES = {
     "empty.yaml": "",
     "list.yaml": "- 1\n- 2\n",
     "null.yaml": "model: null\n",
+    "group.yaml": "model:\n  engine:\n  #  cache_gb: 0\n",
+    "rule.yaml": "profiler: []\n",
+    "outside.yaml": "model:\n  scope: {class_path: LoRA, rank: 4}\n",
     "twice.yaml": "model:\n  eps: 1\n  eps: 2\n",
     "broken.yaml": "model: {eps: [\n",
     "endless.yaml": "a: &a [*a]\n",

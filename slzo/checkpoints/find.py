@@ -37,6 +37,15 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
             "a file"
         )
     newest = found[0].parent
+    started = {
+        path.parent: time for path in Path(root).glob("**/environment.json") if (time := _modified(path)) is not None
+    }
+    if (
+        started
+        and started[latest := max(started, key=started.__getitem__)] > known[found[0]]
+        and latest != newest.parent
+    ):
+        warn(f"{str(latest)!r} is newer and has no checkpoint")
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
     if last is None:
         warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")

@@ -41,6 +41,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise SlzoError(
             f"{option}, line {line}: YAML reads the name {key.value!r} as {kind}; give the name of an option"
         )
+    for kind, key in _outside_arguments(yaml.compose(text, Loader=_Loader)):
+        raise SlzoError(
+            f"{option}, line {key.start_mark.line + 1}: {key.value}: belongs below init_args, as in {{class_path: {kind}, "
+            f"init_args: {{{key.value}: ...}}}}"
+        )
     for name, value in content.items():
         # a string is the path of another file
         if name in ("model", "data", "trainer") and not isinstance(value, dict | str):
@@ -94,6 +99,20 @@ def _wrong_names(node: yaml.Node, name: str = "") -> Iterator[yaml.ScalarNode]:
             yield key
         inner = f"{name}.{key.value}" if name else str(key.value)
         yield from _wrong_names(value, _ARGUMENTS if is_class and key.value == _ARGUMENTS else inner)
+
+
+def _outside_arguments(node: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """Yield the arguments of classes that are next to ``class_path`` instead of below ``init_args``, with the class path."""
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _outside_arguments(value)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    path = next((str(value.value) for key, value in node.value if key.value == "class_path"), None)
+    for key, value in node.value:
+        if path is not None and key.value not in ("class_path", _ARGUMENTS, "dict_kwargs"):
+            yield path, key
+        yield from _outside_arguments(value)
 
 
 def _texts(content: Any) -> Iterator[tuple[str, list[Any]]]:

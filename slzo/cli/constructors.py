@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slzo.cli.option_types import imported_class
+from slzo.utils.class_paths import format_error, format_place
 from slzo.utils.errors import SlzoError, one_line
 
 
@@ -34,7 +35,9 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
     except ArgumentError:  # an argument is passed later, such as an optimizer's parameters
         return None
     except Exception as error:  # whatever a class raises
-        return SlzoError(f"{name}: {one_line(error, None)}; correct it")
+        place = format_place(error)  # in a file of the user
+        reason = f"{format_error(error)}{place}" if place else one_line(error, None)
+        return SlzoError(f"{name}: {reason}; correct it")
     return None
 
 

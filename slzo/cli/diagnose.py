@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from slzo.cli.given import loaded, parents
 from slzo.cli.option_types import (
@@ -22,6 +22,7 @@ from slzo.cli.option_types import (
     describe_type,
     entry_type,
     fits,
+    imported_class,
     types_in,
 )
 from slzo.private.parsers import options_of, type_of
@@ -89,11 +90,17 @@ def explain(parser: ArgumentParser, command: str, given: Sequence[Given], messag
 
 
 def check_nulls(parser: ArgumentParser, options: Any) -> None:
-    """Refuse null in a config for an option that must have a value; the parser accepts it.
+    """Refuse null in a config for an option that must have a value, and a value for a group; the parser accepts both.
 
     Raises:
-        SlzoError: Such an option is null.
+        SlzoError: Such an option is null, or a group has a value.
     """
+    options_with_value = {action.dest for action in options_of(parser) if type_of(action) is not None}
+    outer = {parent for name in options_with_value for parent in parents(name)}
+    for group in sorted(outer - options_with_value):
+        value = options.get(group, {})
+        if not isinstance(value, Mapping | Namespace):
+            raise SlzoError(_group_problem(group, value))
     for action in options_of(parser):
         hint = type_of(action)
         if hint is None or action.default is None or type(None) in types_in(hint):
@@ -110,10 +117,7 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     if name in hints:
         is_group = hints[name] is None and any(each.startswith(f"{name}.") for each in hints)
         if is_group and not (isinstance(value, str) and Path(value).is_file()):
-            return (
-                f"{name} {_shown(value)}: a group of options takes no value; set its options with --{name}.NAME VALUE, or "
-                "give a YAML file"
-            )
+            return _group_problem(name, value)
         return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in parents(name) if class_choices(hints.get(each))), None)
     if owner is None:
@@ -127,7 +131,10 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     if argument == "help" or not types:
         return ""
     if argument not in types:
+        group = owner.partition(".")[0]
         hint = did_you_mean(argument, types, _help_of(owner, kind))
+        if f"{group}.{argument}" in hints:
+            hint = f"did you mean {group}.{argument}?"
         return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
     own = types[argument]
     if key and class_choices(own):
@@ -141,6 +148,13 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     else:
         line = _value_problem(name, value, own)
     return f"{line}; {_help_of(owner, kind)}" if line else ""
+
+
+def _group_problem(name: str, value: Any) -> str:
+    return (
+        f"{name} {_shown(value)}: a group of options takes no value; set its options with --{name}.NAME VALUE, or give a "
+        "YAML file"
+    )
 
 
 def _hints(parser: ArgumentParser, given: Sequence[Given]) -> dict[str, Any]:
@@ -194,6 +208,8 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
+        if "." in str(value) and imported_class(str(value)) is not None:
+            return f"{name} {shown}: is of another kind; give a class of the kind of {listed}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"
         return f"{name} {shown}: no such class; {advice} one of {listed}, or give the full path of your own class"

@@ -24,7 +24,8 @@ def one_word_each(args: Sequence[str]) -> list[str]:
             words[-1] = f"{last}={arg}"
         else:
             words.append(arg)
-    return words
+    # the parser prints the config of the options so far
+    return sorted(words, key=lambda word: word.partition("=")[0] == "--print_config")
 
 
 def given_options(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:

@@ -91,7 +91,7 @@ def imported_class(path: str) -> type | None:
     module, _, name = path.rpartition(".")
     try:
         found: type = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError, TypeError):  # TypeError: a path such as ./own.Class
         return None
     return found
 

@@ -87,7 +87,8 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
     available = next(step for step in range(len(known) + 1) if step not in known)
     if known and not available:
         raise SlzoError(
-            f"run {run!r}: its log begins at step {min(known)}; the log of the run that it continues is incomplete"
+            f"run {run!r}: its log begins at step {min(known)}, because options changed when it was resumed, or the log of the "
+            "run that it continues is incomplete; replay that one"
         )
     if requested is not None and not 0 <= requested <= available:
         raise SlzoError(f"step {requested}: the log of {run!r} has {available} steps; give 0 to {available}")

@@ -18,7 +18,8 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     options = (*layer, *output, *_one_process(run), "--lrs", "auto")
     search = _command("sweep", run, *options, python="ZOModule(optimizer=...)")
     if losses is None:
-        return f"{search}  # too few validations to find the reason: compares learning rates"
+        needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
+        return f"{search}  # too few validations to find the reason: compares learning rates{needs}"
     if losses.rose:
         return f"{search}  # the learning rate may be too large"
     if not losses.fell:
@@ -30,7 +31,9 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         look = _command("fit", run, *race, python="OutlierProfiler(Race())")
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
     (limit, value), last, best = run.outcome.limit, run.outcome.last, run.outcome.best
-    if losses.best == losses.last and last is not None and value > 0:
+    if (
+        losses.best == losses.last and last is not None and value > 0 and not run.scheduled
+    ):  # a schedule ends with its steps
         options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))
         longer = _command("fit", run, *options, python=f"ZOTrainer({limit}={2 * value})")
         return f"{longer}  # the dev loss was still falling: takes more steps"

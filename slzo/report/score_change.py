@@ -105,8 +105,8 @@ def score_change(
 def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: int) -> float | None:
     """Return the standard error of a held-out score.
 
-    It is that of the mean over the rows, s / sqrt(n), or of a proportion, sqrt(p (1 - p) / n); ``None`` for other metrics
-    and for one row.
+    It is that of the mean over the rows, s / sqrt(n), which is sqrt(p (1 - p) / (n - 1)) for a proportion; ``None`` for other
+    metrics without scores of rows, and for one row.
 
     Args:
         metric: Name of the metric.
@@ -117,7 +117,7 @@ def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: 
     if len(rows) > 1 and math.isclose(statistics.fmean(rows.values()), score, abs_tol=1e-4 * max(1.0, abs(score))):
         return standard_error(list(rows.values()))
     if metric in PROPORTIONS and num_rows > 1 and 0 <= score <= 1:
-        return math.sqrt(score * (1 - score) / num_rows)
+        return math.sqrt(score * (1 - score) / (num_rows - 1))
     return None
 
 

@@ -83,8 +83,8 @@ def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -
 
 
 def use_commands(run: RunFacts) -> list[str]:
-    """Return commands that use the best checkpoint; those on rows need the options in the run's folder."""
-    best = run.outcome.best
+    """Return commands that use the best checkpoint, or the last one; those on rows need the options in the run's folder."""
+    best = run.outcome.best or run.outcome.last
     if best is None:
         return []
     # a checkpoint outside of its run's folder does not lead to the config
