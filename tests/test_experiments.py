@@ -348,7 +348,7 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--model.scope=AllParameters"], r"model\.scope: a sweep varies the dominant layer"),
         (["--lrs=[1e-3]", "--layers=[1]"], r"layers \[1\]: leave it out, as lrs and eps compare rates in one layer"),
         (["--lrs=[1e-3]", "--directions=40"], r"directions 40: leave it out, as lrs and eps"),
-        (["--steps=0", "--layers=[1]"], r"steps 0: trains no layer, so leave out layers and seconds"),
+        (["--steps=0", "--seconds=5"], r"seconds 5.0: with steps 0 nothing is trained; leave it out, or give steps"),
         (["--steps=0", "--model.eps=1e25"], r"model.eps 1e\+25: the loss of layer 0 is not finite at this distance"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
     ],

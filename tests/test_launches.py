@@ -28,7 +28,7 @@ from slzo.resume import checkpoint_of_job
 from slzo.training import agreed_settings
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
-from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat
+from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.process_group import check_agreement
 
 SECONDS = 240
@@ -322,10 +322,23 @@ def test_a_process_that_sends_no_more_beats_is_lost_and_one_that_never_did_is_no
     assert lost == [2]
 
 
+def test_a_process_that_hangs_right_after_the_start_is_lost():
+    """It has sent the first beat only."""
+    store, lost, found = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), [], threading.Event()
+    send_beat(store, 1)
+    watching = Heartbeat(store, 0, 2, lambda rank: (lost.append(rank), found.set()), interval=0.05)
+    assert found.wait(30)
+    watching.stop()
+    assert lost == [1]
+
+
 def test_a_rank_that_cannot_reach_the_first_one_goes_on_with_a_warning(monkeypatch, capsys):
     class Strategy:
         def broadcast(self, value):
             return 1
+
+        def barrier(self):
+            pass
 
     def refuse(*_, **__):
         raise DistNetworkError("no route")

@@ -14,7 +14,7 @@ from torch.distributed import DistError, TCPStore
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.schedule import callback_of
 from slzo.utils.console import warn
-from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
+from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.process_group import gather_from_processes, leave_process_group
 
@@ -87,7 +87,11 @@ class RankWatch(Callback):
                     f"rank {rank} cannot reach port {port} of {host}; if this rank or its machine hangs, the others will "
                     "wait for it (open the ports between the machines)"
                 )
-                return None
+        if store is not None:
+            send_beat(store, rank)
+        trainer.strategy.barrier()  # one that hangs from now on has sent a beat
+        if store is None:
+            return None
 
         def end(other: int) -> None:
             peer, own = peers[other], peers[rank]

@@ -68,8 +68,8 @@ def sweep(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
         check_rates(lrs, eps, steps, own_seeds, options.estimator)
-    if steps == 0 and (layers is not None or seconds is not None):
-        raise SlzoError("steps 0: trains no layer, so leave out layers and seconds, or give steps")
+    if steps == 0 and seconds is not None:
+        raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
     plan = SweepPlan(
         None if layers is None else tuple(layers),
         steps,

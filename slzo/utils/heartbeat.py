@@ -11,6 +11,11 @@ MISSED_BEATS = 8
 """A process is lost after this number of beats in a row without news of it."""
 
 
+def send_beat(store: TCPStore, rank: int) -> None:
+    """Count one beat of a process in the store. All send the first one before any of them makes a :class:`Heartbeat`."""
+    store.add(f"beat-{rank}", 1)
+
+
 class Heartbeat:
     """Counts beats in a store that all processes share, and watches the counts of the others, in a thread.
 
@@ -29,7 +34,8 @@ class Heartbeat:
         self, store: TCPStore, rank: int, number: int, lost: Callable[[int], None], interval: float = BEAT_S
     ) -> None:
         self._store, self._rank, self._lost, self._interval = store, rank, lost, interval
-        self._counts: Mapping[int, int] = dict.fromkeys((other for other in range(number) if other != rank), 0)
+        self._others = [other for other in range(number) if other != rank]
+        self._counts = self._read()
         self._stopped = threading.Event()
         # if the process with the server hangs, the first thread waits for it, and the second one notices
         for name, run in (("slzo-beat", self._beat), ("slzo-watch", self._watch)):
@@ -42,10 +48,14 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._stopped.wait(self._interval):
             try:
-                self._store.add(f"beat-{self._rank}", 1)
-                self._counts = {other: self._store.add(f"beat-{other}", 0) for other in self._counts}
+                send_beat(self._store, self._rank)
+                self._counts = self._read()
             except DistError:  # the process with the server has ended
                 return
+
+    def _read(self) -> Mapping[int, int]:
+        """Return the number of beats of each other process."""
+        return {other: self._store.add(f"beat-{other}", 0) for other in self._others}
 
     def _watch(self) -> None:
         before, missed = self._counts, dict.fromkeys(self._counts, 0)
