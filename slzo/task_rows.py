@@ -375,7 +375,7 @@ class TaskRows:
             wanted = "give labelled rows"
             if self.task.chat is not None and examples[0].messages:
                 role = examples[0].messages[-1].role
-                wanted = f"their last turn must be of 'assistant', and that of {examples[0].location} is of {role!r}"
+                wanted = f"the last turn must have role 'assistant', but in {examples[0].location} it has role {role!r}"
             raise SlzoError(
                 f"data.task: none of the {len(examples)} training rows has a label, and training needs one; {wanted}"
             )

@@ -265,7 +265,9 @@ def test_rows_without_an_answer_name_the_role(tmp_path, model_dir):
     rows = TaskRows(ChatTask(train_file=str(path)), tokenizer=str(model_dir), max_length=256, seed=0)
     rows.setup("fit")
     assert rows.rows("test")  # no answers are generated, which would need 256 tokens
-    with pytest.raises(SlzoError, match=r"their last turn must be of 'assistant', and that of example .* is of 'gpt'"):
+    with pytest.raises(
+        SlzoError, match=r"the last turn must have role 'assistant', but in example .* it has role 'gpt'"
+    ):
         rows.rows("train")
 
 

@@ -16,9 +16,10 @@ from slzo.__main__ import main
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.data.batch import eval_batch
-from slzo.experiments import layer_trials, store
+from slzo.experiments import layer_trials, sweep_cells
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore, complete_cells
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
@@ -425,7 +426,7 @@ def test_a_folder_that_another_process_works_in_keeps_its_settings(tmp_path):
 def test_the_time_left_is_at_the_pace_of_all_processes(monkeypatch, capsys, tmp_path):
     """After 6 s and 12 s, in the first of which another process has also done a cell."""
     now, folder = [100.0], CellStore(tmp_path / "s", {})
-    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sweep_cells.time, "monotonic", lambda: now[0])
 
     def measure(seconds):
         now[0] += seconds
@@ -499,9 +500,9 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
         ([row(2, 0.5), row(11, 0.4, True)], ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 7.1 standard"]),
         ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
         ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),
-        ([row(2, diverged=1), row(11, None, True, diverged=1)], ["In every layer a training diverged", "with --lrs auto"]),
+        ([row(2, diverged=1), row(11, None, True, diverged=1)], ["In every layer a training diverged", "slzo sweep --lrs auto"]),
         ([row(2, 0.5, diverged=1), row(11, 0.4, True), row(12, 0.1)],
-         ["The chosen layer, 11, has the lowest dev loss", "layer 12 has", "Left out, as trainings diverged: layer 2."]),
+         ["The chosen layer, 11, has the lowest dev loss", "layer 12 has", "Layers with diverged trainings are left out: 2."]),
         ([row(2, 0.0), row(11, -0.1, True)], ["No layer lowered the dev loss; the best, layer 2, did not change it."]),
         ([row(2, sensitivity=0.0), row(11, None, True, sensitivity=0.0)], ["No direction changed the loss: give a larger"]),
         ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1."]),

@@ -80,7 +80,7 @@ def test_a_layer_that_shares_tensors_with_others_is_refused(scope):
     model = tiny_model("llama")
     model.model.layers[2].mlp = model.model.layers[1].mlp
     with pytest.raises(
-        SlzoError, match=r"model.layer \d: has tensors in common with layers \d; tune a layer without such"
+        SlzoError, match=r"model.layer \d: shares tensors with layers \d, which would change too; tune a layer"
     ):
         TunedModel.from_scope(ModelParts(model), scope, 2)
     TunedModel.from_scope(ModelParts(model), LayerScope(), 3)

@@ -61,7 +61,7 @@ def changes(completions, **columns):
     return [0.0] * len(completions)
 async def _later(): return [1.0]
 def wrong(completions, word):
-    return {"dict": {"0": 1}, "str": "1", "coroutine": _later(), "NoneType": None}[word[0]]
+    return _later() if word[0] == "coroutine" else {"dict": {"0": 1}, "str": "1", "NoneType": None}[word[0]]
 def busy(completions, **columns):
     while "b" in completions: pass
     return [0.5] * len(completions)
@@ -168,10 +168,12 @@ def test_rows_without_what_functions_require_are_named_before_the_model_is_loade
     assert main([*command, "--data.reward", "mine.py:matches"]) == 2
     assert "model.model 'nowhere'" in capsys.readouterr().err
     assert main([*command, "--data.reward", "regex"]) == 2
-    problem = "data.reward 'regex': needs 'pattern', which is no field of the held-out rows (they have text, word); add"
+    problem = (
+        "data.reward 'regex': needs 'pattern', which is not a field of the held-out rows (they have text, word); add"
+    )
     assert problem in capsys.readouterr().err
     main([*command, "--data.reward", "exact_match"])
-    warning = "data.reward 'exact_match': compares answers with references, and 4 of 4 held-out rows have none; give"
+    warning = "data.reward 'exact_match': needs references, but 4 of 4 held-out rows have none; give"
     assert warning in capsys.readouterr().err
 
 
@@ -358,11 +360,11 @@ def test_the_function_that_takes_too_long_is_named(folder):
     assert [problem.partition(": ")[0] for problem in problems] == ["data.reward mine.py:busy"]
 
 
-def test_a_file_may_import_one_beside_it(folder, monkeypatch):
+def test_a_file_may_import_its_neighbours(folder, monkeypatch):
     (folder / "own").mkdir()
-    (folder / "own" / "beside.py").write_text("VALUE = 0.25")
+    (folder / "own" / "neighbour.py").write_text("VALUE = 0.25")
     (folder / "own" / "reward.py").write_text(
-        "import beside\ndef f(completions): return [beside.VALUE] * len(completions)"
+        "import neighbour\ndef f(completions): return [neighbour.VALUE] * len(completions)"
     )
     assert Rewards("own/reward.py:f")(answers("a")).totals == (0.25,)
 

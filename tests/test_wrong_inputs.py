@@ -48,7 +48,7 @@ WRONG = """
 --model.scope=LayerScope --model.scope.layers=[] | model.scope.layers []: give at least one layer
 --model.scope=SmallestWeights --model.scope.fraction=2 | model.scope.fraction 2.0: the share of weights must be above 0
 --model.scope=nope.Nope | model.scope 'nope.Nope': nope cannot be imported
---model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': is of another kind; give a class of the kind of ActivationSubspace
+--model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': has another type; give a class such as ActivationSubspace
 --model.scope=3 | model.scope '3': no such class
 --model.scope='{"class_path": "LoRA", "init_args": {"rank": 0}}' | model.scope.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
@@ -225,7 +225,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
 --data.nope=1 | data.nope: unknown option
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
---profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': is of another kind; give a class of the kind of Auto
+--profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': has another type; give a class such as Auto
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
 --model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
+from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.utils.console import inform, say, warn
 from slzo.utils.errors import SlzoError
 
@@ -37,15 +38,7 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
             "a file"
         )
     newest = found[0].parent
-    started = {
-        path.parent: time for path in Path(root).glob("**/environment.json") if (time := _modified(path)) is not None
-    }
-    if (
-        started
-        and started[latest := max(started, key=started.__getitem__)] > known[found[0]]
-        and latest != newest.parent
-    ):
-        warn(f"{str(latest)!r} is newer and has no checkpoint")
+    _warn_of_newer_run(Path(root), newest.parent, known[found[0]])
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
     if last is None:
         warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
@@ -63,6 +56,14 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     raise SlzoError(
         f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a file"
     )
+
+
+def _warn_of_newer_run(root: Path, run: Path, saved: float) -> None:
+    """Warn of a run that started after ``run`` had ``saved`` its newest checkpoint, and has none itself."""
+    times = ((_modified(file), file.parent) for file in root.glob(f"**/{ENVIRONMENT_FILE}"))
+    newer = [(time, folder) for time, folder in times if time is not None and time > saved and folder != run]
+    if newer:
+        warn(f"{str(max(newer)[1])!r} is newer and has no checkpoint")
 
 
 def _modified(path: Path) -> float | None:

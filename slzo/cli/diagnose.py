@@ -209,7 +209,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
             return ""  # the class is right, but one of its arguments is wrong
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         if "." in str(value) and imported_class(str(value)) is not None:
-            return f"{name} {shown}: is of another kind; give a class of the kind of {listed}"
+            return f"{name} {shown}: has another type; give a class such as {listed}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"
         return f"{name} {shown}: no such class; {advice} one of {listed}, or give the full path of your own class"

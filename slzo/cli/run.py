@@ -35,9 +35,11 @@ def _run(command: Command, words: Sequence[str]) -> None:
         is_config = first in shipped_configs() or Path(first).suffix in (".yaml", ".yml")
         option, value = "config", first
         if os.path.exists(first) and not is_config:  # noqa: PTH110  any text
+            from slzo.report.run_files import CONFIG_FILE
+
             takes = signature(command_function(command)).parameters
             option = next((name for name in ("ckpt_path", "run") if name in takes), "config")
-            value = str(Path(first) / "config.yaml") if option == "config" and Path(first).is_dir() else first
+            value = str(Path(first, CONFIG_FILE)) if option == "config" and Path(first).is_dir() else first
         raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {value}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for class paths of the user's own files

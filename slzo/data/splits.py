@@ -60,7 +60,7 @@ def draw_from(
     notes = [rows.note for rows in read.values() if rows.note]
     test, train, dev = (read[split].examples if split in read else None for split in ("test", "train", "dev"))
     if files or source.data_dir is not None:
-        check_shared_ids(_id_option(source), test or (), train or (), dev or ())
+        check_shared_ids(*_id_option(source), test or (), train or (), dev or ())
     if divided and train is not None:
         origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
         least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
@@ -167,16 +167,20 @@ def split_off_test(
     return train, test, notes
 
 
-def _id_option(source: RowSource) -> str:
-    """Return the option that the rows' ids come from, with its value."""
+def _id_option(source: RowSource) -> tuple[str, str]:
+    """Return the option that the rows' ids come from, with its value, and what to do if ids are not unique."""
+    advice = "give each row its own id across all files"
     if not source.task.files:
-        return f"data.data_dir {source.data_dir!r}"
+        return f"data.data_dir {source.data_dir!r}", advice
     field = source.task.id_field
-    return "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
+    option = "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
+    return option, f"{advice}, or name another field"
 
 
-def check_shared_ids(option: str, *pools: Sequence[Example]) -> None:
-    """Check that rows with the same id in different splits have the same prompt; the ids come from ``option``.
+def check_shared_ids(option: str, advice: str, *pools: Sequence[Example]) -> None:
+    """Check that rows with the same id in different splits have the same prompt.
+
+    ``option`` is where the ids come from, and ``advice`` what to do otherwise.
 
     Raises:
         SlzoError: If they do not; the message names both rows.
@@ -185,10 +189,7 @@ def check_shared_ids(option: str, *pools: Sequence[Example]) -> None:
     for example in (example for pool in pools for example in pool):
         other = seen.setdefault(example.id, example)
         if other.prompt != example.prompt:
-            raise SlzoError(
-                f"{option}: {example.place} has id {example.id!r}, as does {other.place}; give each row its own id across all "
-                "files" + (", or name another field" if "id_field" in option else "")
-            )
+            raise SlzoError(f"{option}: {example.place} has id {example.id!r}, as does {other.place}; {advice}")
 
 
 def order_key(salt: str, id: str) -> tuple[bytes, str]:

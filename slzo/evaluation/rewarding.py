@@ -17,7 +17,7 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
     texts. The columns are the rows' fields. ``references`` holds the accepted answers, or the field of this name in rows without
-    answers; a value in it that is no list becomes a list of one text.
+    answers; a value that is not a list becomes a list of one text.
     """
     columns: dict[str, list[Any]] = {
         name: [example.columns.get(name) for example in examples] for name in _column_names(examples)
@@ -57,14 +57,14 @@ def check_columns(required: Iterable[tuple[str, Sequence[str]]], examples: Seque
                 missing = sum(not _references(example) for example in examples)
                 if missing:
                     warning = (
-                        f"data.reward {function!r}: compares answers with references, and {missing} of {len(examples)} {split} "
-                        "rows have none; give their answers in data.task.answer_field, or in a field references"
+                        f"data.reward {function!r}: needs references, but {missing} of {len(examples)} {split} rows have "
+                        "none; give their answers in data.task.answer_field, or in a field references"
                     )
             elif name in _RESERVED:
                 raise SlzoError(f"data.reward {function!r}: has an argument {name!r}; call it {name}s")
             elif name not in names:
                 raise SlzoError(
-                    f"data.reward {function!r}: needs {name!r}, which is no field of the {split} rows (they have "
+                    f"data.reward {function!r}: needs {name!r}, which is not a field of the {split} rows (they have "
                     f"{', '.join(names)}); add the field, or give the argument a value in data.reward or a default"
                 )
     return warning

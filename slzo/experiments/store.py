@@ -9,8 +9,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slzo.report.forecast import duration
-from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import PARTIAL, expanded, read_json, write_json
 from slzo.utils.settings import differences
@@ -119,27 +117,6 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
-
-
-def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:
-    """Compute cells of one kind; report each of them, and the time for the others at the pace of all processes so far."""
-
-    def num_left() -> int:
-        return sum(store.result(name) is None for name in cells)
-
-    started, at_start = time.monotonic(), num_left()
-
-    def report(name: str, result: Mapping[str, Any]) -> None:
-        if "scores" in result:
-            last = result["scores"][-1]
-            found = result["diverged"] or f"{loss} {last['loss']:.4f}, metric {last['metric']:.4f}"
-        else:
-            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
-        left = num_left()
-        seconds = left * (time.monotonic() - started) / max(1, at_start - left)
-        say(f"{name}: {found} ({f'{left} left, about {duration(seconds)}' if left else 'done'})")
-
-    store.complete(cells, report)
 
 
 def _is_locked(path: Path) -> bool:

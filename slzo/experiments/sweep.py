@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore, complete_cells
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import (
     format_rows,
@@ -44,7 +45,7 @@ def sweep_layers(
         return
     rows = layer_results(store, plan, profile)
     curves = seed_curves(store, plan)
-    loss = trials.rows.selection_metric.description.rstrip(",")
+    loss = trials.rows.selection_metric.loss_name
     sentence = verdict(rows, plan, curves, profile.title, loss)
     title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
     write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title, loss)
@@ -61,7 +62,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
-    loss = trials.rows.selection_metric.description.rstrip(",")
+    loss = trials.rows.selection_metric.loss_name
     measured = range(trials.parts.num_layers if plan.directions else 0)
     complete_cells(store, {plan.sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}, loss)
     trials.clear_prefix()  # the sensitivities used few rows, and the trainings begin at a lower layer again

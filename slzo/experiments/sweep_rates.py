@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any, Literal
 
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore, complete_cells
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep_cells import complete_cells
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
@@ -63,7 +64,7 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     settings = trials.settings() | {"steps": plan.steps, "layer": layer}
     own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
     store = CellStore(output or f"{trials.default_folder()}-rates", settings | own)
-    loss = trials.rows.selection_metric.description.rstrip(",")
+    loss = trials.rows.selection_metric.loss_name
     tried, before = search(trials, store, plan, layer, loss)
     if is_worker():
         return

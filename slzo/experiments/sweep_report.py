@@ -123,25 +123,21 @@ def verdict(
     trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None and not row.diverged}
     dominant = next((row.layer for row in rows if row.dominant), None)
     if not trained and any(row.diverged for row in rows):
-        return (
-            "In every layer a training diverged: lower the learning rate (this command with --lrs auto tries several)."
-        )
+        return "In every layer a training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
     if not trained:
         measured = {row.layer: (row.sensitivity, row.sensitivity_se) for row in rows}
         if not any(value for value, _ in measured.values()):
             return "No direction changed the loss: give a larger model.eps. No layer was trained."
         return f"{_compared('the highest sensitivity', measured, dominant, chosen, highest=True)} No layer was trained."
-    unstable = [row for row in rows if row.diverged]
-    note = (
-        f" Left out, as trainings diverged: {', '.join(f'layer {row.layer}' for row in unstable)}." if unstable else ""
-    )
+    unstable = ", ".join(str(row.layer) for row in rows if row.diverged)
+    note = f" Layers with diverged trainings are left out: {unstable}." if unstable else ""
     gains = {row.layer: row.gain or 0.0 for row in rows if row.layer in trained}
     best = max(gains, key=gains.__getitem__)
     if gains[best] <= 0:
         how = f"raised it by {-gains[best]:.4g}" if gains[best] else "did not change it"
         return (
-            f"No layer lowered the {loss}; the best, layer {best}, {how}. Try other learning rates (this command with "
-            f"--lrs auto) or more steps.{note}"
+            f"No layer lowered the {loss}; the best, layer {best}, {how}. Try other learning rates (slzo sweep --lrs auto) "
+            f"or more steps.{note}"
         )
     if plan.seconds is None:
         return f"{_compared(f'the lowest {loss}', trained, dominant, chosen)}{note}"
@@ -156,7 +152,15 @@ def curves_verdict(
     chosen: str = "chosen layer",
     what: str = "dev loss",
 ) -> str:
-    """Return two sentences: which layer has reached the lowest loss in the same steps, and which in the same time."""
+    """Return two sentences: which layer has reached the lowest loss in the same steps, and which in the same time.
+
+    Args:
+        curves: The curves of each layer, one per seed.
+        plan: Options of the sweep.
+        dominant: The layer of the profile's rule, or of model.layer; ``None`` if there is none.
+        chosen: What this layer is called.
+        what: What the loss is called.
+    """
     assert plan.seconds is not None
 
     def sentence(place: Callable[[Score], float], length: float, unit: str) -> str:

@@ -37,7 +37,9 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
         )
     if is_worker():
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    if number == 1 or is_worker():
+        yield
+        return
+    if number == 1:
         yield
         return
     wanted = os.environ.get("OMP_NUM_THREADS", "")

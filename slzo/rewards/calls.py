@@ -142,7 +142,8 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
     accepted = _accepted(function, given)
     try:
         returned: Any = function(**{name: value for name, value in given.items() if name in accepted})
-        values = None if isinstance(returned, str | bytes | Mapping | set) else _listed(returned)
+        is_list = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping | set)
+        values = list(returned) if is_list else None
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
@@ -170,11 +171,6 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
             raise RewardFailure(wanted.function, reason, place)
         numbers.append(number)
     return numbers
-
-
-def _listed(returned: Any) -> list[Any] | None:
-    """Return the values that a function returned; ``None`` if they are none."""
-    return list(returned) if isinstance(returned, Iterable) else None
 
 
 def required_columns(wanted: RewardCall, function: RewardFunction) -> tuple[str, ...]:
@@ -209,7 +205,7 @@ def _run_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # for modules beside it, as of a script
+        sys.path.append(str(path.parent))  # so that it can import its neighbours, as a script can
     try:
         spec.loader.exec_module(module)
     except BaseException:

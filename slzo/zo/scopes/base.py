@@ -144,8 +144,8 @@ def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
     """Return the layers as sorted numbers.
 
     Raises:
-        SlzoError: The model does not have one of them, the list is empty, the dominant layer is not known, or a single layer has
-            tensors in common with others.
+        SlzoError: The model does not have one of them, the list is empty, the dominant layer is not known, or a layer shares
+            tensors with others.
     """
     num_layers = context.parts.num_layers
     if layers is None:

@@ -37,7 +37,8 @@ def check_own_tensors(parts: ModelParts, layer: int) -> None:
     ]
     if sharing:
         raise SlzoError(
-            f"model.layer {layer}: has tensors in common with layers {', '.join(map(str, sharing))}; tune a layer without such"
+            f"model.layer {layer}: shares tensors with layers {', '.join(map(str, sharing))}, which would change too; tune a "
+            "layer that shares none"
         )
 
 
