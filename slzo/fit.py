@@ -32,7 +32,7 @@ from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
-from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
+from slzo.report.run_files import code_of
 from slzo.report.summary import format_summary, sample_row, summarize
 from slzo.resume import check_environment, open_step_log
 from slzo.run import Prepared, RunContext
@@ -57,6 +57,7 @@ from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.process_group import gather_from_processes
+from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.options import TrainingOptions

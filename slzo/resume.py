@@ -15,7 +15,6 @@ from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
-from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
@@ -24,6 +23,7 @@ from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file, read_json
 from slzo.utils.hub import model_commit
+from slzo.utils.run_layout import ENVIRONMENT_FILE
 from slzo.utils.settings import differences
 
 

@@ -17,7 +17,6 @@ from slzo.module import ZOModule, zo_module
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
-from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.resume import loaded_from_hub
 from slzo.run import Prepared
 from slzo.run_context import num_dev_rows, planned_steps
@@ -26,6 +25,7 @@ from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
+from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import flat_settings
 from slzo.zo.time_plan import Passes

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
-from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.utils.console import inform, say, warn
 from slzo.utils.errors import SlzoError
+from slzo.utils.run_layout import ENVIRONMENT_FILE
 
 REPLAYED = "replay-"
 """Beginning of the names of checkpoints that were rebuilt from a log."""

@@ -31,7 +31,6 @@ from slzo.loggers import FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported
-from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
 from slzo.run_context import run_context
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
@@ -39,6 +38,7 @@ from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.run_layout import CONFIG_FILE
 
 _MAX_SEED = 2**32 - 1
 

@@ -35,7 +35,7 @@ def _run(command: Command, words: Sequence[str]) -> None:
         is_config = first in shipped_configs() or Path(first).suffix in (".yaml", ".yml")
         option, value = "config", first
         if os.path.exists(first) and not is_config:  # noqa: PTH110  any text
-            from slzo.report.run_files import CONFIG_FILE
+            from slzo.utils.run_layout import CONFIG_FILE
 
             takes = signature(command_function(command)).parameters
             option = next((name for name in ("ckpt_path", "run") if name in takes), "config")

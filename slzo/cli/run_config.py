@@ -10,10 +10,11 @@ from slzo.cli.config_files import read_config_file
 from slzo.cli.given import option_values
 from slzo.commands.registry import Command
 from slzo.prompting.pair import exported_options, is_export
-from slzo.report.run_files import CONFIG_FILE, code_of
+from slzo.report.run_files import code_of
 from slzo.utils.config_code import TRUST
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
+from slzo.utils.run_layout import CONFIG_FILE
 
 
 def with_run_config(command: Command, args: Sequence[str]) -> list[str]:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slzo.report.page import write_report
-from slzo.report.run_files import REPORT_FILE, read_run
+from slzo.report.run_files import read_run
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import output_file
+from slzo.utils.run_layout import REPORT_FILE
 
 
 def report(runs: list[str], output: str | None = None) -> None:

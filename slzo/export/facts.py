@@ -9,10 +9,10 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.load import auto_class
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
-from slzo.report.run_files import SUMMARY_FILE
 from slzo.tasks.base import HubSource
 from slzo.tasks.registry import TASKS
 from slzo.utils.files import read_json
+from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 

@@ -10,8 +10,9 @@ from slzo.pictures.curves import curves_picture
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save, svg_of
 from slzo.report.figures import Texts, method, scores, speed, versions
-from slzo.report.run_files import REPORT_FILE, RunFiles, read_run
+from slzo.report.run_files import RunFiles, read_run
 from slzo.utils.files import write_text
+from slzo.utils.run_layout import REPORT_FILE
 from slzo.version import __version__
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture
-from slzo.report.run_files import PROFILE_FILE
 from slzo.utils.files import write_json
+from slzo.utils.run_layout import PROFILE_FILE
 from slzo.zo.profile import LayerStatistics, OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.selection.base import CLEAR

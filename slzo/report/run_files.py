@@ -17,19 +17,8 @@ from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import read_json
+from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, PROFILE_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.settings import options_in
-
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
-ENVIRONMENT_FILE = "environment.json"
-PROFILE_FILE = "outlier_profile.json"
-HISTORY_FILE = "history.json"
-"""Results of each validation."""
-
-SAMPLES_FILE = "samples.json"
-"""Predictions of some held-out rows."""
-
-REPORT_FILE = "report.html"
 
 _REMOVE = "remove it"
 
