@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import distributed
 
-from slzo.data.batch import EvalBatch, Row, TrainBatch
+from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.loader import BatchLoader
 from slzo.task_rows import TaskRows
 from slzo.zo.options import TrainingOptions
@@ -62,25 +62,24 @@ class TaskDataModule(TaskRows, LightningDataModule):
         if isinstance(options, TrainingOptions):
             self.follow_model(options.model, options.trust_remote_code)
 
-    def train_dataloader(self) -> BatchLoader[list[int], TrainBatch]:
+    def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Return training batches from the current step on."""
-        trainer, rows = self.trainer, self.rows("train")
-        sampler = self.sampler(steps_done=lambda: trainer.global_step if trainer else 0)
-        return BatchLoader(sampler, lambda numbers: self.train_batch([rows[number] for number in numbers]))
+        trainer = self.trainer
+        return BatchLoader(self.sampler(steps_done=lambda: trainer.global_step if trainer else 0), self.train_batch)
 
-    def val_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
+    def val_dataloader(self) -> BatchLoader[EvalBatch]:
         """Return dev rows in an order that is fast to score."""
         return self._eval_loader("dev")
 
-    def test_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
+    def test_dataloader(self) -> BatchLoader[EvalBatch]:
         """Return held-out rows in an order that is fast to score; :attr:`slzo.data.batch.Row.position` has the split's order."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> BatchLoader[list[Row], EvalBatch]:
+    def predict_dataloader(self) -> BatchLoader[EvalBatch]:
         """Return held-out rows as in :meth:`test_dataloader`; generation tasks always generate answers."""
         return self._eval_loader("predict")
 
-    def _eval_loader(self, split: str) -> BatchLoader[list[Row], EvalBatch]:
+    def _eval_loader(self, split: str) -> BatchLoader[EvalBatch]:
         plan = self.eval_plan(split)
         return BatchLoader(plan.batches, plan.pack)
 

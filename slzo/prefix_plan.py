@@ -50,7 +50,7 @@ def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
 def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
     """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
     for batch in _scored(rows, "dev", generated=True):
-        for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
+        for chunk in chunk_by_tokens([len(row.prompt) for row in batch], rows.scoring_tokens):
             chosen = (batch[number] for number in chunk)
             yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
     if rows.objective.generates:
@@ -65,12 +65,7 @@ def training_blocks(rows: TaskRows) -> list[list[Block]]:
 
 def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:
     """Return the rows of the batches of the first epoch, by process."""
-    training = rows.rows("train")
-    samplers = [rows.sampler(rank=rank) for rank in range(rows.processes.of_rows.total)]
-    return [
-        [[training[number] for number in sampler.rows_of_step(step)] for step in range(len(sampler))]
-        for sampler in samplers
-    ]
+    return [list(rows.sampler(rank=rank)) for rank in range(rows.processes.of_rows.total)]
 
 
 def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:

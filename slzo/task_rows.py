@@ -8,8 +8,6 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalPlan, Row, TrainBatch, plan_batches
@@ -190,12 +188,9 @@ class TaskRows:
             # loading a model or its tokenizer names the option of the model
             message = str(error).replace("model.model", "data.tokenizer", 1)
             raise SlzoError(f"{message}; or leave data.tokenizer out") from error
-        return self._make_encoder(tokenizer, self.max_length)
-
-    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **model: Any) -> Encoder:
         if self.task.chat is None:
-            return Encoder(tokenizer, max_length, **model)
-        return ChatEncoder(tokenizer, max_length, self.task.chat, **model)
+            return Encoder(tokenizer, self.max_length)
+        return ChatEncoder(tokenizer, self.max_length, self.task.chat)
 
     def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
         """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
@@ -230,16 +225,13 @@ class TaskRows:
         cuts = length < self.max_length
         if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that {name} takes.")
-        self.encoder = self._make_encoder(
-            encoder.tokenizer, length, num_embeddings=num_embeddings, limited_by_model=cuts
-        )
+        encoder.limit(length, num_embeddings, cuts)
         self._rows.clear()
 
     @property
     def chat_template(self) -> str | None:
         """Chat template if it is not the tokenizer's own, else ``None``; exported folders include it."""
-        encoder = self.encoder
-        return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
+        return None if self.encoder.note is None else self.encoder.template
 
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
@@ -251,15 +243,13 @@ class TaskRows:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
             names = TaskMetrics(self.task).compute()
-        extra = [name for name in self._extra_metrics if name != "reward"]
-        rewards = REWARD_NAMES if self.reward is not None else ()
-        return [f"val/{name}" for name in ("loss", *names, *extra, *rewards)]
+        return [f"val/{name}" for name in ("loss", *names, *self._extra_metrics)]
 
     @property
     def _extra_metrics(self) -> tuple[str, ...]:
         """Names of reported metrics besides the task's metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
         has_perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
-        return (*((PERPLEXITY,) if has_perplexity else ()), *(("reward",) if self.reward is not None else ()))
+        return (*((PERPLEXITY,) if has_perplexity else ()), *(REWARD_NAMES if self.reward is not None else ()))
 
     @property
     def selection_metric(self) -> SelectionMetric:
@@ -319,7 +309,7 @@ class TaskRows:
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
         origin = f", {self.splits.origin}" if self.splits.origin else ""
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
-        if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
+        if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
         self._load_rewards(self.splits)
 
@@ -420,7 +410,7 @@ class TaskRows:
         seed: int | None = None,
         steps_done: Callable[[], int] = int,
         rank: int | None = None,
-    ) -> StepBatchSampler:
+    ) -> StepBatchSampler[Row]:
         """Return the sampler of training rows; batch size and seed default to the run's, the rank to this process.
 
         Raises:
@@ -430,7 +420,7 @@ class TaskRows:
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
         num_tokens = [row.encoded.num_tokens for row in rows]
-        sampler = StepBatchSampler(num_tokens, size, seed, rank, world_size, steps_done)
+        sampler = StepBatchSampler(rows, num_tokens, size, seed, rank, world_size, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler
@@ -441,13 +431,11 @@ class TaskRows:
 
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
         """Yield the training batches of this process without end; seed and batch size default to the run's."""
-        rows = self.rows("train")
-        sampler = self.sampler(batch_size, seed)
-        return (self.train_batch([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
+        return map(self.train_batch, map(self.sampler(batch_size, seed).rows_of_step, count()))
 
-    def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
-        """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""
-        rows, processes = self.rows(split)[:num_rows], self.processes
+    def eval_plan(self, split: str) -> EvalPlan:
+        """Plan the batches in which this process scores dev or held-out rows."""
+        rows, processes = self.rows(split), self.processes
         if 0 < len(rows) < processes.world_size:
             option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
             if split == "predict" and self.predict_file is not None:
@@ -457,9 +445,9 @@ class TaskRows:
             )
         return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.world_size)
 
-    def eval_batches(self, split: str, num_rows: int | None = None) -> Iterator[EvalBatch]:
+    def eval_batches(self, split: str) -> Iterator[EvalBatch]:
         """Return the packed batches of :meth:`eval_plan`."""
-        plan = self.eval_plan(split, num_rows)
+        plan = self.eval_plan(split)
         return map(plan.pack, plan.batches)
 
     @property
@@ -490,8 +478,7 @@ class TaskRows:
     @property
     def decoding(self) -> Decoding:
         """Stop texts and length limit of generated answers."""
-        template_stop = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
-        return Decoding((*template_stop, *self.task.stop), self.task.max_new_tokens)
+        return Decoding((*self.encoder.stop, *self.task.stop), self.task.max_new_tokens)
 
     def profile_batches(self, num_sequences: int) -> list[PackedBatch]:
         """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""

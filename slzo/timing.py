@@ -76,11 +76,11 @@ def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, mos
     step_options = replace(options.step, eps=options.step.eps or _EPS)
     stepper = make_stepper(model, options, rows, step=step_options, max_nonfinite=1 << 60)
     optimizer, cache, device = _NoOpOptimizer(model.tensors.masters), model.forward.cache, model.parts.model.device
-    train, sampler = rows.rows("train"), rows.sampler()
+    sampler = rows.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
     new, added, steps, began = 0, 0.0, [], time.perf_counter()
     for number in range(max(0, last - _BATCHES), last):
-        batch = rows.train_batch([train[row] for row in sampler.rows_of_step(number)]).to(device)
+        batch = rows.train_batch(sampler.rows_of_step(number)).to(device)
         unseen = _uncached(batch.rows, cache)
         first, again = (_seconds(partial(stepper.step, batch, 0, optimizer)) for _ in range(2))
         steps.append(again)

@@ -12,7 +12,6 @@ from slzo.models import linear
 from slzo.models.attention import packed_attention_forward
 from slzo.models.logits import final_states, needed_logits
 from slzo.models.parts import ModelParts
-from slzo.models.recorded import run_with
 from slzo.private.modules import has_onednn_linear, onednn_linear
 from slzo.zo.objectives import AnswerLikelihood
 
@@ -124,7 +123,7 @@ def test_the_gradient_is_that_of_the_whole_model(rows):
 
     with torch.enable_grad():
         found = torch.autograd.grad((final_states(parts, batch, 0, None)[0] * weight).sum(), weights)
-        plain = run_with(parts, batch, whole, 0, 4, None)[batch.needed]
+        plain = parts.run(batch, 0, 4, attend=whole)[batch.needed]
         expected = torch.autograd.grad((plain * weight).sum(), weights)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 1e-5 * other.norm()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import VOCABULARY, each_family, tiny_model
 
-from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens
+from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens, shared_beginnings
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import share_beginnings
@@ -110,9 +110,12 @@ def test_shared_beginnings_give_the_same_logits(family):
 
 def test_chunks_keep_order_and_limits():
     sequences = [(1, 2, 3), (1, 2, 4), (1, 2, 4, 5), (7,), (8, 9, 10, 11, 12, 13, 14)]
-    assert chunk_by_tokens(sequences, 5) == [[0, 1, 2], [3], [4]]
-    assert chunk_by_tokens(sequences, 5, share=False) == [[0], [1], [2, 3], [4]]
-    assert chunk_by_tokens(sequences, None, 2) == [[0, 1], [2, 3], [4]]
+    lengths = [*map(len, sequences)]
+    assert shared_beginnings(sequences) == [0, 2, 3, 0, 0]
+    assert shared_beginnings([]) == []
+    assert chunk_by_tokens(lengths, 5, shared=shared_beginnings(sequences)) == [[0, 1, 2], [3], [4]]
+    assert chunk_by_tokens(lengths, 5) == [[0], [1], [2, 3], [4]]
+    assert chunk_by_tokens(lengths, None, 2) == [[0, 1], [2, 3], [4]]
     assert chunk_by_tokens([], 5) == []
 
 

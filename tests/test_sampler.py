@@ -2,13 +2,15 @@
 
 import pytest
 
-from slzo.data.sampler import StepBatchSampler, divide
+from slzo.data.sampler import StepBatchSampler, divide_by_tokens
 
 pytestmark = pytest.mark.fast
 
 
 def sampler(done=0, **options):
-    return StepBatchSampler(**{"num_tokens": [1] * 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done)
+    return StepBatchSampler(
+        **{"rows": range(50), "num_tokens": [1] * 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done
+    )
 
 
 def test_every_row_comes_once_per_epoch():
@@ -28,7 +30,7 @@ def test_a_pass_goes_on_from_the_present_step_across_epochs(done):
 
 def test_each_pass_asks_for_the_present_step():
     done = 0
-    one = StepBatchSampler([1] * 50, 8, 3, steps_done=lambda: done)
+    one = StepBatchSampler(range(50), [1] * 50, 8, 3, steps_done=lambda: done)
     first = list(one)
     assert list(one) == first
     done = 2
@@ -59,13 +61,13 @@ def test_processes_have_about_as_many_tokens():
 
 
 def test_each_part_has_rows_and_none_has_too_many():
-    assert divide([3, 1, 2], [1, 9, 1, 1], 2) == [[1], [3, 2]]
-    assert [len(part) for part in divide(list(range(9)), [100] + [1] * 8, 3)] == [3, 3, 3]
+    assert divide_by_tokens([3, 1, 2], [1, 9, 1, 1], 2) == [[1], [3, 2]]
+    assert [len(part) for part in divide_by_tokens(list(range(9)), [100] + [1] * 8, 3)] == [3, 3, 3]
     for number in range(4, 12):
-        assert all(divide(list(range(number)), list(range(number)), 4))
+        assert all(divide_by_tokens(list(range(number)), list(range(number)), 4))
 
 
 def test_a_rest_too_small_for_every_process_is_left_out():
     for rank in (0, 1):
-        part = sampler(num_tokens=[1] * 33, rank=rank, world_size=2)
+        part = sampler(rows=range(33), num_tokens=[1] * 33, rank=rank, world_size=2)
         assert len(list(part)) == len(part) == 2

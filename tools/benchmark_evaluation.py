@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from measuring import timed
 from options import option, parse
-from slzo.data.batch import Row
+from slzo.data.batch import Row, plan_batches
 from slzo.evaluation.generation import answer_text, stop_tokens
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -98,9 +98,11 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
     generates = bool(rows[0].prompt)
     evaluator = data.evaluator(parts)
 
+    plan = plan_batches(rows, data.eval_batch_size, data.scoring_tokens)
+
     def run_fast() -> dict[int, Any]:
         found: dict[int, Any] = {}
-        for batch in data.eval_batches("test", num_rows):
+        for batch in map(plan.pack, plan.batches):
             outcome = evaluator(batch, log_likelihoods=False)  # as in validations and tests
             found.update(zip((row.position for row in batch.rows), outcome.predictions, strict=True))
         return found
@@ -111,7 +113,7 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
         stops = stop_tokens(evaluator.tokenizer)
         return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
 
-    evaluator(next(data.eval_batches("test", 4)), log_likelihoods=False)  # warm up before timing
+    evaluator(plan.pack(rows[:4]), log_likelihoods=False)  # warm up before timing
     first, fast = timed(run_fast)
     slow, expected = timed(run_plain)
     second, _ = timed(run_fast)

@@ -5,24 +5,26 @@ from itertools import pairwise, takewhile
 
 
 def chunk_by_tokens(
-    sequences: Sequence[Sequence[int]],
+    lengths: Sequence[int],
     max_tokens: int | None,
     max_rows: int | None = None,
-    *,
-    share: bool = True,
-    more: Sequence[int] | None = None,
+    shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Cut sequences of token ids, in order, into chunks of at most ``max_tokens`` tokens and ``max_rows`` sequences.
+    """Cut sequences, in order, into chunks of at most ``max_tokens`` tokens and ``max_rows`` sequences; ``None`` is no limit.
 
-    Returns the numbers of the sequences in each chunk. A longer sequence is a separate chunk, and ``None`` is no limit. With
-    ``share``, tokens that a sequence has in common with the one before it are not counted again. ``more`` is the number of
-    further tokens that come with each sequence.
+    Args:
+        lengths: Number of tokens of each sequence. A sequence of more than ``max_tokens`` is a chunk by itself.
+        max_tokens: Most tokens of a chunk.
+        max_rows: Most sequences of a chunk.
+        shared: How many tokens of each sequence are not counted if the sequence before it is in the same chunk.
+
+    Returns:
+        The numbers of the sequences in each chunk.
     """
     chunks: list[list[int]] = []
     used = 0
-    for number, sequence in enumerate(sequences):
-        length = len(sequence) + (more[number] if more is not None else 0)
-        new = length - (_common(sequences[number - 1], sequence) if share and number else 0)
+    for number, length in enumerate(lengths):
+        new = length if shared is None else length - shared[number]
         full = not chunks or (max_rows is not None and len(chunks[-1]) >= max_rows)
         if full or (max_tokens is not None and used + new > max_tokens):
             chunks.append([number])
@@ -33,11 +35,17 @@ def chunk_by_tokens(
     return chunks
 
 
+def shared_beginnings(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many leading tokens each sequence has in common with the one before it; 0 for the first."""
+    return [0, *(num_common(first, second) for first, second in pairwise(sequences))][: len(sequences)]
+
+
 def num_distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
     """Return the number of tokens of the sequences, with common beginnings counted once."""
     ordered = sorted(map(tuple, sequences))
-    return sum(map(len, ordered)) - sum(_common(first, second) for first, second in pairwise(ordered))
+    return sum(map(len, ordered)) - sum(shared_beginnings(ordered))
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many leading tokens two sequences have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

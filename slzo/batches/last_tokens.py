@@ -76,10 +76,6 @@ class LastTokens(Movable):
             offset += last.numel()
         return cls(positions, tuple(groups), inverse)
 
-    def number_of(self, positions: Tensor) -> Tensor:
-        """Return the indices of some last tokens in ``positions``, from their packed positions."""
-        return torch.searchsorted(self.positions, positions)
-
     def repeat(self, times: int, num_tokens: int) -> Self:
         """Return the last tokens of ``times`` copies of a batch of ``num_tokens`` tokens, one after the other."""
         if times == 1:

@@ -105,6 +105,10 @@ class PackedLayout(Movable):
         return PackedLayout((positions,), (valid,), inverse)
 
 
+NO_SEQUENCES = PackedLayout((), (), torch.empty(0, dtype=torch.int64))
+"""Layout of tokens that run with an attention in place of their layout."""
+
+
 def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor:
     """Return the places of the elements of ``times`` copies of a concatenation of groups, if each group follows its copies.
 
@@ -126,11 +130,11 @@ def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor
     return torch.cat(copies)
 
 
-def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the numbers of the sequences, sorted by descending length and cut into groups of similar length."""
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of sequences, sorted by descending length and cut into groups of similar length."""
     groups: list[list[int]] = []
-    for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n])):
-        if groups and len(sequences[number]) >= _GROUP_RATIO * len(sequences[groups[-1][0]]):
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if groups and lengths[number] >= _GROUP_RATIO * lengths[groups[-1][0]]:
             groups[-1].append(number)
         else:
             groups.append([number])
@@ -141,7 +145,7 @@ def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int) -> PackedL
     """Return the layout of sequences of packed positions, in groups of similar length."""
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
-    for numbers in group_by_length(sequences):
+    for numbers in group_by_length([*map(len, sequences)]):
         width = max(len(sequences[n]) for n in numbers)
         index = torch.zeros(len(numbers), width, dtype=torch.int64)
         mask = torch.zeros(len(numbers), width, dtype=torch.bool)

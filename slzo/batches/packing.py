@@ -14,7 +14,7 @@ from torch import Tensor
 from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.last_tokens import LastTokens
-from slzo.batches.layout import Movable, PackedLayout, build_layout
+from slzo.batches.layout import NO_SEQUENCES, Movable, PackedLayout, build_layout
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class TokenBatch(Movable):
     position_ids: Tensor
     layout: PackedLayout
 
-    def tokens_at(self, positions: Tensor, times: int = 1) -> "TokenBatch":
+    def tokens_at(self, positions: Tensor, times: int) -> "TokenBatch":
         """Return ``times`` copies of some tokens, to run with an attention that takes the place of the layout."""
         ids, places = (values[positions].repeat(times) for values in (self.input_ids, self.position_ids))
-        return TokenBatch(ids, places, self.layout)
+        return TokenBatch(ids, places, NO_SEQUENCES)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class PackedBatch(TokenBatch):
 
     def repeat(self, times: int) -> TokenBatch:
         """Return tokens and layout of ``times`` copies of the batch in one packed row."""
+        if times == 1:
+            return self
         return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
 
     def select(self, numbers: Sequence[int]) -> "PackedBatch":
@@ -115,8 +117,7 @@ class PackedBatch(TokenBatch):
         """Cut the batch, in order, into parts of at most ``max_tokens`` tokens. A longer example is a separate part."""
         if max_tokens is None or self.num_tokens <= max_tokens or self.num_examples == 1:
             return (self,)
-        sizes = [range(size) for size in self.example_tokens]
-        return tuple(map(self.select, chunk_by_tokens(sizes, max_tokens, share=False)))
+        return tuple(map(self.select, chunk_by_tokens(self.example_tokens, max_tokens)))
 
     @property
     def num_examples(self) -> int:

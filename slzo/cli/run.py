@@ -12,6 +12,7 @@ from slzo.cli.parser import command_function, plain_parser, read_given
 from slzo.cli.shipped_configs import missing_tool, shipped_configs, with_shipped_configs
 from slzo.commands.registry import COMMANDS, Command
 from slzo.utils.errors import SlzoError
+from slzo.utils.run_layout import CONFIG_FILE
 
 
 def run_command(name: str, args: Sequence[str]) -> None:
@@ -35,8 +36,6 @@ def _run(command: Command, words: Sequence[str]) -> None:
         is_config = first in shipped_configs() or Path(first).suffix in (".yaml", ".yml")
         option, value = "config", first
         if os.path.exists(first) and not is_config:  # noqa: PTH110  any text
-            from slzo.utils.run_layout import CONFIG_FILE
-
             takes = signature(command_function(command)).parameters
             option = next((name for name in ("ckpt_path", "run") if name in takes), "config")
             value = str(Path(first, CONFIG_FILE)) if option == "config" and Path(first).is_dir() else first

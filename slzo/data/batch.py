@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens
+from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens, shared_beginnings
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, pack
@@ -101,8 +101,9 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
     else:
         order = sorted(range(len(rows)), key=lambda number: -len(sequences[number]))[rank::world_size]
     budget = None if any(row.prompt for row in rows) else max_tokens
-    more = [_tokens_of_others(rows[number].encoded, shares) for number in order]
-    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=shares, more=more)
+    lengths = [len(sequences[number]) + _tokens_of_others(rows[number].encoded, shares) for number in order]
+    shared = shared_beginnings([sequences[number] for number in order]) if shares else None
+    chunks = chunk_by_tokens(lengths, budget, max_rows, shared)
     return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], shares)
 
 

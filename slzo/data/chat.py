@@ -74,32 +74,16 @@ class ChatEncoder(Encoder):
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens.
         chat: Template and turns to train on.
-        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
-        limited_by_model: Whether ``max_length`` is all that the model takes.
-
-    Attributes:
-        template: Text of the template.
-        note: Sentence for the log if the template is not the tokenizer's, else ``None``.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        chat: ChatFormat,
-        *,
-        num_embeddings: int | None = None,
-        limited_by_model: bool = False,
-    ) -> None:
-        super().__init__(tokenizer, max_length, num_embeddings=num_embeddings, limited_by_model=limited_by_model)
+    shortening = "lose earlier turns first"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
+        super().__init__(tokenizer, max_length)
         self.chat = chat
         self.template, self.note = find_template(tokenizer, chat.template)
         self._end = self._end_of_turn()
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Text that the template puts after the assistant's answer."""
-        return (self._end,) if self._end else ()
+        self.stop = (self._end,) if self._end else ()
 
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False

@@ -34,7 +34,7 @@ def unlabelled_warning(name: str, examples: Sequence[Example]) -> str | None:
 def majority_share(examples: Sequence[Example]) -> float | None:
     """Return the share of labelled rows whose class is the most frequent one; ``None`` if the rows have no common classes."""
     labelled = [example for example in examples if example.gold and example.candidates]
-    if not labelled or any(example.candidates != labelled[0].candidates for example in labelled):
+    if not labelled or common_candidates(labelled) is None:
         return None
     counts = Counter(label for example in labelled for label in example.gold)
     return max(counts.values()) / len(labelled)

@@ -1,11 +1,11 @@
 """Tokenization of prompts with answers: which tokens belong to the answer, and the truncation of long prompts."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from slzo.batches.chunks import num_common
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.utils.errors import RowError, SlzoError
@@ -28,26 +28,33 @@ class Encoder:
     Args:
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
-        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
-        limited_by_model: Whether ``max_length`` is all that the model takes.
 
     Attributes:
         num_shortened: Number of sequences that were too long so far.
+        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
+        limited_by_model: Whether ``max_length`` is all that the model takes.
+        note: Sentence for the log if conversations are put in a template that is not the tokenizer's, else ``None``.
+        template: The chat template.
+        stop: Texts that end a generated answer.
+        shortening: What happens to sequences that are too long, for a message.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int = 2048,
-        *,
-        num_embeddings: int | None = None,
-        limited_by_model: bool = False,
-    ) -> None:
+    note: str | None = None
+    template: str | None = None
+    stop: tuple[str, ...] = ()
+    shortening = "are cut on the left"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.num_shortened = 0
-        self.num_embeddings, self.limited_by_model = num_embeddings, limited_by_model
+        self.num_embeddings: int | None = None
+        self.limited_by_model = False
         self._num_front, self._num_back = _num_specials(tokenizer)
+
+    def limit(self, max_length: int, num_embeddings: int | None, limited_by_model: bool) -> None:
+        """Set the limits of a model; for the arguments see the attributes."""
+        self.max_length, self.num_embeddings, self.limited_by_model = max_length, num_embeddings, limited_by_model
 
     @property
     def length_advice(self) -> str:
@@ -159,8 +166,7 @@ def _num_answer(prompt: _Tokens, full: _Tokens, prompt_length: int) -> int:
     if full.ends is not None:
         touched = sum(end > prompt_length for end in full.ends)
     else:
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt.ids, full.ids, strict=False)))
-        touched = len(full.ids) - same
+        touched = len(full.ids) - num_common(prompt.ids, full.ids)
     return max(len(full.ids) - len(prompt.ids), touched)
 
 

@@ -3,20 +3,20 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-Rows = TypeVar("Rows")
-Rows_co = TypeVar("Rows_co", covariant=True)
+from slzo.data.batch import Row
+
 Batch = TypeVar("Batch")
 
 
-class Batches(Protocol[Rows_co]):
+class Batches(Protocol):
     """The rows of each batch of a pass, in order."""
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Rows_co]: ...
+    def __iter__(self) -> Iterator[list[Row]]: ...
 
 
-class BatchLoader(Generic[Rows, Batch]):
+class BatchLoader(Generic[Batch]):
     """Packs batches of rows one by one, in the order of a sampler or plan.
 
     It is no torch DataLoader: packing takes microseconds, and Lightning would replace the samplers of a DataLoader, although the
@@ -27,7 +27,7 @@ class BatchLoader(Generic[Rows, Batch]):
         pack: Makes a batch of its rows.
     """
 
-    def __init__(self, rows: Batches[Rows], pack: Callable[[Rows], Batch]) -> None:
+    def __init__(self, rows: Batches, pack: Callable[[list[Row]], Batch]) -> None:
         self._rows, self._pack = rows, pack
 
     def __len__(self) -> int:

@@ -8,7 +8,6 @@ from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import Row
-from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.data.files import BadRows
 from slzo.tasks.base import Example
@@ -59,9 +58,9 @@ def encode_rows(
     if note := bad.report(len(found), f"the {split} split"):
         say(note)
     if encoder.num_shortened:
-        how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
         warn(
-            f"data.max_length {encoder.max_length}: {encoder.num_shortened} sequences of {split} rows are longer, and {how}"
+            f"data.max_length {encoder.max_length}: {encoder.num_shortened} sequences of {split} rows are longer, and "
+            f"{encoder.shortening}"
         )
     return found
 
@@ -87,5 +86,5 @@ def prompt_batches(encoder: Encoder, examples: Sequence[Example], skip_bad_rows:
             prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
         except RowError as error:
             bad.add(error)
-    chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, _PROMPTS, share=False)
+    chunks = chunk_by_tokens([*map(len, prompts)], _PROMPT_TOKENS, _PROMPTS)
     return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

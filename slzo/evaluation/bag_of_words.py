@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from slzo.data.classes import majority_share
+from slzo.data.classes import common_candidates
 from slzo.tasks.base import Example
 
 
@@ -24,10 +24,8 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
         The accuracy, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.
     """
     labelled = [[example for example in rows if example.gold] for rows in (train, held_out)]
-    if not all(labelled) or any(majority_share(rows) is None for rows in labelled):
-        return None
     fitted, scored = labelled
-    if fitted[0].candidates != scored[0].candidates:
+    if not (fitted and scored) or common_candidates([*fitted, *scored]) is None:
         return None
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slzo.batches.chunks import chunk_by_tokens
+from slzo.batches.chunks import chunk_by_tokens, shared_beginnings
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
+from slzo.batches.layout import NO_SEQUENCES
 from slzo.batches.losses import answer_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import share_beginnings
@@ -29,7 +30,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.attention import KeyValues
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
-from slzo.models.recorded import recorded, run_with
+from slzo.models.recorded import recorded
 from slzo.tasks.base import MAX_NEW_TOKENS
 
 
@@ -125,9 +126,8 @@ class _Stage:
         """Run one more token of each row; return its states, shape (rows, hidden), in the order of the rows."""
         new = NewTokens(self.buffers)
         ids = torch.tensor([newest[row] for row in self.rows], device=new.positions.device)
-        # the layout is never read: ``new.attend`` computes the attention
-        tokens = TokenBatch(ids, new.positions, None)  # type: ignore[arg-type]
-        output = run_with(self.parts, tokens, new.attend, self.start, self.stop, hidden)
+        tokens = TokenBatch(ids, new.positions, NO_SEQUENCES)
+        output = self.parts.run(tokens, self.start, self.stop, hidden, attend=new.attend)
         for buffer in self.buffers:
             buffer.lengths += 1
         return output
@@ -220,7 +220,8 @@ class _Decoder:
         max_tokens = max(1, self.max_tokens // self.num_points)
         for cached, group in groupby(order, key=is_cached.__getitem__):
             rows = list(group)
-            for chunk in chunk_by_tokens([self.prompts[row] for row in rows], max_tokens):
+            prompts = [self.prompts[row] for row in rows]
+            for chunk in chunk_by_tokens([*map(len, prompts)], max_tokens, shared=shared_beginnings(prompts)):
                 yield [rows[number] for number in chunk], cached
 
     def _is_cached(self, prompt: int) -> bool:
@@ -285,8 +286,7 @@ class _Decoder:
             assert hidden is not None
             return hidden, answers
         of_copies = {answer: positions[row] + point * batch.num_tokens for answer, (point, row) in answers.items()}
-        copies = batch.repeat(self.num_points) if self.num_points > 1 else batch
-        return self.above.prefill(copies, hidden, of_copies), answers
+        return self.above.prefill(batch.repeat(self.num_points), hidden, of_copies), answers
 
     def advance(self, tokens: Mapping[int, int]) -> _Logits:
         """Run one more token of each answer and return the logits of the next one."""
@@ -411,7 +411,7 @@ def generate(
 def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> Tensor:
     losses = []
     known = [example for example in gold if example.gold]
-    for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
+    for chunk in chunk_by_tokens([len(example.sequences[0].ids) for example in known], max_tokens):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
         losses.append(answer_losses(needed_logits(parts, batch), batch).sum())
     return torch.stack(losses, dim=1).sum(dim=1) if losses else torch.zeros(2, device=parts.model.device)

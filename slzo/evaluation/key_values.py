@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.layout import group_by_length
-from slzo.models.attention import VIRTUAL_ARGUMENT, KeyValues, masked_attention, with_virtual_tokens
+from slzo.models.attention import VIRTUAL_ARGUMENT, KeyValues, masked_attention, visible, with_virtual_tokens
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.utils.errors import SlzoError
@@ -42,7 +42,7 @@ class Buffer:
     def of(cls, lengths: Mapping[int, int], num_new: int, device: torch.device) -> list[Self]:
         """Make empty buffers for rows with prompts of these lengths, by row, and ``num_new`` more tokens each."""
         rows = list(lengths)
-        groups = [[rows[n] for n in group] for group in group_by_length([range(lengths[row]) for row in rows])]
+        groups = [[rows[n] for n in group] for group in group_by_length(list(lengths.values()))]
         return [
             cls(group, torch.tensor([lengths[row] for row in group], device=device), lengths[group[0]] + num_new)
             for group in groups
@@ -125,10 +125,7 @@ class NewTokens:
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
-            sinks = options["s_aux"]
-            if sinks is not None:  # one per query, in the grouped shape
-                sinks = sinks.view(1, k.shape[1], -1, 1)
-            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"], sinks)
+            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"], options["s_aux"])
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
@@ -138,9 +135,7 @@ class NewTokens:
             masks = []
             for buffer, used in zip(self.buffers, self.used, strict=True):
                 places = torch.arange(-num_before, used, device=buffer.lengths.device)
-                distance = buffer.lengths[:, None] - places
-                seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-                masks.append(seen[:, None, None])
+                masks.append(visible(buffer.lengths[:, None] - places, window)[:, None, None])
             self._masks[window] = masks
         return self._masks[window]
 

@@ -105,13 +105,12 @@ def packed_attention_forward(
     Returns:
         The output, shape (1, T, heads, head_dim), and no attention weights.
     """
-    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
     if packed_layout is None:
-        if softcap is None and sinks is None:
+        if softcap is None and s_aux is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        output = masked_attention(query, key, value, attention_mask, scaling, softcap, sinks)
+        output = masked_attention(query, key, value, attention_mask, scaling, softcap, s_aux)
         return output.transpose(1, 2).contiguous(), None
     if not isinstance(packed_layout, PackedLayout):
         options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
@@ -126,7 +125,7 @@ def packed_attention_forward(
         # with virtual tokens there are more keys than queries
         needs_mask = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
         mask = _causal_mask(q, k, sliding_window) if needs_mask else None
-        output = masked_attention(q, k, v, mask, scaling, softcap, sinks)
+        output = masked_attention(q, k, v, mask, scaling, softcap, s_aux)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -153,7 +152,11 @@ def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, v
 def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Return a mask of shape (queries, keys), ``True`` where attention is allowed; the last query sees the last key."""
     keys = torch.arange(key.shape[-2], device=key.device)
-    distance = keys[-query.shape[-2] :, None] - keys
+    return visible(keys[-query.shape[-2] :, None] - keys, window)
+
+
+def visible(distance: Tensor, window: int | None) -> Tensor:
+    """Return which keys a query attends to, given how many tokens each key is before the query."""
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -164,7 +167,7 @@ def masked_attention(
     mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention that supports bounded scores (Gemma 2, arXiv 2408.00118) and sinks (GPT-OSS), which fused kernels lack.
 
@@ -176,7 +179,8 @@ def masked_attention(
             is causal, for as many queries as keys.
         scaling: Factor of the scores; ``None`` for 1/sqrt(head_dim).
         softcap: Bound of the scores, ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
-        sinks: Scores of a key without a value that every query sees, broadcastable to (N, heads, queries, 1).
+        sinks: Scores of a key without a value that every query sees, one per head. If the queries of heads that share keys are
+            in one head here, they are of shape (heads * queries,).
     """
     repeats, is_fused = query.shape[1] // key.shape[1], softcap is None and sinks is None
     # a CPU's kernel takes a mask together with heads that share keys, a GPU's does not
@@ -193,6 +197,7 @@ def masked_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+        of_heads = sinks.to(scores.dtype).view(1, query.shape[1], -1, 1)
+        scores = torch.cat([scores, of_heads.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights if sinks is None else weights[..., :-1]) @ value

@@ -20,9 +20,9 @@ from slzo.models.attention import VIRTUAL_ARGUMENT
 from slzo.models.decoder_layers import layer_of
 from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
 from slzo.models.engine import DType
-from slzo.models.load import load_model
+from slzo.models.load import load_config, load_model
 from slzo.models.placement import Placement, set_placement
-from slzo.models.shape import model_shape
+from slzo.models.shape import skeleton_of
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
 
@@ -173,7 +173,7 @@ def load_with_device_map(
     """
     from accelerate.hooks import remove_hook_from_module
 
-    _, skeleton = model_shape(name, trust_remote_code)
+    skeleton = skeleton_of(load_config(name, trust_remote_code), trust_remote_code)
     skeleton.to(getattr(torch, dtype))
     places = choice.places(skeleton, main)
     folder = choice.folder()

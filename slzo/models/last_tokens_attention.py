@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.last_tokens import LastTokens, LastTokensGroup
-from slzo.models.attention import KeyValues, masked_attention
+from slzo.models.attention import KeyValues, masked_attention, visible
 
 
 class LastTokensAttention:
@@ -28,7 +28,6 @@ class LastTokensAttention:
         # (N, heads, K, size)
         q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
         recorded_keys, recorded_values = self.states[layer]
-        sinks = None if options["s_aux"] is None else options["s_aux"].view(1, -1, 1, 1)
         outputs, window = [], options["sliding_window"]
         if window not in self._masks:  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
             self._masks[window] = [_mask(group, points, window) for group in self.tokens.groups]
@@ -36,7 +35,9 @@ class LastTokensAttention:
             own = [_by_sequence(states, group.last) for states in (q, k, v)]
             keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
             values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)
-            output = masked_attention(own[0], keys, values, mask, options["scaling"], options["softcap"], sinks)
+            output = masked_attention(
+                own[0], keys, values, mask, options["scaling"], options["softcap"], options["s_aux"]
+            )
             # (S, heads, N L, size) to (S L, N, heads, size)
             output = output.unflatten(2, (points, -1)).permute(0, 3, 2, 1, 4)
             outputs.append(output.flatten(0, 1))
@@ -47,14 +48,10 @@ class LastTokensAttention:
 def _mask(group: LastTokensGroup, num_points: int, window: int | None) -> Tensor:
     num_earlier, most = group.earlier.shape[1], group.last.shape[1]
     device = group.last.device
-    place = torch.arange(most, device=device)
-    own = (place[:, None] >= place).expand(len(group.last), -1, -1)
-    earlier = group.is_earlier[:, None].expand(-1, most, -1)
-    if window is not None:
-        own = own & (place[:, None] - place < window)
-        start = group.is_earlier.sum(dim=1)
-        distance = (start[:, None] + place)[..., None] - torch.arange(num_earlier, device=device)
-        earlier = earlier & (distance < window)
+    place, start = torch.arange(most, device=device), group.is_earlier.sum(dim=1)
+    own = visible(place[:, None] - place, window).expand(len(start), -1, -1)
+    distance = (start[:, None] + place)[..., None] - torch.arange(num_earlier, device=device)
+    earlier = group.is_earlier[:, None] & visible(distance, window)
     same = torch.eye(num_points, dtype=torch.bool, device=device)
     own = (own[:, None, :, None] & same[:, None, :, None]).flatten(3).flatten(1, 2)
     return torch.cat([earlier.repeat(1, num_points, 1), own], dim=2)[:, None]

@@ -88,8 +88,6 @@ def _load(name: str, where: str, loader: Any, config: PretrainedConfig | None = 
     """
     try:
         return loader.from_pretrained(where, **kwargs)
-    except SlzoError:
-        raise
     except Exception as error:  # transformers raises whatever its code meets in broken files
         reason = reason_of(error, config).replace(where, name)  # the cache of the Hub has long paths
         advice = "the folder must hold a complete causal language model and its tokenizer"

@@ -1,12 +1,13 @@
 """Logits at the positions where they are needed; the last layer runs only for the tokens that these depend on."""
 
+import torch
 from torch import Tensor
 
-from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.models.recorded import can_run_last_tokens, keys_and_values, run_with
+from slzo.models.recorded import can_run_last_tokens, keys_and_values
 
 # Queries, keys and values of the last tokens are computed twice. One layer of SmolLM2-135M takes 0.84 of the time with a share of
 # 0.65, and 1.05 to 1.12 with 0.8 (one thread, rows of 32 and 128 tokens).
@@ -48,7 +49,7 @@ def final_states(
     Returns:
         Shape (N, U, hidden).
     """
-    tokens, stop = _repeated(batch, num_points), parts.num_layers
+    tokens, stop = batch.repeat(num_points), parts.num_layers
     if start == stop or last_layer_share(parts, batch) == 1:
         final = parts.run(tokens, start, stop, hidden).unflatten(0, (num_points, -1))
         return final.index_select(1, batch.needed)
@@ -83,11 +84,7 @@ def states_at_needed(
     """
     last = batch.last_tokens
     chosen = last.repeat(num_points, batch.num_tokens)
-    states = keys_and_values(parts, _repeated(batch, num_points), start, stop, hidden)
+    states = keys_and_values(parts, batch.repeat(num_points), start, stop, hidden)
     attend, own = LastTokensAttention(chosen, states, 1).attend, batch.tokens_at(last.positions, num_points)
-    after = run_with(parts, own, attend, start, stop, hidden.index_select(0, chosen.positions), norm)
-    return after.unflatten(0, (num_points, -1)).index_select(1, last.number_of(batch.needed))
-
-
-def _repeated(batch: PackedBatch, times: int) -> TokenBatch:
-    return batch if times == 1 else batch.repeat(times)
+    after = parts.run(own, start, stop, hidden.index_select(0, chosen.positions), norm=norm, attend=attend)
+    return after.unflatten(0, (num_points, -1)).index_select(1, torch.searchsorted(last.positions, batch.needed))

@@ -7,6 +7,7 @@ each layer. The original model is never modified.
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from slzo.batches.packing import TokenBatch
-from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, VirtualTokens, use_packed_attention
+from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, Attend, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
 from slzo.models.linear import OneDNNLinear, SelectedHead, is_plain_linear, onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
@@ -80,12 +81,16 @@ class ModelParts:
         self._stack = model.get_submodule(self._stack_path)
         self.use_onednn((model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn)
 
-    def rebuilt(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
-        """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
-        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
-        parts.limits = self.limits
-        if "_outputs" in vars(self):
-            parts._outputs = self._outputs
+    def rebuilt(self, virtual_tokens: VirtualTokens | None, onednn: bool | None = None) -> ModelParts:
+        """Return new parts of the same model with the same settings; needed after its modules were replaced or extended.
+
+        Args:
+            virtual_tokens: Those of the new parts.
+            onednn: See :class:`ModelParts`; ``None`` for the same.
+        """
+        parts = copy.copy(self)
+        parts.virtual_tokens = virtual_tokens
+        parts.use_onednn(self.onednn if onednn is None else onednn)
         return parts
 
     @property
@@ -117,6 +122,7 @@ class ModelParts:
         hidden: Tensor | None = None,
         *,
         norm: bool = True,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
 
@@ -127,6 +133,7 @@ class ModelParts:
             hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``. For ``start == num_layers`` it is
                 the output of the last layer, and only the final norm is applied.
             norm: Apply the final norm after the last layer.
+            attend: Computes the attention in place of the layout; needs ``packed``.
 
         Returns:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
@@ -147,7 +154,7 @@ class ModelParts:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
             inject.value = hidden[None] if self.packed else hidden[batch.layout.in_one_group.groups[0]]
         try:
-            output = view(**self._inputs(batch), use_cache=False)
+            output = view(**self._inputs(batch, attend), use_cache=False)
             final = output.last_hidden_state if capture is None else capture.value
             assert final is not None
             return self.to_packed(final, batch)
@@ -215,7 +222,7 @@ class ModelParts:
             self._head_views[selected] = (view, precomputed, head if isinstance(head, SelectedHead) else None)
         return self._head_views[selected]
 
-    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
+    def _inputs(self, batch: TokenBatch, attend: Attend | None) -> dict[str, Any]:
         if self.packed:
             virtual = self.virtual_tokens
             before, shift = ({}, 0) if virtual is None else ({VIRTUAL_ARGUMENT: virtual}, virtual.num_tokens)
@@ -225,7 +232,7 @@ class ModelParts:
                 "position_ids": batch.position_ids.unsqueeze(0) + shift,
                 # transformers passes on a four-dimensional mask and builds no (T, T) mask
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-                LAYOUT_ARGUMENT: batch.layout,
+                LAYOUT_ARGUMENT: batch.layout if attend is None else attend,
             }
         layout = batch.layout.in_one_group
         return {
@@ -253,5 +260,4 @@ def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module)
         raise refusal(
             model, f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens"
         )
-    output_class = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
-    return len(returned) if isinstance(returned, tuple | list) else 0, output_class
+    return len(returned) if isinstance(returned, tuple | list) else 0, type(output)

@@ -204,8 +204,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
     num_bytes = size * dtype.itemsize
     try:
         with tempfile.NamedTemporaryFile(dir=Path(directory).expanduser(), prefix="prefix-cache-") as file:
-            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # writing to a mapped file on a full disk kills the process
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     except OSError as error:
         raise SlzoError(

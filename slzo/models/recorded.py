@@ -1,12 +1,10 @@
 """Run layers with another attention in place of their own, and record their keys and values."""
 
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import TokenBatch
 from slzo.models.attention import KeyValues, packed_attention_forward
 from slzo.models.parts import ModelParts
@@ -30,7 +28,7 @@ def recorded(
         states[layer] = (key[0], value[0])
         return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
 
-    return run_with(parts, batch, attend, start, stop, hidden), states
+    return parts.run(batch, start, stop, hidden, attend=attend), states
 
 
 class _Recorded(Exception):  # noqa: N818 - no error
@@ -51,20 +49,5 @@ def keys_and_values(parts: ModelParts, batch: TokenBatch, start: int, stop: int,
         raise _Recorded
 
     with suppress(_Recorded):
-        run_with(parts, batch, attend, stop - 1, stop, hidden)
+        parts.run(batch, stop - 1, stop, hidden, attend=attend)
     return states
-
-
-def run_with(
-    parts: ModelParts,
-    batch: TokenBatch,
-    attend: Callable[..., object],
-    start: int,
-    stop: int,
-    hidden: Tensor | None,
-    norm: bool = True,
-) -> Tensor:
-    """Run layers with the attention ``attend``, see :meth:`ModelParts.run`."""
-    # the model only passes the layout on to the attention, so the function can take its place
-    tokens = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
-    return parts.run(tokens, start, stop, hidden, norm=norm)

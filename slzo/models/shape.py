@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -111,9 +110,9 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """Return the shape of a model or skeleton; sizes of a layer are averages over the layers."""
     _, layers = find_decoder_layers(model)
     config = model.config.get_text_config(decoder=True)
-    maps = [[m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)] for layer in layers]
-    in_layers, linear = _count(layers), _count([m for layer_maps in maps for m in layer_maps])
-    widths = [m.weight.shape[0 if isinstance(m, nn.Linear) else 1] for layer_maps in maps for m in layer_maps]
+    maps = [module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)]
+    in_layers, linear = _count(layers), _count(nn.ModuleList(maps))
+    widths = [module.weight.shape[0 if isinstance(module, nn.Linear) else 1] for module in maps]
     count = len(layers)
     return ModelShape(
         num_layers=count,
@@ -122,7 +121,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         vocabulary=config.vocab_size,
         linear=linear // count,
         layer_rest=(in_layers - linear) // count,
-        outside=_count([model]) - in_layers,
+        outside=_count(model) - in_layers,
         key_values=_key_values(config),
     )
 
@@ -139,6 +138,5 @@ def _key_values(config: PretrainedConfig) -> int:
     return int(2 * key_value_heads * (size or config.hidden_size // heads))
 
 
-def _count(modules: Sequence[nn.Module] | nn.ModuleList) -> int:
-    sizes = {id(p): p.numel() for module in modules for p in module.parameters()}
-    return sum(sizes.values())
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -21,7 +21,6 @@ from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
-from slzo.models.recorded import run_with
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.utils.errors import SlzoError, one_line
@@ -225,7 +224,7 @@ def _check_calls(parts: ModelParts) -> None:
         called.append(layer)
         return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
 
-    run_with(parts, batch, attend, 0, parts.num_layers, None)
+    parts.run(batch, 0, parts.num_layers, attend=attend)
     if len(set(called)) < len(called):
         raise _MismatchError("a layer computes attention several times")
 

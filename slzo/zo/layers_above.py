@@ -18,7 +18,7 @@ from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.logits import states_at_needed
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded, run_with
+from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded
 from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.tuned import TunedTensors
 
@@ -70,7 +70,8 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
         attend, tokens = attention_at(points).attend, batch.tokens_at(last.positions, points)
-        return run_with(parts, tokens, attend, start, stop, entering.flatten(0, 1)).unflatten(0, (points, -1))
+        final = parts.run(tokens, start, stop, entering.flatten(0, 1), attend=attend)
+        return final.unflatten(0, (points, -1))
 
     if final is None:
         final = over_last_tokens(hidden[last.positions][None])[0]

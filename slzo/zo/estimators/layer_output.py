@@ -185,7 +185,3 @@ def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
 def _orthogonal(noise: Tensor, directions: Tensor) -> Tensor:
     """Return noise, shape (Q, P, width), without its part along orthonormal directions, shape (K, P, width)."""
     return noise - torch.einsum("qpk,kpd->qpd", torch.einsum("qpd,kpd->qpk", noise, directions), directions)
-
-
-def _norm(shifts: Tensor) -> Tensor:
-    return shifts.norm(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
