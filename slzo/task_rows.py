@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
@@ -19,14 +20,13 @@ from slzo.data.row_encoding import encode_rows, prompt_batches
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits, draw_from
-from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, RunningScore, score_rows
+from slzo.evaluation.evaluator import Evaluator, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
-from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.rewarding import check_columns
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
-from slzo.rewards.registry import PERPLEXITY, REWARDS
+from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import Functions
 from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
@@ -42,7 +42,6 @@ from slzo.zo.processes import ALONE, Processes
 from slzo.zo.tuned_model import TunedModel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
@@ -235,21 +234,12 @@ class TaskRows:
 
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
-        return RunningScore(TaskMetrics(self.task), device, self._extra_metrics)
+        return RunningScore(self.task, device, self.reward is not None)
 
     @property
     def metric_names(self) -> list[str]:
         """Names of the logged metrics of the dev rows, such as ``val/loss``."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there are no rows
-            names = TaskMetrics(self.task).compute()
-        return [f"val/{name}" for name in ("loss", *names, *self._extra_metrics)]
-
-    @property
-    def _extra_metrics(self) -> tuple[str, ...]:
-        """Names of reported metrics besides the task's metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
-        has_perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
-        return (*((PERPLEXITY,) if has_perplexity else ()), *(REWARD_NAMES if self.reward is not None else ()))
+        return [f"val/{name}" for name in self.running_score(torch.device("cpu")).names]
 
     @property
     def selection_metric(self) -> SelectionMetric:

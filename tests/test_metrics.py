@@ -75,7 +75,7 @@ def test_accuracy_counts_any_gold_and_no_unlabelled_row():
     metrics = TaskMetrics(get_task("record"))
     golds = [(0,), (1, 2), (1,), ()]
     examples = [Example(str(i), "p", (" a", " b", " c"), gold) for i, gold in enumerate(golds)]
-    metrics.update(examples[:2], torch.tensor([0, 2]))
+    metrics.update(examples[:2], [0, 2])
     metrics.update(examples[2:], [0, 0])
     assert {name: value.item() for name, value in metrics.compute().items()} == {"accuracy": pytest.approx(2 / 3)}
     with pytest.raises(ValueError, match="argument 2"):
@@ -175,7 +175,8 @@ def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
 
 
 def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
-    score = RunningScore(TaskMetrics(get_task("squad")), torch.device("cpu"), ("perplexity", "reward"))
+    task = SimpleNamespace(kind=Kind.GENERATION, metrics=("perplexity",), grouped=False)
+    score = RunningScore(task, torch.device("cpu"), rewarded=True)
     found = score.compute()
     assert not {"loss", "perplexity"} & set(found)
     monkeypatch.setattr("slzo.evaluation.held_out.score_rows", lambda *_, **__: dict(found))
@@ -186,7 +187,7 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
 
 @pytest.mark.parametrize("center", [0.0, 1000.0, -1e12])
 def test_the_spread_of_rewards_far_from_zero(center):
-    score = RunningScore(TaskMetrics(get_task("squad")), torch.device("cpu"), ("reward",))
+    score = RunningScore(get_task("squad"), torch.device("cpu"), rewarded=True)
     example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([torch.nan, 3.0])
     for change in (-1e-3, 1e-3):  # as a share
         rewards = (center + change * max(1.0, abs(center)),) * 2
@@ -207,7 +208,7 @@ def test_a_generated_answer_has_a_row_score_in_every_metric():
 
 @pytest.mark.parametrize(("totals", "mean"), [((6.0, 14.0), 20 / 64), ((torch.nan, 14.0), torch.nan)])
 def test_the_loss_is_the_mean_over_rows_and_no_value_is_left_out(totals, mean):
-    score = RunningScore(TaskMetrics(get_task("sst2")), torch.device("cpu"))
+    score = RunningScore(get_task("sst2"), torch.device("cpu"))
     example = Example("a", "It was", (" bad", " good"), (1,))
     for loss in zip(totals, (60.0, 4.0), strict=True):
         score.update(SimpleNamespace(examples=(example,)), Outcome([1], [[-1.0, -0.5]], torch.tensor(loss)))

@@ -62,7 +62,13 @@ def compare(before, after, metric="accuracy"):
     """Two lists of row scores."""
     rows = [{str(i): float(v) for i, v in enumerate(values)} for values in (before, after)]
     means = tuple(sum(values) / len(values) for values in (before, after))
-    return score_change(metric, means, (rows[0], rows[1]), len(after))
+    return changed(metric, means, rows, len(after))
+
+
+def changed(metric, scores, rows, num_rows):
+    """The change between two scores of a metric, with the scores of the rows."""
+    first, second = (HeldOutScores({metric: score}, own) for score, own in zip(scores, rows, strict=True))
+    return score_change(SelectionMetric("loss", metric), first, second, num_rows)
 
 
 def losses(*values):
@@ -99,7 +105,7 @@ def test_a_perplexity_has_the_error_of_a_ratio_over_rows():
         for sums in (first, second)
     ]
     scores = tuple(float((sums.sum() / tokens.sum()).exp()) for sums in (first, second))
-    change = score_change("perplexity", scores, tuple(by_row), 400, lower_is_better=True)
+    change = changed("perplexity", scores, by_row, 400)
     assert change.paired
     assert change.change == pytest.approx(change_without())
     left_out = torch.tensor([change_without(row) for row in range(400)])
@@ -111,16 +117,16 @@ def test_a_perplexity_has_the_error_of_a_ratio_over_rows():
 
 def test_without_the_same_rows_accuracy_has_an_unpaired_error_and_f1_none():
     expected = math.sqrt((0.5 * 0.5 + 0.6 * 0.4) / 100)
-    for rows in ((None, None), ({}, {"a": 1.0}), ({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 1.0})):
-        change = score_change("accuracy", (0.5, 0.6), rows, 100)
+    for rows in (({}, {}), ({}, {"a": 1.0}), ({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 1.0})):
+        change = changed("accuracy", (0.5, 0.6), rows, 100)
         assert (change.standard_error, change.paired) == (pytest.approx(expected), False)
-        assert score_change("f1", (0.5, 0.6), rows, 100).standard_error is None
+        assert changed("f1", (0.5, 0.6), rows, 100).standard_error is None
 
 
 def test_rows_that_do_not_give_the_score_are_not_used():
     """Ids that are not unique, or a metric that is no mean."""
     rows = ({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0})
-    assert not score_change("accuracy", (0.5, 0.6), rows, 100).paired
+    assert not changed("accuracy", (0.5, 0.6), rows, 100).paired
 
 
 def test_what_a_row_scores():
@@ -432,7 +438,7 @@ def test_virtual_tokens_have_no_command_to_generate(virtual_tokens):
 
 @pytest.mark.parametrize("config", [None, "run/config.yaml"])
 def test_in_python_the_hint_is_what_to_do_without_a_command(config, monkeypatch):
-    monkeypatch.setattr("slzo.report.summary._change", lambda run, before, after: FELL)
+    monkeypatch.setattr("slzo.report.summary.score_change", lambda run, before, after: FELL)
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
     reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
     found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)

@@ -259,7 +259,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=group.yaml | model.engine null: a group of options takes no value; set its options with --model.engine.NAME VALUE
 --config=rule.yaml | profiler []: a group of options takes no value
 --config=outside.yaml | --config 'outside.yaml', line 2: rank: belongs below init_args, as in {class_path: LoRA, init_args: {rank: ...}}
---config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
+--config=yes.yaml | --config 'yes.yaml', line 4: candidates: YAML reads yes, no, on, off, true and false without quotes
 TEMPLATE --data.task.prompt={sentence} --data.task.name=../../esc | data.task.name '../../esc': folders of results are called after it
 TEMPLATE --data.task.prompt={sentence} --data.task.name=.. | data.task.name '..': folders of results are called after it
 TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': folders of results are called after it

@@ -109,7 +109,7 @@ class LossGuard(Callback):
         stepper.rollback(self._good, self._good_means, optimizer, schedulers, trainer.global_step, to)
         back = f", weights rolled back to step {self._good_step}" if self._good is not None else ""
         say(
-            f"\nThe {module.rows.selection_metric.description} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
+            f"\nThe {module.rows.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
         )
 

@@ -12,6 +12,7 @@ from slzo.utils.errors import SlzoError, one_line
 _MOST_ALIASES = 30
 _ARGUMENTS = "init_args"
 _TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -25,7 +26,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise SlzoError(f"{option}: is a folder; give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_document(node)
     except UnicodeDecodeError as error:
         raise SlzoError(f"{option}: not UTF-8 text ({error.reason} at byte {error.start}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -36,27 +39,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise SlzoError(f"{option}: holds no options; add some, such as `model: {{eps: 1e-3}}`, or leave out --config")
     if not isinstance(content, dict):
         raise SlzoError(f"{option}: holds a {type(content).__name__} instead of options; write them as `NAME: VALUE`")
-    for key in _wrong_names(yaml.compose(text, Loader=_Loader)):
-        line, kind = key.start_mark.line + 1, key.tag.rpartition(":")[2]
-        raise SlzoError(
-            f"{option}, line {line}: YAML reads the name {key.value!r} as {kind}; give the name of an option"
-        )
-    for kind, key in _outside_arguments(yaml.compose(text, Loader=_Loader)):
-        raise SlzoError(
-            f"{option}, line {key.start_mark.line + 1}: {key.value}: belongs below init_args, as in {{class_path: {kind}, "
-            f"init_args: {{{key.value}: ...}}}}"
-        )
+    for key, problem in _problems(node):
+        raise SlzoError(f"{option}, line {key.start_mark.line + 1}: {problem}")
     for name, value in content.items():
         # a string is the path of another file
         if name in ("model", "data", "trainer") and not isinstance(value, dict | str):
             shown = "null" if value is None else repr(value)
             raise SlzoError(f"{option}: {name} {shown}: must contain options; add some below {name}, or leave it out")
-    for name, texts in _texts(content):
-        if any(isinstance(text, bool) for text in texts):
-            raise SlzoError(
-                f"{option}: {name}: YAML reads yes, no, on, off, true and false without quotes as true or false; put them in "
-                'quotes, such as " yes"'
-            )
     return content
 
 
@@ -86,39 +75,29 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _wrong_names(node: yaml.Node, name: str = "") -> Iterator[yaml.ScalarNode]:
-    """Yield the names of options and of arguments of classes that YAML does not read as text; ``name`` is that of the node."""
+def _problems(node: yaml.Node, name: str = "") -> Iterator[tuple[yaml.Node, str]]:
+    """Yield keys whose text or value YAML or the parser would misread, and why; ``name`` is that of the node."""
     if isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            yield from _wrong_names(value, f"{name}.[]")
+            yield from _problems(value, f"{name}.[]")
     if not isinstance(node, yaml.MappingNode):
         return
-    is_class = any(key.value == "class_path" for key, _ in node.value)
+    class_path = next((value.value for key, value in node.value if key.value == "class_path"), None)
+    has_options = class_path is not None or not name or name in GROUPS or name == _ARGUMENTS
     for key, value in node.value:
-        if (is_class or not name or name in GROUPS or name == _ARGUMENTS) and key.tag not in _TEXT:
-            yield key
+        items, problem = value.value if isinstance(value, yaml.SequenceNode) else (), None
+        if has_options and key.tag not in _TEXT:
+            kind = key.tag.rpartition(":")[2]
+            problem = f"YAML reads the name {key.value!r} as {kind}; give the name of an option"
+        elif class_path is not None and key.value not in ("class_path", _ARGUMENTS, "dict_kwargs"):
+            shown = f"{{class_path: {class_path}, init_args: {{{key.value}: ...}}}}"
+            problem = f"{key.value}: belongs below init_args, as in {shown}"
+        elif key.value in ("candidates", "labels") and any(item.tag == _BOOL for item in items):
+            problem = (
+                f"{key.value}: YAML reads yes, no, on, off, true and false without quotes as true or false; put them in quotes, "
+                'such as " yes"'
+            )
+        if problem is not None:
+            yield key, problem
         inner = f"{name}.{key.value}" if name else str(key.value)
-        yield from _wrong_names(value, _ARGUMENTS if is_class and key.value == _ARGUMENTS else inner)
-
-
-def _outside_arguments(node: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """Yield the arguments of classes that are next to ``class_path`` instead of below ``init_args``, with the class path."""
-    if isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _outside_arguments(value)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    path = next((str(value.value) for key, value in node.value if key.value == "class_path"), None)
-    for key, value in node.value:
-        if path is not None and key.value not in ("class_path", _ARGUMENTS, "dict_kwargs"):
-            yield path, key
-        yield from _outside_arguments(value)
-
-
-def _texts(content: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the lists of candidates and labels of a task."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            if name in ("candidates", "labels") and isinstance(value, list):
-                yield name, value
-            yield from _texts(value)
+        yield from _problems(value, _ARGUMENTS if class_path is not None and key.value == _ARGUMENTS else inner)

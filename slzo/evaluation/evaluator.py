@@ -25,7 +25,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardResult
-from slzo.tasks.base import Example
+from slzo.tasks.base import Example, Kind, Task
 
 States = Callable[[PackedBatch, bool], Tensor]
 """Final hidden states at the needed positions, shape (U, hidden); the flag adds states that enter a layer to the cache."""
@@ -227,19 +227,27 @@ class RunningScore:
     """Metrics and loss over the rows seen so far, summed over processes.
 
     Args:
-        metrics: Fresh counters of the task's metrics.
+        task: The task.
         device: Device of the counters.
-        extra_metrics: Names of further values: "perplexity", and "reward", which adds all of :data:`REWARD_NAMES`.
+        rewarded: Whether the rows are rewarded. That adds the mean reward, its standard deviation over rows, and the mean number
+            of answer tokens.
+
+    Attributes:
+        names: Names of the values.
     """
 
-    def __init__(self, metrics: TaskMetrics, device: torch.device, extra_metrics: Sequence[str] = ()) -> None:
-        self._metrics = metrics.to(device)
+    def __init__(self, task: Task, device: torch.device, rewarded: bool = False) -> None:
+        self._metrics = TaskMetrics(task).to(device)
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
-        self._extra = extra_metrics
+        self._has_perplexity = task.kind is Kind.GENERATION and PERPLEXITY in task.metrics
         # of reward, its square and the number of answer tokens; float64, since the spread is a difference of means
-        names = REWARD_NAMES if "reward" in extra_metrics else ()
-        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in names]
+        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in range(3 if rewarded else 0)]
+        self.names = ["loss", *self._metrics.names]
+        if self._has_perplexity:
+            self.names.append(PERPLEXITY)
+        if rewarded:
+            self.names += ["reward", "reward_std", "answer_tokens"]
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""
@@ -264,17 +272,13 @@ class RunningScore:
             means = [mean.compute() for mean in self._means]
         if weight > 0 or not self._means:  # rewarded rows need no gold answer
             found["loss"] = total / weight
-        if "loss" in found and PERPLEXITY in self._extra:
+        if "loss" in found and self._has_perplexity:
             found[PERPLEXITY] = found["loss"].exp()
         if self._means:
             reward, square, tokens = means
             spread = (square - reward**2).clamp(min=0).sqrt()
             found |= {"reward": reward.float(), "reward_std": spread.float(), "answer_tokens": tokens.float()}
         return found
-
-
-REWARD_NAMES = ("reward", "reward_std", "answer_tokens")
-"""Values of rewarded rows: mean reward, its standard deviation over rows, and mean number of answer tokens."""
 
 
 def score_rows(

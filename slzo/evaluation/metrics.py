@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,54 +50,52 @@ def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, floa
 class TaskMetrics(Metric):
     """All metrics of a task but the perplexity; states are summed over processes.
 
-    Generation compares texts, the other kinds of tasks compare candidate indices. A grouped task also has the F1 of its answers
-    and the exact match of each :attr:`Example.group` (MultiRC).
+    A grouped task also has the F1 of its answers and the exact match of each :attr:`Example.group` (MultiRC).
+
+    Attributes:
+        names: Names of the metrics.
     """
 
     full_state_update = False
     rows: Tensor
-    correct: Tensor
     hits: Tensor
     misses: Tensor
     groups: list[Tensor]
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.generates = task.kind is Kind.GENERATION
-        self.names = [name for name in task.metrics if name != PERPLEXITY]
-        self.grouped = task.grouped and not self.generates
+        generates = task.kind is Kind.GENERATION
+        self.grouped = task.grouped and not generates
+        self._means = [name for name in task.metrics if name != PERPLEXITY] if generates else ["accuracy"]
+        self.names = [*self._means, *(("answer_f1", "question_em") if self.grouped else ())]
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
-        sums = {f"{name}_sum": 0.0 for name in self.names}
-        for name, start in (sums if self.generates else {"correct": 0, "hits": 0, "misses": 0}).items():
-            self.add_state(name, torch.tensor(start), dist_reduce_fx="sum")
+        for name in self._means:
+            self.add_state(f"{name}_sum", torch.tensor(0.0), dist_reduce_fx="sum")
         if self.grouped:
+            for name in ("hits", "misses"):
+                self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
             self.add_state("groups", [], dist_reduce_fx="cat")
             self._add_to_groups([], [])
 
-    def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str] | Tensor) -> None:
+    def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str]) -> None:
         """Add examples with their predictions, candidate indices or generated texts; examples without a label are ignored."""
-        values = predictions.tolist() if isinstance(predictions, Tensor) else list(predictions)
-        pairs = [pair for pair in zip(examples, values, strict=True) if pair[0].gold or pair[0].references]
+        both: Iterable[tuple[Example, int | str]] = zip(examples, predictions, strict=True)
+        pairs = [(example, prediction) for example, prediction in both if example.is_labelled]
         self.rows = self.rows + len(pairs)
-        if self.generates:
-            for name in self.names:
-                total = sum(answer_metric(name, str(text), example.references) for example, text in pairs)
-                setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + total)
-            return
-        right = [index in example.gold for example, index in pairs]
-        self.correct = self.correct + sum(right)
+        for name in self._means:
+            total = sum(row_score(name, *pair) or 0.0 for pair in pairs)
+            setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + total)
         if self.grouped:
             # label 1 means "this answer is right"
             self.hits = self.hits + sum(index == 1 and 1 in example.gold for example, index in pairs)
             self.misses = self.misses + sum((index == 1) != (1 in example.gold) for example, index in pairs)
             groups = [example.id if example.group is None else example.group for example, _ in pairs]
+            right = [index in example.gold for example, index in pairs]
             self._add_to_groups([_stable_hash(group) for group in groups], right)
 
     def compute(self) -> dict[str, Tensor]:
         """Return each metric by name, 0-dimensional, in 0..1; NaN if there was no labelled row."""
-        if self.generates:
-            return {name: getattr(self, f"{name}_sum") / self.rows for name in self.names}
-        scores = {"accuracy": self.correct / self.rows}
+        scores = {name: getattr(self, f"{name}_sum") / self.rows for name in self._means}
         if self.grouped:
             scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
             if self.rows == 0:

@@ -35,12 +35,7 @@ class SelectionMetric:
     @property
     def loss_name(self) -> str:
         """Name of what :meth:`distance` returns."""
-        return "dev loss" if self.best is None else f"dev distance to the best {self.name}, {self.best:g}"
-
-    @property
-    def description(self) -> str:
-        """Its name as the subject of a sentence."""
-        return self.loss_name if self.best is None else f"{self.loss_name},"
+        return "dev loss" if self.best is None else f"dev distance to the best {self.name} ({self.best:g})"
 
     def distance(self, found: Mapping[str, Any], prefix: str = "") -> float:
         """Return the loss, or the difference between the best possible and the actual reward or F1; NaN if it is unknown."""

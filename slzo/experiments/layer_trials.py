@@ -371,9 +371,9 @@ class LayerTrials(Trials):
     def _divergence(self, before: float, after: float) -> str:
         metric = self.rows.selection_metric
         if not math.isfinite(after):
-            return f"the {metric.description} is not finite"
+            return f"the {metric.loss_name} is not finite"
         risen = after > metric.largest(before, _DIVERGED, before)
-        return f"the {metric.description} rose from {before:.3g} to {after:.3g}" if risen else ""
+        return f"the {metric.loss_name} rose from {before:.3g} to {after:.3g}" if risen else ""
 
     def _head_cost(self, batch: PackedBatch) -> float:
         """Return the cost of a batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slzo.evaluation.held_out import HeldOutScores
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.utils.sampling_error import standard_error
 
 MIN_PROGRESS = 0.005
@@ -68,38 +70,36 @@ class ScoreChange:
 
 
 def score_change(
-    metric: str,
-    scores: tuple[float, float],
-    rows: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
-    num_rows: int,
-    lower_is_better: bool = False,
-) -> ScoreChange:
-    """Compare the scores before and after training.
+    metric: SelectionMetric, before: HeldOutScores | None, after: HeldOutScores, num_rows: int
+) -> ScoreChange | None:
+    """Compare the scores of held-out rows before and after training.
 
     If the same rows were scored both times, the standard error is that of the mean of their differences, s / sqrt(n) with the
     sample standard deviation s. Otherwise, for metrics that are proportions of rows, it is that of the difference of two
     independent proportions, sqrt((p (1 - p) + q (1 - q)) / n). For other metrics there is none.
 
     Args:
-        metric: Name of the metric.
-        scores: Scores before and after.
-        rows: Score of each row by id, before and after; see :func:`slzo.evaluation.metrics.row_score`.
+        metric: The metric that summarizes the run.
+        before: Scores before training, if there are any.
+        after: Scores after training.
         num_rows: Number of rows that were scored after training.
-        lower_is_better: Whether smaller values of the metric are better.
+
+    Returns:
+        ``None`` if a score is missing or not finite, or if there is only one row: its change shows nothing.
     """
-    before, after = scores
-    first, second = rows
+    name = metric.metric
+    if num_rows < 2 or before is None or not math.isfinite(before.metrics.get(name, math.nan) + after.metrics[name]):
+        return None
+    old, new = before.metrics[name], after.metrics[name]
     error, paired = None, False
-    if first and second and first.keys() == second.keys() and len(first) > 1:
-        differences = [second[name] - first[name] for name in second]
+    if len(after.rows) > 1 and before.rows.keys() == after.rows.keys():
+        differences = [after.rows[row] - before.rows[row] for row in after.rows]
         # the mean differs if the metric is not a mean over rows, or if ids are not unique
-        if math.isclose(
-            statistics.fmean(differences), after - before, abs_tol=1e-4 * max(1.0, abs(before), abs(after))
-        ):
+        if math.isclose(statistics.fmean(differences), new - old, abs_tol=1e-4 * max(1.0, abs(old), abs(new))):
             error, paired = standard_error(differences), True
-    if not paired and metric in PROPORTIONS and num_rows > 0:
-        error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_rows)
-    return ScoreChange(metric, before, after, error, paired, lower_is_better)
+    if not paired and name in PROPORTIONS:
+        error = math.sqrt((old * (1 - old) + new * (1 - new)) / num_rows)
+    return ScoreChange(name, old, new, error, paired, metric.lower_is_better)
 
 
 def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: int) -> float | None:

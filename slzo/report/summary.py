@@ -12,7 +12,7 @@ from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
-from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
+from slzo.report.score_change import dev_loss, is_doubtful, score_change, score_error, verdict
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         before, after = _on_rewarded_rows(before, after)
         run = replace(run, num_rows=len(after.rows))
     scores_before = {} if before is None else before.metrics
-    change = _change(run, before, after)
+    change = score_change(run.metric, before, after, run.num_rows)
     outcome, history = run.outcome, run.outcome.history
-    losses = dev_loss(history.validations, run.metric.description)
+    losses = dev_loss(history.validations, run.metric.loss_name)
     doubtful = is_doubtful(change, losses)
     first = None if run.first_order_gb is None else first_order_command(run, run.first_order_gb)
     suggestion = next_command(change, losses, run) if doubtful else first
@@ -69,17 +69,6 @@ def _on_rewarded_rows(before: HeldOutScores | None, after: HeldOutScores) -> tup
         return HeldOutScores({**scores.metrics, "reward": fmean(rows.values()) if rows else math.nan}, rows)
 
     return restricted(before), restricted(after)
-
-
-def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> ScoreChange | None:
-    """Return the change of the run's metric; ``None`` if a score is missing or not finite, or if there is only one row."""
-    metric = run.metric.metric
-    if run.num_rows < 2:  # its change has no standard error and shows nothing
-        return None
-    if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
-        return None
-    scores, rows = (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows)
-    return score_change(metric, scores, rows, run.num_rows, run.metric.lower_is_better)
 
 
 def use_commands(run: RunFacts) -> list[str]:
