@@ -59,12 +59,10 @@ from slzo.utils.files import write_json
 from slzo.utils.process_group import gather_from_processes
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
-from slzo.zo.auto_step import AutoRate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
-from slzo.zo.stepper import Stepper
 from slzo.zo.time_plan import RunTimes, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
@@ -89,51 +87,66 @@ def prepare(
     settings = agreed_settings(options, rows)
     checkpoint, plan = run.checkpoint, None
     if checkpoint is not None:
-        checkpoint.check_resumable(settings)
-        settings = continued_settings(checkpoint.note["settings"], settings)
+        options, settings = _continued(options, settings, checkpoint, loaded)
     if run.time is None:  # otherwise the plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
-    if checkpoint is not None:
-        check_layer_option(options, checkpoint.note)
-        options = options.with_onednn(checkpoint.note["onednn"])
-        folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
-        check_commit(checkpoint.note, options.model, folder)  # before the weights are downloaded
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
     _check_time(rows, run, "loading took")
-    profile, seed = None, options.noise_seed
+    data = rows.fingerprint(None if checkpoint is None else checkpoint.note["data"])
+    profile = None
     if checkpoint is None:
-        data = rows.fingerprint()
         model, choice, profile = _new_model(options, rows, run, loaded, tuned)
     else:
-        data, seed = rows.fingerprint(checkpoint.note["data"]), checkpoint.note["noise_seed"]
         check_environment(checkpoint.note, run.device, rows.processes.world_size)
         model, choice = _restored_model(options, loaded, checkpoint, tuned)
     if tuned is not None:
         model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows, held_out=True)
-    if choice is not None and choice.states is not None:
-        model.forward.cache.adopt(choice.states)
     auto, evaluations = None if checkpoint is None else restored_rate(checkpoint.note["auto_step"], options), 0.0
     if auto is None and uses_auto(options):
-        auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
+        auto = auto_rate(make_stepper(model, options, rows), rows)
+        say(auto.describe(options.optimizer.automatic))
         evaluations = auto.evaluations
     time = _plan_time(model, options, rows, run)
-    stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
+    stepper = make_stepper(model, options, rows, auto=auto)
     if checkpoint is not None:
         stepper.load_state_dict(checkpoint.note)
         stepper.num_evaluations += evaluations
-    resumed = checkpoint is not None
     prepared = Prepared(
-        options, settings, loaded, model, stepper, data, choice, profile, plan, resumed, time, tuned is not None
+        options=options,
+        settings=settings,
+        untuned=loaded,
+        model=model,
+        stepper=stepper,
+        data=data,
+        choice=choice,
+        profile=profile,
+        plan=plan,
+        resumed=checkpoint is not None,
+        time=time,
+        tuned_before=tuned is not None,
     )
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
-    if not resumed:
+    if checkpoint is None:
         _announce(prepared)
     return prepared
+
+
+def _continued(
+    options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint, loaded: ModelParts | None
+) -> tuple[TrainingOptions, dict[str, Any]]:
+    """Return options and settings of a run that continues a checkpoint; check them before the weights are downloaded."""
+    note = checkpoint.note
+    checkpoint.check_resumable(settings)
+    check_layer_option(options, note)
+    folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
+    check_commit(note, options.model, folder)
+    options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
+    return options, continued_settings(note["settings"], settings)
 
 
 def _new_model(
@@ -143,7 +156,9 @@ def _new_model(
     if tuned is not None:
         return tuned, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), None
     profile, choice = choose_layer(parts, options, rows, run)
-    return tune(parts, options, rows, None if choice is None else choice.layer), choice, profile
+    if choice is None:
+        return tune(parts, options, rows, None), None, profile
+    return tune(parts, options, rows, choice.layer, choice.states), choice, profile
 
 
 def _restored_model(
@@ -221,13 +236,6 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
-
-
-def _automatic(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
-    """Return the automatic step size at the current weights, and print it."""
-    auto = auto_rate(stepper, rows, eps=options.step.eps)
-    say(auto.describe(options.optimizer.automatic))
-    return auto
 
 
 def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext) -> TimePlan | None:

@@ -377,8 +377,8 @@ class ZOModule(LightningModule):
         """The optimizer over the masters."""
         stepper = self.stepper
         optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
-        if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
-            set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator, stepper.options.num_queries))
+        if stepper.rate is not None:  # for callbacks that log rates before the first step
+            set_rate(optimizer, stepper.rate.rate(optimizer, stepper.estimator, stepper.options.num_queries))
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- training -----------------------------------------------------------------------------------------------------

@@ -52,12 +52,12 @@ class Prepared:
     model: TunedModel
     stepper: Stepper
     data: DataFingerprint
-    choice: Choice | None = None  # the layer and why it was chosen; None for a scope without a layer
-    profile: OutlierProfile | None = None
-    plan: MemoryPlan | None = None
-    resumed: bool = False  # whether a checkpoint is continued
-    time: TimePlan | None = None  # None if the time is not limited
-    tuned_before: bool = False  # whether the first masters are not those of the base model
+    choice: Choice | None  # the layer and why it was chosen; None for a scope without a layer
+    profile: OutlierProfile | None
+    plan: MemoryPlan | None
+    resumed: bool  # whether a checkpoint is continued
+    time: TimePlan | None  # None if the time is not limited
+    tuned_before: bool  # whether the first masters are not those of the base model
 
     @property
     def layer_reason(self) -> str:

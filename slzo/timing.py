@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from slzo.data.batch import EvalBatch, Row
 from slzo.models.placement import placement_of
@@ -61,21 +60,13 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     )
 
 
-class _NoOpOptimizer(Optimizer):
-    """Changes nothing, so that steps can be timed."""
-
-    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        super().__init__(params, {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        pass
-
-
 def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, most: float) -> tuple[float, float]:
     """Return the seconds of a step with cached states, and what a new row adds."""
-    step_options = replace(options.step, eps=options.step.eps or _EPS)
-    stepper = make_stepper(model, options, rows, step=step_options, max_nonfinite=1 << 60)
-    optimizer, cache, device = _NoOpOptimizer(model.tensors.masters), model.forward.cache, model.parts.model.device
+    if options.step.eps is None and options.estimator.uses_points:
+        options = replace(options, step=replace(options.step, eps=_EPS))
+    stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), rows)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.0)  # moves nothing
+    cache, device = model.forward.cache, model.parts.model.device
     sampler = rows.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
     new, added, steps, began = 0, 0.0, [], time.perf_counter()
@@ -100,10 +91,7 @@ def _time_scores(
     for batch in spaced_batches(islice(rows.eval_batches(split), number), _SCORED_ROWS):
         moved = batch.to(model.parts.model.device)
         unseen = _uncached(batch.rows, cache) if keep else 0
-        with torch.no_grad():
-            times = [
-                _seconds(partial(evaluator, moved, keep, log_likelihoods=False)) for _ in range(2 if unseen else 1)
-            ]
+        times = [_seconds(partial(evaluator, moved, keep, log_likelihoods=False)) for _ in range(2 if unseen else 1)]
         scored, seconds = scored + len(batch.rows), seconds + times[-1]
         new, added = new + unseen, added + max(0.0, times[0] - times[-1])
         if time.perf_counter() - began > most:

@@ -26,7 +26,7 @@ from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
-from slzo.zo.stepper import StepOptions, Stepper
+from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
 
 
@@ -192,23 +192,29 @@ def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> Non
 
 
 def make_stepper(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, *, step: StepOptions | None = None, **state: Any
+    model: TunedModel,
+    options: TrainingOptions,
+    rows: TaskRows,
+    *,
+    auto: AutoRate | None = None,
+    sets_rate: bool | None = None,
 ) -> Stepper:
-    """Return the stepper of a training with the objective of the rows; ``state`` is passed on to :class:`Stepper`."""
+    """Return the stepper of a training with the objective of the rows.
+
+    For ``auto`` and ``sets_rate`` see :class:`Stepper`; by default the rate is set if the options say ``auto``.
+    """
     return Stepper(
         model,
         rows.objective,
         options.estimator,
-        options.step if step is None else step,
+        options.step,
+        seed=options.noise_seed,
         evaluator=rows.evaluator(model),
         processes=rows.processes,
         shared_prefix=shared_prefix(model, rows),
-        **{
-            "seed": options.noise_seed,
-            "sets_rate": options.optimizer.automatic,
-            "max_nonfinite": options.max_nonfinite,
-            **state,
-        },
+        auto=auto,
+        sets_rate=options.optimizer.automatic if sets_rate is None else sets_rate,
+        max_nonfinite=options.max_nonfinite,
     )
 
 
@@ -217,12 +223,12 @@ def uses_auto(options: TrainingOptions) -> bool:
     return options.optimizer.automatic or (options.step.eps is None and options.estimator.uses_points)
 
 
-def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoRate:
+def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
     if not stepper.estimator.along_directions:
         adapter = stepper.model.adapter
         return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
-    return measure_step(stepper, rows, seed, eps)
+    return measure_step(stepper, rows, seed)
 
 
 def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:
@@ -231,10 +237,10 @@ def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> A
     return kind(**data) if data is not None and data.keys() == {field.name for field in fields(kind)} else None
 
 
-def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoStep:
+def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoStep:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
-    ``seed`` is that of the batches, by default the rows' own. ``eps`` is the size of the perturbation; ``None`` finds one.
+    ``seed`` is that of the batches, by default the rows' own. If the stepper has no ``eps``, one is found.
 
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.
@@ -245,7 +251,13 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps:
     half = model.parts.model.dtype in HALF
     try:
         return AutoStep.measure(
-            model.tensors, loss, stepper.seed, eps, half, objective.lowest, objective.differentiable
+            model.tensors,
+            loss,
+            stepper.seed,
+            stepper.options.eps,
+            half,
+            objective.lowest,
+            objective.differentiable,
         )
     except SlzoError as error:
         if problems := loss.report.problems:

@@ -61,9 +61,9 @@ def change(function):
 
 
 def test_the_format_is_noted_and_another_one_refused(run, capsys):
-    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 2
+    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 3
     change(put(1, "slzo", "format"))
-    assert "has format 1, and this slzo reads 2" in error_line(capsys, *EXPORT)
+    assert "has format 1, and this slzo reads 3" in error_line(capsys, *EXPORT)
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------------

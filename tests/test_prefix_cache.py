@@ -73,19 +73,3 @@ def test_long_rows_leave_no_block_half_empty(monkeypatch):
     blocks = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in cache._states.values()}
     assert sum(blocks.values()) == cache.num_bytes == 100
     assert torch.equal(cache.gather(range(5), {}, states.device), states)
-
-
-def test_a_cache_takes_over_what_fits_of_another(examples):
-    batch = pack(examples)
-    states, keys = torch.randn(batch.num_tokens, 4), batch.example_index
-    cache, taken = PrefixCache(LAYER, 1.0), PrefixCache(LAYER, 1.0)
-    cache.put(keys, batch.example_tokens, states)
-    taken.adopt(cache)
-    assert torch.equal(taken.gather(keys, {}, states.device), states)
-    assert taken.num_bytes == cache.num_bytes == states.numel() * 4
-    small = PrefixCache(LAYER, batch.example_tokens[0] * 4 * 4 / 2**30)
-    small.adopt(cache)
-    assert [key in small for key in keys[:2]] == [True, False]
-    other = PrefixCache(LAYER + 1, 1.0)
-    other.adopt(cache)
-    assert keys[0] not in other

@@ -30,7 +30,7 @@ from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, PrefixTuning
-from slzo.zo.stepper import StepOptions, Stepper
+from slzo.zo.stepper import Snapshot, StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -129,7 +129,7 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
             now = stepper.model.tensors.clone_masters()
             moves = torch.cat([(now[name] - before[name]).abs().flatten() for name in now])
             assert float(moves.median()) == pytest.approx(result.record.lr, rel=1e-3)
-    stepper.rollback(before, {}, optimizer, [], 2, 0)
+    stepper.rollback(Snapshot(0, before, {}), 2, optimizer, [])
     assert same_tensors(dict(stepper.model.tensors.named_masters()), before)
     assert not optimizer.state
     assert stepper.step(batch, 2, optimizer).record.lr == pytest.approx(0.005 / 1.03)
@@ -167,7 +167,7 @@ def test_steps_without_a_finite_loss_are_counted_over_a_resume(examples):
 @pytest.mark.fast
 def test_the_loss_falls(examples):
     stepper = relative_stepper(None)
-    stepper.auto, stepper.sets_rate = RelativeRate.of(stepper.model.tensors), True
+    stepper.auto = stepper.rate = RelativeRate.of(stepper.model.tensors)
     batch, optimizer = TrainBatch(pack(examples), ()), torch.optim.AdamW(stepper.model.tensors.masters)
     losses = [stepper.step(batch, step, optimizer).estimate.loss for step in range(40)]
     assert losses[-1] < losses[0] - 0.01

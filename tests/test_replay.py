@@ -166,7 +166,7 @@ def test_a_rollback_restores_what_the_rate_follows(fit, monkeypatch):
 
     def observed(stepper, *args):
         roll_back(stepper, *args)
-        means.append((args[1], stepper.rate_means))
+        means.append((args[0].means, stepper.rate.means))
 
     monkeypatch.setattr(Stepper, "rollback", observed)
     assert main([*fit, "--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.eps=auto"]) == 0

@@ -4,13 +4,13 @@ import math
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from slzo.module import ZOModule, zo_module
 from slzo.run_context import dev_batches, num_dev_rows
 from slzo.schedule import is_quick, validation_due
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
+from slzo.zo.stepper import Snapshot
 from slzo.zo.time_plan import Passes
 
 # Allowed relative rise of the loss of n dev rows, times sqrt(n): 5% with 200 rows. Rewards and F1 vary more.
@@ -44,9 +44,7 @@ class LossGuard(Callback):
         self.rollbacks = 0
         self.rolled_back_at = -1
         self._first = self._lowest = math.inf
-        self._good: dict[str, Tensor] | None = None
-        self._good_means: dict[str, float] = {}
-        self._good_step = -1
+        self._good: Snapshot | None = None
 
     @property
     def passes(self) -> Passes:
@@ -94,20 +92,16 @@ class LossGuard(Callback):
             self._keep(trainer, module)
 
     def _keep(self, trainer: Trainer, module: ZOModule) -> None:
-        tensors = module.stepper.model.tensors
-        self._good_step = trainer.global_step
-        self._good = tensors.clone_masters() if tensors.may_be_copied else None
-        self._good_means = module.stepper.rate_means
+        stepper = module.stepper
+        self._good = stepper.snapshot(trainer.global_step) if stepper.model.tensors.may_be_copied else None
 
     def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
         self.rollbacks += 1
         if self._good is not None:
             self.rolled_back_at = trainer.global_step
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        to = -1 if self._good is None else self._good_step
-        stepper, optimizer = module.stepper, trainer.optimizers[0]
-        stepper.rollback(self._good, self._good_means, optimizer, schedulers, trainer.global_step, to)
-        back = f", weights rolled back to step {self._good_step}" if self._good is not None else ""
+        module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers)
+        back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
         say(
             f"\nThe {module.rows.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
@@ -115,10 +109,9 @@ class LossGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest dev loss and the weights that had it."""
-        own = {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest}
-        return {**own, "good": self._good, "good_means": self._good_means, "good_step": self._good_step}
+        good = None if self._good is None else self._good._asdict()
+        return {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest, "good": good}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
-        self._good, self._good_step = state_dict["good"], state_dict["good_step"]
-        self._good_means = state_dict["good_means"]
+        self._good = None if state_dict["good"] is None else Snapshot(**state_dict["good"])

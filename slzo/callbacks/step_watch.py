@@ -47,7 +47,7 @@ class StepWatch(Callback):
         if not result.estimate.finite:
             return
         estimate, stepper = result.estimate, module.stepper
-        if result.record.lr == 0 and stepper.sets_rate and not self._warned_of_rate:
+        if result.record.lr == 0 and stepper.rate is not None and not self._warned_of_rate:
             self._warned_of_rate = True
             warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "

@@ -6,7 +6,7 @@ from typing import Any
 from slzo.utils.errors import SlzoError
 from slzo.utils.hub import model_commit, split_revision
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Format of checkpoints; to be raised when the note, or what a callback saves, changes."""
 
 _FIELDS = (

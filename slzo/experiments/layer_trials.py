@@ -130,7 +130,7 @@ class LayerTrials(Trials):
         if layer not in self._measured:
             with self._tuned(layer) as model:
                 stepper = make_stepper(model, self.options, self.rows)
-                self._measured[layer] = measure_step(stepper, self.rows, eps=self.options.step.eps)
+                self._measured[layer] = measure_step(stepper, self.rows)
         return self._measured[layer]
 
     def train(
@@ -318,15 +318,13 @@ class LayerTrials(Trials):
 
         ``lr`` and ``eps`` replace those of the options.
         """
-        options = self.options
-        step_options = options.step if eps is None else replace(options.step, eps=eps)
+        options = self._options(seed, eps)
         sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
-        if sets_rate or (step_options.eps is None and options.estimator.uses_points):
-            auto = self._rate(layer, model, step_options.eps, seed)
+        if sets_rate or (options.step.eps is None and options.estimator.uses_points):
+            auto = self._rate(layer, model, eps, seed)
         used = 0.0 if auto is None else time.perf_counter() - started
-        state = {"seed": seed, "auto": auto, "sets_rate": sets_rate, "max_nonfinite": 1 << 60}
-        stepper = make_stepper(model, options, self.rows, step=step_options, **state)
+        stepper = make_stepper(model, options, self.rows, auto=auto, sets_rate=sets_rate)
         optimizer, scheduler = options.optimizer.build(model.tensors.masters, lr)
         return stepper, optimizer, scheduler, used
 
@@ -336,10 +334,15 @@ class LayerTrials(Trials):
 
     def _rate(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoRate:
         """Return the rate of ``auto``; a step size that was measured in the layer with this eps and seed is used again."""
-        if layer in self._measured and eps == self.options.step.eps and seed == self.options.noise_seed:
+        options = self._options(seed, eps)
+        if layer in self._measured and options.step == self.options.step and seed == self.options.noise_seed:
             return replace(self._measured[layer], evaluations=0)
-        stepper = make_stepper(model, self.options, self.rows, seed=seed)
-        return auto_rate(stepper, self.rows, self._row_seed(seed), eps)
+        return auto_rate(make_stepper(model, options, self.rows), self.rows, self._row_seed(seed))
+
+    def _options(self, seed: int, eps: float | None) -> TrainingOptions:
+        """Return the options of a training, which goes on after any number of infinite losses; ``eps`` replaces their own."""
+        step = self.options.step if eps is None else replace(self.options.step, eps=eps)
+        return replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
 
     def _carry_prefix(self, layer: int | None) -> None:
         """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""

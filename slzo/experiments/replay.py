@@ -18,7 +18,7 @@ from slzo.utils.files import output_file
 from slzo.utils.run_layout import CONFIG_FILE
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
-from slzo.zo.stepper import Stepper
+from slzo.zo.stepper import Snapshot, Stepper
 from slzo.zo.tuned_model import TunedModel
 
 
@@ -98,7 +98,7 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
 def _stepper(
     model: TunedModel, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog
 ) -> Stepper:
-    return Stepper(
+    stepper = Stepper(
         model,
         rows.objective,
         options.estimator,
@@ -107,24 +107,23 @@ def _stepper(
         auto=restored_rate(note["auto_step"], options),
         sets_rate=options.optimizer.automatic,
         max_nonfinite=options.max_nonfinite,
-        known=log.steps,
     )
+    stepper.known = dict(log.steps)
+    return stepper
 
 
 def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps: int) -> dict[str, Tensor]:
     """Take steps and return a copy of the masters after them."""
     tensors = stepper.model.tensors
     optimizer, scheduler = options.optimizer.build(tensors.masters)
-    targets: dict[int, tuple[dict[str, Tensor] | None, dict[str, float]]] = {}
+    targets: dict[int, Snapshot] = {}
     if 0 in log.rollbacks.values():
-        targets[0] = tensors.clone_masters(), stepper.rate_means
+        targets[0] = stepper.snapshot(0)
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)
         if step + 1 in log.rollbacks.values():
-            targets[step + 1] = tensors.clone_masters(), stepper.rate_means
+            targets[step + 1] = stepper.snapshot(step + 1)
         to = log.rollbacks.get(step + 1)
         if to is not None:
-            schedulers = [] if scheduler is None else [scheduler]
-            masters, means = targets.get(to, (None, {}))
-            stepper.rollback(masters, means, optimizer, schedulers, step + 1, to)
+            stepper.rollback(targets.get(to), step + 1, optimizer, [] if scheduler is None else [scheduler])
     return tensors.clone_masters()

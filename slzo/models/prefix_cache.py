@@ -74,7 +74,7 @@ class PrefixCache:
                 self._planned += size
                 self._plan |= dict.fromkeys(block.keys, block)
         if not self._states.keys() <= self._plan.keys():
-            self.clear()
+            self._clear()
 
     def wants(self, key: int) -> bool:
         """Whether the states of an example are stored, or will be when they are computed."""
@@ -153,23 +153,14 @@ class PrefixCache:
             self._states[key] = storage.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
-    def adopt(self, other: "PrefixCache") -> None:
-        """Share the states of another cache, as far as they fit, if it has the same layer; nothing is copied."""
-        if other.start != self.start:
-            return
-        for key, states in other._states.items():
-            if key not in self and self.wants(key) and self.num_bytes + states.nbytes <= self._limit:
-                self._states[key] = states
-                self.num_bytes += states.nbytes
-
-    def clear(self) -> None:
-        """Remove all states; needed when the layers before the tuned one change."""
+    def _clear(self) -> None:
+        """Remove all states."""
         self._states.clear()
         self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
 
     def reset(self) -> None:
         """Remove all states and the plan, whose keys are valid for one data module only."""
-        self.clear()
+        self._clear()
         self._plan, self._planned = None, 0
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:

@@ -75,9 +75,9 @@ class TrainingOptions:
         """Seed of the directions: ``seed``, or that of ``seed_everything`` if it is ``None``."""
         return global_seed() if self.seed is None else self.seed
 
-    def with_onednn(self, onednn: bool | None) -> "TrainingOptions":
+    def with_onednn(self, onednn: bool) -> "TrainingOptions":
         """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
-        if onednn is None or self.engine.onednn is not None or (onednn and not has_onednn_linear()):
+        if self.engine.onednn is not None or (onednn and not has_onednn_linear()):
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 

@@ -6,7 +6,7 @@ Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trial
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,8 +76,22 @@ class StepResult:
     estimate: Estimate
     record: StepRecord
     report: LossReport
-    exchanged_bytes: int = 0
-    update_norm: float | None = None
+    exchanged_bytes: int
+    update_norm: float | None
+
+
+class Snapshot(NamedTuple):
+    """A state of a training to which it can go back.
+
+    Attributes:
+        step: Steps taken before.
+        masters: Copy of the masters.
+        means: Running means that an automatic rate follows.
+    """
+
+    step: int
+    masters: dict[str, Tensor]
+    means: dict[str, float]
 
 
 class Stepper:
@@ -95,13 +109,14 @@ class Stepper:
         auto: Automatic step size; ``None`` if numbers are given.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
-        known: Recorded steps by number. They are replayed from their losses, without forward passes.
 
     Raises:
         SlzoError: The estimator needs a derivative, and a tuned tensor is not a parameter of the model.
 
     Attributes:
-        known: The recorded steps that have not been replayed yet.
+        rate: Sets the learning rate of each step; ``None`` if the optimizer's own counts.
+        known: Recorded steps by number that have not been replayed yet: they are repeated from their losses, without forward
+            passes.
         log: Writes steps and rollbacks to a file, if it is set.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
@@ -123,7 +138,6 @@ class Stepper:
         auto: AutoRate | None = None,
         sets_rate: bool = False,
         max_nonfinite: int = 10,
-        known: Mapping[int, StepRecord] | None = None,
     ) -> None:
         if estimator.perturbs_output:
             check_layer_output(model.parts, model.span, estimator.describe())
@@ -138,9 +152,9 @@ class Stepper:
         self.processes = processes
         self.shared_prefix = shared_prefix
         self.auto = auto
-        self.sets_rate = sets_rate and auto is not None
+        self.rate = auto if sets_rate else None
         self.log: StepLogWriter | None = None
-        self.known = dict(known or {})
+        self.known: dict[int, StepRecord] = {}
         self.num_evaluations: float = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self.nonfinite_in_row = 0
         self.problem = ""
@@ -193,8 +207,7 @@ class Stepper:
         at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
         request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and tensors.may_be_copied
-        auto = self.auto if self.sets_rate else None
-        estimate, norm = take_step(request, self.estimator, optimizer, auto=auto, measure_update=measure_update)
+        estimate, norm = take_step(request, self.estimator, optimizer, auto=self.rate, measure_update=measure_update)
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             scheduler.step()
@@ -206,41 +219,30 @@ class Stepper:
         self._count(estimate, step, report)
         return StepResult(estimate, record, report, rows.num_bytes + points.num_bytes, norm)
 
-    @property
-    def rate_means(self) -> dict[str, float]:
-        """Running means that an automatic rate follows, to be restored with earlier masters."""
-        return {} if self.auto is None else self.auto.means
+    def snapshot(self, step: int) -> Snapshot:
+        """Return a copy of the state after ``step`` steps."""
+        return Snapshot(step, self.model.tensors.clone_masters(), {} if self.rate is None else self.rate.means)
 
-    def rollback(
-        self,
-        masters: Mapping[str, Tensor] | None,
-        rate_means: Mapping[str, float],
-        optimizer: Optimizer,
-        schedulers: Sequence[Any],
-        steps: int,
-        to: int,
-    ) -> None:
-        """Go back to earlier masters, halve the learning rate, and reset the optimizer's state.
+    def rollback(self, to: Snapshot | None, steps: int, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+        """Go back to an earlier state, halve the learning rate, and reset the optimizer's state.
 
         Args:
-            masters: The earlier masters, see :meth:`TunedTensors.clone_masters`; ``None`` only halves the learning rate.
-            rate_means: :attr:`rate_means` at that time.
-            optimizer: The optimizer. Its state is reset only if ``masters`` are given.
-            schedulers: Learning-rate schedulers.
+            to: The earlier state; ``None`` only halves the learning rate.
             steps: Steps taken so far.
-            to: Step of the earlier masters; -1 without them.
+            optimizer: The optimizer. Its state is reset only if masters are restored.
+            schedulers: Learning-rate schedulers.
         """
-        if masters is not None:
-            self.model.tensors.load(masters)
+        if to is not None:
+            self.model.tensors.load(to.masters)
             optimizer.state = defaultdict(dict)
-            if self.auto is not None:
-                self.auto.restore_means(rate_means)
-        if self.sets_rate and self.auto is not None:
-            self.auto.factor /= 2
+            if self.rate is not None:
+                self.rate.restore_means(to.means)
+        if self.rate is not None:
+            self.rate.factor /= 2
         else:
             halve_rate(optimizer, schedulers)
         if self.log is not None:
-            self.log.append(Rollback(steps, to))
+            self.log.append(Rollback(steps, -1 if to is None else to.step))
 
     def close_log(self) -> None:
         """Close the log of losses; later steps are not written."""
