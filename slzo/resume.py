@@ -45,7 +45,8 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
 def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the note of a checkpoint on its tensors and their model; it holds only tensors and primitives."""
     options, model = prepared.options, prepared.model
-    candidates = None if rows.splits is None else common_candidates(rows.splits.train)
+    assert rows.splits is not None
+    candidates = common_candidates(rows.splits.train)
     return {
         "format": CHECKPOINT_FORMAT,
         **model.description(),
@@ -97,8 +98,8 @@ def open_step_log(
     """Begin the log of losses in the run's folder, with the log of the continued run.
 
     A resumed run first repeats the steps that the log has after the checkpoint, without forward passes, unless an option that
-    they depend on has changed. Estimators that differentiate have no log, and a second training by the same trainer keeps that of
-    the first one: the steps of both could not be repeated together, because the optimizer begins anew.
+    they depend on has changed. Estimators that perturb no weights have no log, and a second training by the same trainer keeps
+    that of the first one: the steps of both could not be repeated together, because the optimizer begins anew.
 
     Returns:
         The writer of the log, ``None`` if no log is written; and the steps to repeat.

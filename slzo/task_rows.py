@@ -301,13 +301,13 @@ class TaskRows:
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
-        self._load_rewards(self.splits)
+        self._load_rewards()
 
-    def _load_rewards(self, splits: Splits | None = None) -> None:
-        """Load the reward functions, and check that the rows of the splits have what these require."""
+    def _load_rewards(self) -> None:
+        """Load the reward functions, and check that the rows of the splits, if they are read, have what these require."""
         if self.reward is None:
             return
-        required = self.reward.rewards.load()
+        required, splits = self.reward.rewards.load(), self.splits
         if splits is None:
             return
         for name, examples in {"training": splits.train, "dev": splits.dev, "held-out": splits.test}.items():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,7 +220,7 @@ def test_divergence_is_reported(options):
     trial = trials_of(options).run(2, steps=6, seed=0, lr=1e38)
     assert trial.diverged
     assert trial.gain == -math.inf
-    assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+    assert Trial.from_dict(json.loads(json.dumps(asdict(trial)))) == trial
 
 
 def test_trials_train_on_the_objective_of_fit(options):
@@ -455,7 +456,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     }
     for (layer, seed), own in scores.items():
         diverged = "up" if (layer, seed) == (3, 1) else ""
-        store.save(plan.training_cell(layer, seed), Trial(tuple(own), (1.0,), 1.0, diverged).to_dict())
+        store.save(plan.training_cell(layer, seed), asdict(Trial(tuple(own), (1.0,), 1.0, diverged)))
     found = layer_curves(seed_curves(store, plan))
     assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
     assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])

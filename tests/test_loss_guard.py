@@ -217,9 +217,7 @@ def test_without_a_copy_only_the_rate_is_halved(options, monkeypatch, capsys):
 def test_a_guard_forgets_the_run_before(options):
     """One callback in two fits of one process."""
     guard = LossGuard()
-    guard.load_state_dict(
-        {"rollbacks": 3, "first": 2.0, "lowest": 1e-9, "good": None}
-    )
+    guard.load_state_dict({"rollbacks": 3, "first": 2.0, "lowest": 1e-9, "good": None})
     more = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--model.layer=1"]
     cli = SlzoCLI(COMMANDS["fit"], [*options, *more])
     cli.trainer.callbacks = [guard]

@@ -172,14 +172,16 @@ class RunRecord(Callback):
         guard = callback_of(trainer, LossGuard)
         folder = folder_of(trainer)
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
-        keeps_last = folder is not None and callback_of(trainer, LastCheckpoint) is not None
+        last = None
+        if folder is not None and callback_of(trainer, LastCheckpoint) is not None:
+            last = str(folder / "checkpoints" / LAST)
         by_steps = 0 < trainer.max_steps <= trainer.global_step or (trainer.max_epochs or 0) <= 0
         limit = "max_steps" if by_steps else "max_epochs"
         return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             best=best or None,
-            last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
+            last=last,
             history=self._so_far(),
             rollbacks=0 if guard is None else guard.rollbacks,
             limit=(limit, int(getattr(trainer, limit) or 0)),

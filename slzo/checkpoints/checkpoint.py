@@ -39,8 +39,8 @@ class Checkpoint:
 
     @property
     def note(self) -> dict[str, Any]:
-        """The checkpoint's note, see :func:`slzo.checkpoints.note.checkpoint_note`."""
-        return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
+        """The checkpoint's note, see :func:`slzo.resume.make_note`."""
+        return dict(self.content["slzo"])
 
     @property
     def step(self) -> int:

@@ -31,8 +31,6 @@ from slzo.loggers import FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported
-from slzo.run import RunContext
-from slzo.run_context import run_context
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
@@ -90,10 +88,6 @@ class App:
         source = Source(ckpt_path, base, False, options.trust_remote_code, options.dtype)
         self.model.use(load_exported(source), self.device)
         return None
-
-    def run_context(self) -> RunContext:
-        """Describe the training that ``fit`` would run with these options."""
-        return run_context(self.trainer, self.rows)
 
 
 class AppParser(CommandParser, LightningArgumentParser):

@@ -7,6 +7,7 @@ from slzo.cli.app import App
 from slzo.fit import profile_and_choose
 from slzo.loggers import run_folder
 from slzo.report.profile_files import PICTURE, write_profile
+from slzo.run_context import run_context
 from slzo.utils.console import say
 
 
@@ -18,7 +19,7 @@ def profile(app: App) -> None:
     """
     with run_folder(app.trainer, set()):
         parts, rows = app.load()
-        options, run = app.model.options, app.run_context()
+        options, run = app.model.options, run_context(app.trainer, app.rows)
         found, choice = profile_and_choose(parts, options, rows, run)
         log_dir = app.trainer.log_dir
         if log_dir is not None:

@@ -11,6 +11,7 @@ from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.profile_files import format_profile
+from slzo.run_context import run_context
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -80,7 +81,7 @@ def sweep(
     with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
         options.check_objective(rows.objective)
-        trials, run = LayerTrials(parts, options, rows), app.run_context()
+        trials, run = LayerTrials(parts, options, rows), run_context(app.trainer, app.rows)
         if finds_rates or steps:
             _check_dev_rows(rows)
         if finds_rates:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -134,7 +134,7 @@ def search(
     """
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
-        return trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict()
+        return asdict(trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps))
 
     def name_of(eps: float | None, lr: float, seed: int) -> str:
         return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"

@@ -32,7 +32,7 @@ def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, 
     save(profile_picture(profile.to_dict(), model, task), folder, PICTURE)
     if choice is not None and choice.trials:
         curves = {layer: [asdict(score) for score in trial.scores] for layer, trial in choice.trials.items()}
-        trials = {str(layer): trial.to_dict() for layer, trial in choice.trials.items()}
+        trials = {str(layer): asdict(trial) for layer, trial in choice.trials.items()}
         write_json(folder / f"{_RACE}.json", {"layer": choice.layer, "reason": choice.reason, "trials": trials})
         save(sweep_curves_picture(curves, f"{model} on {task}: race of the layers", choice.layer), folder, _RACE)
 

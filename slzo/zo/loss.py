@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 
 import torch
@@ -18,7 +18,7 @@ from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators.base import Loss, OutputEstimator, OutputGradient, Point
+from slzo.zo.estimators.base import Loss, LossReport, OutputEstimator, OutputGradient, Point
 from slzo.zo.factored import FactoredGradient
 from slzo.zo.forward import SuffixForward
 from slzo.zo.layers_above import layers_vjp
@@ -35,7 +35,7 @@ class LossContext:
     Attributes:
         forward: Computes logits.
         tuned: The tensors that the loss is a function of.
-        reduce: Returns the sum of a tensor over the processes.
+        sum_rows: Returns the sum of a tensor over the processes.
         rows: The part of the rows that this process has.
         evaluator: Generates answers; ``None`` if the objective needs none.
         seed: Seed of the run.
@@ -44,7 +44,7 @@ class LossContext:
 
     forward: SuffixForward
     tuned: TunedTensors
-    reduce: Callable[[Tensor], Tensor]
+    sum_rows: Callable[[Tensor], Tensor]
     rows: Part
     evaluator: Evaluator | None = None
     seed: int = 0
@@ -68,7 +68,7 @@ class _SummedLoss(Loss):
         """Return totals and weights of the rows of this process, shape (2, P)."""
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        totals, weights = self.context.reduce(self.sums(points))
+        totals, weights = self.context.sum_rows(self.sums(points))
         return totals / weights
 
 
@@ -101,7 +101,7 @@ class BatchLogitLoss(_SummedLoss):
             sums += found
             for name, own in pull_back(of_total).items():
                 gradient[name] = gradient[name].add_(own) if name in gradient else own
-        sums, *summed = sum_tensors(context.reduce, [sums, *gradient.values()])
+        sums, *summed = sum_tensors(context.sum_rows, [sums, *gradient.values()])
         return _mean(sums, dict(zip(gradient, summed, strict=True)))
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
@@ -119,7 +119,7 @@ class BatchLogitLoss(_SummedLoss):
             gradient.add(pull_back(at_output.to(hidden.dtype)))
             sums += output.sums
             evaluations += output.evaluations(num_points) * piece.num_tokens / self.batch.packed.num_tokens
-        loss, mean = _mean(*gradient.total(sums, context.rows, context.reduce))
+        loss, mean = _mean(*gradient.total(sums, context.rows, context.sum_rows))
         return OutputGradient(loss, mean, evaluations)
 
     def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:
@@ -146,20 +146,24 @@ class BatchAnswerLoss(_SummedLoss):
     Attributes:
         sampling: How answers are sampled for a policy gradient.
         at_points: How answers are sampled at points around the masters.
+        losses_of: Returns the loss of each answer, given with its row, NaN for all if one cannot be computed; and a report.
     """
 
     sampling: AnswerSampling
     at_points: AnswerSampling
+    losses_of: Callable[[Sequence[Answer], Sequence[Row]], tuple[Sequence[float], LossReport]]
+    _report: LossReport = field(default_factory=LossReport)
 
-    @abstractmethod
-    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
-        """Return the loss of each answer, given with its row; NaN for all if one cannot be computed."""
+    @property
+    def report(self) -> LossReport:
+        """The report of the answers that were generated last, by this process."""
+        return self._report
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         context, batch, samples = self.context, self.batch, self.at_points.samples
         rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
         keys = None if sampling is None else Sampling(sampling.temperature, sampling.keys * len(points))
-        losses = self.losses(self._answers(points, rows, keys), rows * len(points))
+        losses, self._report = self.losses_of(self._answers(points, rows, keys), rows * len(points))
         totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
         weights = [float(len(batch.rows))] * len(points)
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
@@ -173,7 +177,7 @@ class BatchAnswerLoss(_SummedLoss):
         return policy.gradient_from_output(estimate)._replace(loss=self._mean(sums))
 
     def _mean(self, sums: Tensor) -> float:
-        total, weight = self.context.reduce(sums)
+        total, weight = self.context.sum_rows(sums)
         return float(total / weight)
 
     @cached_property
@@ -184,7 +188,7 @@ class BatchAnswerLoss(_SummedLoss):
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
         assert keys is not None  # the check refuses a temperature of 0
         answers, states = self._sampled_answers(rows, keys)
-        losses = self.losses(answers, rows)
+        losses, self._report = self.losses_of(answers, rows)
         device = batch.packed.gold.device
         packed, policy, kept = policy_batch(batch.rows, answers, losses, keys.temperature, device)
         vocabulary = context.forward.parts.model.get_output_embeddings().weight.shape[0]

@@ -87,16 +87,7 @@ class PackedLayerOutput(LayerOutput):
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
-        self.num_layers_above = above = parts.num_layers - span.stop
-        share = run.numel() / batch.num_tokens
-        # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
-        whole_pass = parts.num_layers - span.start - 1 + last_layer_share(parts, batch)
-        self._per_point = share * above / whole_pass
-        # a derivative costs about two passes; if not all tokens run at each point, it goes through those that do
-        at_masters: float = 3 + above
-        if share < 1:
-            at_masters = 3 * share + (above > 0) + max(0, above - 1) + share * above
-        self._at_masters = at_masters / whole_pass
+        self.num_layers_above = parts.num_layers - span.stop
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self._unshifted = logits[0]
@@ -114,7 +105,15 @@ class PackedLayerOutput(LayerOutput):
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
-        return self._at_masters + num_points * self._per_point
+        parts, above = self._forward.parts, self.num_layers_above
+        share = self._above.positions.numel() / self._batch.num_tokens
+        # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
+        whole_pass = parts.num_layers - self._forward.span.start - 1 + last_layer_share(parts, self._batch)
+        # a derivative costs about two passes; if not all tokens run at each point, it goes through those that do
+        at_masters: float = 3 + above
+        if share < 1:
+            at_masters = 3 * share + (above > 0) + max(0, above - 1) + share * above
+        return at_masters / whole_pass + num_points * (share * above / whole_pass)
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
@@ -147,8 +146,7 @@ def _average(sequences: list[LayerStatistics]) -> LayerStatistics:
 def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> list[LayerStatistics]:
     """Compute the statistics of each layer's output.
 
-    Sequences of one token are skipped, because a first token often has outliers in any prompt. The outputs are read by forward
-    hooks, because the last of Hugging Face's ``hidden_states`` is taken after the final norm.
+    Sequences of one token are skipped, because a first token often has outliers in any prompt.
 
     Args:
         parts: The model.
@@ -158,12 +156,13 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> list[La
         SlzoError: The output of a layer is not finite.
     """
     found: list[list[LayerStatistics]] = [[] for _ in range(parts.num_layers)]
-    parts.prepare()  # runs the model, so it must come before the hooks
     for batch in batches:
-        with ExitStack() as hooks:
-            for index, layer in enumerate(parts.layers):
-                hooks.enter_context(layer.register_forward_hook(_recorder(index, found[index], parts, batch)))
-            parts.run(batch, 0, parts.num_layers)
+        hidden: Tensor | None = None
+        for index, own in enumerate(found):
+            hidden = parts.run(batch, index, index + 1, hidden, norm=False)
+            _check_finite(hidden, index)
+            each = zip(hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True)
+            own.extend(_sequence_statistics(index, states, ids) for states, ids in each if len(ids) > 1)
     return [_average(sequences) for sequences in found]
 
 
@@ -173,24 +172,16 @@ def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
     return [tuple(ids.tolist()) for ids in split if len(ids) > 1]
 
 
-def _recorder(index: int, found: list[LayerStatistics], parts: ModelParts, batch: PackedBatch) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = parts.to_packed(output[0] if isinstance(output, tuple | list) else output, batch).flatten(1)
-        if not hidden.isfinite().all():
-            kind = str(hidden.dtype).removeprefix("torch.")
-            advice = "use model.dtype bfloat16 or float32, whose range is larger"
-            if kind != "float16":
-                advice = "its weights may be damaged or computed wrongly; try model.dtype float32 and another copy"
-            raise SlzoError(
-                f"model.dtype {kind}: the output of layer {index} is not finite, so no layer can be chosen; {advice}"
-            )
-        for states, ids in zip(
-            hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True
-        ):
-            if len(ids) > 1:
-                found.append(_sequence_statistics(index, states, ids))
-
-    return hook
+def _check_finite(hidden: Tensor, index: int) -> None:
+    if hidden.isfinite().all():
+        return
+    kind = str(hidden.dtype).removeprefix("torch.")
+    advice = "use model.dtype bfloat16 or float32, whose range is larger"
+    if kind != "float16":
+        advice = "its weights may be damaged or computed wrongly; try model.dtype float32 and another copy"
+    raise SlzoError(
+        f"model.dtype {kind}: the output of layer {index} is not finite, so no layer can be chosen; {advice}"
+    )
 
 
 def format_figure(value: float) -> str:

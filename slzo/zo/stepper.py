@@ -165,10 +165,12 @@ class Stepper:
         ``processes`` are by default those of the training.
         """
         processes, model = self.processes if processes is None else processes, self.model
-        reduce = processes.sum_rows if processes.of_rows.total > 1 else identity
+        sum_rows = processes.sum_rows if processes.of_rows.total > 1 else identity
         if self.shared_prefix is not None:
-            self.shared_prefix.fill(batch.packed, reduce, batch.max_tokens)
-        context = LossContext(model.forward, model.tensors, reduce, processes.of_rows, self.evaluator, self.seed, step)
+            self.shared_prefix.fill(batch.packed, sum_rows, batch.max_tokens)
+        context = LossContext(
+            model.forward, model.tensors, sum_rows, processes.of_rows, self.evaluator, self.seed, step
+        )
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
 

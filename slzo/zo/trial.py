@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from slzo.models.prefix_cache import PrefixCache
@@ -96,13 +96,9 @@ class Trial:
     mean_abs_slope: float
     diverged: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return primitives only, for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Trial":
-        """Create a trial from the result of :meth:`to_dict`."""
+        """Create a trial from primitives, as ``asdict`` returns them."""
         # a file has null for what is not a number
         known: list[dict[str, Any]] = [
             {name: math.nan if value is None else value for name, value in each.items()} for each in data["scores"]

@@ -150,14 +150,11 @@ class Subspace(TunedTensor):
         self.live.copy_(self._unrounded(self.moved(direction, scale)))
 
     def _unrounded(self, master: Tensor) -> Tensor:
-        return self._full(master).add_(self.base)
+        full = master @ self.basis.T
+        return (full.T if self.transposed else full).add_(self.base)
 
     def _coordinates(self, difference: Tensor) -> Tensor:
         return self.pull_back(difference)  # drops the part of the rounding error that is outside the subspace
-
-    def _full(self, coordinates: Tensor) -> Tensor:
-        full = coordinates @ self.basis.T
-        return full.T if self.transposed else full
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
-from slzo.zo.estimators.base import Loss
+from slzo.zo.estimators.base import Loss, LossReport
 from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
 from slzo.zo.policy_gradient import AnswerSampling
 
@@ -114,21 +113,15 @@ class AnswerObjective(Objective):
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return _AnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self)
+        return BatchAnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self._losses_of)
 
-
-@dataclass
-class _AnswerLoss(BatchAnswerLoss):
-    objective: AnswerObjective
-
-    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
-        losses = self.objective.answer_losses([answer.text for answer in answers], [row.example for row in rows])
+    def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
+        losses = self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
         try:
             numbers = [float(loss) for loss in losses]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != len(answers):
             wanted = f"a number for each of the {len(answers)} answers"
-            returned = f"answer_losses() returned {shown(losses)}"
-            raise broken_contract("data.objective", self.objective, returned, wanted)
-        return numbers
+            raise broken_contract("data.objective", self, f"answer_losses() returned {shown(losses)}", wanted)
+        return numbers, LossReport()

@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
@@ -91,37 +90,25 @@ class Reward(Objective):
         return self.rewards(reward_inputs(answers, examples))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return _RewardLoss(context, batch, self.sampling, self.at_points, self)
+        return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self._losses_of)
 
-    def describe(self) -> str:
-        how = [] if self.samples is None else [f"{self.samples} samples"]
-        how += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
-        return f"Reward ({', '.join([*self.rewards.names, *how])})"
-
-
-@dataclass
-class _RewardLoss(BatchAnswerLoss):
-    """Minus the mean reward of a batch."""
-
-    objective: Reward
-    _report: LossReport = field(default_factory=LossReport)
-
-    @property
-    def report(self) -> LossReport:
-        """Rewards over the rows, points and samples of this process, and the functions that failed."""
-        return self._report
-
-    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+    def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
+        """Return minus the reward of each answer, and a report on the rewards over rows, points and samples."""
         distinct: dict[tuple[str, str], Example] = {}  # an answer at several points is rewarded once
         keys = [(row.example.id, answer.text) for answer, row in zip(answers, rows, strict=True)]
         for key, row in zip(keys, rows, strict=True):
             distinct.setdefault(key, row.example)
         inputs = reward_inputs([text for _, text in distinct], list(distinct.values()))
-        rewarded = self.objective.rewards(inputs, all_or_none=True)
+        rewarded = self.rewards(inputs, all_or_none=True)
         places = {key: place for place, key in enumerate(distinct)}
         numbers = [places[key] for key in keys]
-        self._report = _summarized(rewarded, numbers, [answer.num_tokens for answer in answers])
-        return [-rewarded.totals[number] for number in numbers]
+        report = _summarized(rewarded, numbers, [answer.num_tokens for answer in answers])
+        return [-rewarded.totals[number] for number in numbers], report
+
+    def describe(self) -> str:
+        how = [] if self.samples is None else [f"{self.samples} samples"]
+        how += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
+        return f"Reward ({', '.join([*self.rewards.names, *how])})"
 
 
 def _summarized(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
