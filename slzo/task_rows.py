@@ -27,7 +27,7 @@ from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import REWARDS
-from slzo.rewards.runner import Functions
+from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
@@ -115,7 +115,7 @@ class TaskRows:
         num_demonstrations: int = 0,
         max_length: int = 2048,
         objective: Literal["loss", "metric"] | Objective | None = None,
-        reward: Functions | None = None,
+        reward: RewardOption | None = None,
         allow_changed_rows: bool = False,
         skip_bad_rows: bool = False,
         seed: int | None = None,
@@ -307,7 +307,7 @@ class TaskRows:
         """Load the reward functions, and check that the rows of the splits, if they are read, have what these require."""
         if self.reward is None:
             return
-        required, splits = self.reward.rewards.load(), self.splits
+        required, splits = self.reward.runner.load(), self.splits
         if splits is None:
             return
         for name, examples in {"training": splits.train, "dev": splits.dev, "held-out": splits.test}.items():

@@ -15,7 +15,7 @@ from slzo.evaluation.held_out import score_held_out
 from slzo.evaluation.metrics import TaskMetrics, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.answers import exact_match, normalize_answer, token_f1
-from slzo.rewards.runner import RewardResult
+from slzo.rewards.runner import RewardedAnswers
 from slzo.tasks.base import Example, Kind
 from slzo.tasks.registry import TASKS, get_task
 
@@ -191,7 +191,7 @@ def test_the_spread_of_rewards_far_from_zero(center):
     example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([torch.nan, 3.0])
     for change in (-1e-3, 1e-3):  # as a share
         rewards = (center + change * max(1.0, abs(center)),) * 2
-        outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardResult(rewards, {}, ()))
+        outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardedAnswers(rewards, {}, ()))
         score.update(SimpleNamespace(examples=(example,) * 2), outcome)
     found = score.compute()
     assert float(found["reward"]) == pytest.approx(center, rel=1e-6, abs=1e-6)

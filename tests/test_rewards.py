@@ -17,13 +17,13 @@ from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.decoding import generate
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text
-from slzo.evaluation.rewarding import reward_inputs
+from slzo.evaluation.rewarding import answer_batch
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import Limits, ModelParts
 from slzo.rewards.builtin.number_match import last_number
-from slzo.rewards.calls import RewardInputs
+from slzo.rewards.calls import AnswerBatch
 from slzo.rewards.registry import REWARDS, check_package
-from slzo.rewards.runner import Rewards, read_functions
+from slzo.rewards.runner import RewardRunner, read_functions
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.utils.errors import SlzoError
@@ -81,7 +81,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def answers(*texts, **columns):
-    return RewardInputs([f"row-{text}" for text in texts], ["p"] * len(texts), texts, columns)
+    return AnswerBatch([f"row-{text}" for text in texts], ["p"] * len(texts), texts, columns)
 
 
 def rewarded(name, *texts, **given):
@@ -116,7 +116,7 @@ def test_rewards_have_names_of_their_own(tmp_path):
     for name, functions in {"a": ["f"], "b": ["f"], "c": ["f_1"]}.items():
         (tmp_path / f"{name}.py").write_text("".join(f"def {f}(completions):\n    return [0.0]\n" for f in functions))
     places = [str(tmp_path / place) for place in ("a.py:f", "b.py:f", "c.py:f_1")]
-    assert len(set(Rewards(places).names)) == 3
+    assert len(set(RewardRunner(places).names)) == 3
 
 
 def test_json_with_a_schema(tmp_path):
@@ -154,7 +154,7 @@ def test_the_columns_that_functions_require(folder, in_process):
         "rouge",
     ]
     required = [("mine.py:matches", ("word",)), ("mine.py:length", ()), ("regex", ("pattern",)), ("regex", ())]
-    rewards = Rewards(given, in_process=in_process)
+    rewards = RewardRunner(given, in_process=in_process)
     assert rewards.load() == rewards.load() == [*required, ("rouge", ("references",))]
 
 
@@ -180,7 +180,7 @@ def test_rows_without_what_functions_require_are_named_before_the_model_is_loade
 @pytest.mark.parametrize("in_process", [False, True])
 def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
     given = ["mine.py:matches", {"function": "regex", "weight": 0.5, "arguments": {"pattern": "a"}}]
-    rewards = Rewards(given, in_process=in_process)
+    rewards = RewardRunner(given, in_process=in_process)
     rewards.load()
     found = rewards(answers("a", "b", word=["a", "a"], unused=[1, 2]))
     assert found.parts == {"matches": (1.0, 0.0), "regex": (1.0, 0.0)}
@@ -211,13 +211,17 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
         ),
     ],
 )
-def test_a_failing_function_is_reported_with_its_row(folder, function, reason, others, caplog):
-    rewards = Rewards(f"mine.py:{function}", timeout=0.6 if function == "busy" else 60)
+def test_a_failing_function_is_reported_with_its_row(folder, function, reason, others, capsys):
+    rewards = RewardRunner(f"mine.py:{function}", timeout=0.6 if function == "busy" else 60)
     rewards.load()
     found = rewards(answers("a", "b", "c"))
     assert found.totals == pytest.approx(others, nan_ok=True)
     assert found.problems[0] == f"data.reward mine.py:{function}: {reason}"
-    endings = [record.message.partition("; ")[2] for record in caplog.records]
+    endings = [
+        line.partition("; ")[2]
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("slzo: warning: data.reward")
+    ]
     together = function in ("too_few", "busy")
     assert endings == ["no row of this batch is counted" if together else "the row is not counted"] * len(endings)
     assert len(endings) == len(found.problems) == (3 if function == "nothing" else 1)
@@ -225,33 +229,37 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
 
 
 @pytest.mark.parametrize(("wrong", "counted"), [(3, 3), (4, 0)])
-def test_up_to_three_failing_rows_are_left_out(folder, caplog, wrong, counted):
+def test_up_to_three_failing_rows_are_left_out(folder, capsys, wrong, counted):
     texts = [*["b"] * wrong, "a", "a", "a"]
-    found = Rewards("mine.py:raises", in_process=True)(answers(*texts))
+    found = RewardRunner("mine.py:raises", in_process=True)(answers(*texts))
     assert sum(map(math.isfinite, found.totals)) == counted
-    endings = [record.message.partition("; ")[2] for record in caplog.records]
+    endings = [
+        line.partition("; ")[2]
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("slzo: warning: data.reward")
+    ]
     last = [] if counted else ["no row of this batch is counted"]
     assert endings == ["the row is not counted"] * 3 + last
 
 
 def test_a_large_weight_counts_too(folder):
-    found = Rewards({"function": "mine.py:length", "weight": 1e30}, in_process=True)(answers("a" * 200))
+    found = RewardRunner({"function": "mine.py:length", "weight": 1e30}, in_process=True)(answers("a" * 200))
     assert found.problems == (
         f"data.reward mine.py:length: returned 2, which is above 1e+30 (with its weight 1e+30), at row 'row-{'a' * 200}'",
     )
 
 
 def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
-    rewards = Rewards(["mine.py:sleeps_in_c"], timeout=0.5)
+    rewards = RewardRunner(["mine.py:sleeps_in_c"], timeout=0.5)
     rewards.load()
-    worker = rewards._process._process
+    worker = rewards._caller._process
     started = time.monotonic()
     assert "took longer than 0.5 s" in rewards(answers("a"), all_or_none=True).problems[0]
     assert time.monotonic() - started < 5
     assert worker.returncode == -9
-    working = Rewards(["mine.py:length"], timeout=1e9)
+    working = RewardRunner(["mine.py:length"], timeout=1e9)
     assert working(answers("aa")).totals == (0.02,)
-    working._process.kill()
+    working._caller.kill()
     assert working(answers("aa")).totals == (0.02,)
 
 
@@ -293,7 +301,7 @@ def test_wrong_function_options(given, message):
 def test_functions_that_are_not_found(folder, name, message, in_process):
     (folder / "broken.py").write_text("1 / 0")
     with pytest.raises(SlzoError, match=message):
-        Rewards(name, in_process=in_process).load()
+        RewardRunner(name, in_process=in_process).load()
 
 
 @pytest.mark.parametrize("in_process", [False, True])
@@ -318,24 +326,24 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
 )
 def test_an_argument_that_a_function_cannot_use_is_named(function, arguments, message, in_process):
     with pytest.raises(SlzoError, match=f"data.reward '{function}': {message}"):
-        Rewards({"function": function, "arguments": arguments}, in_process=in_process).load()
+        RewardRunner({"function": function, "arguments": arguments}, in_process=in_process).load()
 
 
 def test_a_text_as_references_is_one_answer():
     example = Example("a", "What?", (), (), columns={"references": "42"})
-    assert Rewards("accuracy", in_process=True)(reward_inputs(["42"], [example])).totals == (1.0,)
+    assert RewardRunner("accuracy", in_process=True)(answer_batch(["42"], [example])).totals == (1.0,)
 
 
 def test_the_references_are_those_of_the_metric_or_the_field_of_rows_without_answers():
     given = [(("y",), ["x"]), ((), ["x", 4]), ((), 4), ((), ""), ((), math.nan), ((), [])]
     examples = [Example("a", "What?", (), (), answers, columns={"references": field}) for answers, field in given]
-    found = reward_inputs(["x"] * len(given), examples).columns["references"]
+    found = answer_batch(["x"] * len(given), examples).columns["references"]
     assert found == [["y"], ["x", "4"], ["4"], [], [], []]
 
 
 @pytest.mark.parametrize("in_process", [False, True])
 def test_none_of_one_of_several_functions_adds_nothing(folder, in_process):
-    found = Rewards(["mine.py:nothing", "mine.py:length"], in_process=in_process)(answers("aa"))
+    found = RewardRunner(["mine.py:nothing", "mine.py:length"], in_process=in_process)(answers("aa"))
     assert found.totals == (0.02,)
     assert math.isnan(found.parts["nothing"][0])
     assert not found.problems
@@ -343,20 +351,20 @@ def test_none_of_one_of_several_functions_adds_nothing(folder, in_process):
 
 @pytest.mark.parametrize("in_process", [False, True])
 def test_a_function_that_changes_its_lists_does_not_affect_others(folder, in_process):
-    assert Rewards(["mine.py:changes", "mine.py:length"], in_process=in_process)(answers("aa")).parts["length"] == (
-        0.02,
-    )
+    assert RewardRunner(["mine.py:changes", "mine.py:length"], in_process=in_process)(answers("aa")).parts[
+        "length"
+    ] == (0.02,)
 
 
 @pytest.mark.parametrize("kind", ["dict", "str", "coroutine", "NoneType"])
 def test_what_is_no_list_of_numbers_is_named(folder, kind):
-    problem = Rewards("mine.py:wrong", in_process=True)(answers("aa", word=[kind])).problems[0]
+    problem = RewardRunner("mine.py:wrong", in_process=True)(answers("aa", word=[kind])).problems[0]
     assert "mine.py:wrong: returned " in problem
     assert "; return a list with a number for each answer" in problem
 
 
 def test_the_function_that_takes_too_long_is_named(folder):
-    problems = Rewards(["mine.py:length", "mine.py:busy"], timeout=0.5)(answers("b", "c")).problems
+    problems = RewardRunner(["mine.py:length", "mine.py:busy"], timeout=0.5)(answers("b", "c")).problems
     assert [problem.partition(": ")[0] for problem in problems] == ["data.reward mine.py:busy"]
 
 
@@ -366,7 +374,7 @@ def test_a_file_may_import_its_neighbours(folder, monkeypatch):
     (folder / "own" / "reward.py").write_text(
         "import neighbour\ndef f(completions): return [neighbour.VALUE] * len(completions)"
     )
-    assert Rewards("own/reward.py:f")(answers("a")).totals == (0.25,)
+    assert RewardRunner("own/reward.py:f")(answers("a")).totals == (0.25,)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +404,8 @@ def test_conversations_are_given_as_messages():
         Example(e.id, e.prompt, e.candidates, e.gold, e.references, messages=e.messages, columns=row) for row, e in rows
     ]
     added = ChatTask(system="Be kind.").example(plain, "2").messages
-    assert reward_inputs(["b"], [Example("2", "system: Be kind.\nuser: Hi", (), messages=added)]).prompts == ["Hi"]
-    made = reward_inputs(["a", "b"], examples)
+    assert answer_batch(["b"], [Example("2", "system: Be kind.\nuser: Hi", (), messages=added)]).prompts == ["Hi"]
+    made = answer_batch(["a", "b"], examples)
     assert made.prompts == [[{"role": "user", "content": "Hi"}], "Hi"]
     assert made.completions == [[{"role": "assistant", "content": "a"}], "b"]
     assert made.columns == {"messages": [talk["messages"], None], "word": ["x", "y"], "references": [["Ho"], ["Ho"]]}
@@ -476,9 +484,9 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {}])  # several samples are sampled without being told so
 def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder, monkeypatch):
     objective = Reward("mine.py:length", samples=3, in_process=True, **sampling)
-    asked, real = [], objective.rewards
+    asked, real = [], objective.runner
     monkeypatch.setattr(
-        objective, "rewards", lambda answers, **options: asked.append(answers) or real(answers, **options)
+        objective, "runner", lambda answers, **options: asked.append(answers) or real(answers, **options)
     )
     stepper = stepper_with(objective)
     z = stepper.model.tensors.draw(0, 0, 0)
@@ -491,7 +499,7 @@ def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder
     assert set(part) <= set(whole)
 
 
-def test_no_step_is_taken_when_a_reward_fails(folder, caplog):
+def test_no_step_is_taken_when_a_reward_fails(folder, capsys):
     stepper = stepper_with(Reward("mine.py:nothing"))
     tensors = stepper.model.tensors
     before = tensors.clone_masters()
@@ -499,7 +507,7 @@ def test_no_step_is_taken_when_a_reward_fails(folder, caplog):
     assert not result.estimate.finite
     assert all(torch.equal(before[name], now) for name, now in tensors.named_masters().items())
     assert result.report.problems == ("data.reward mine.py:nothing: returned None, at row 'r0'",)
-    assert caplog.records[0].message.endswith("the step is not taken")
+    assert capsys.readouterr().err.splitlines()[0].endswith("the step is not taken")
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ class Checkpoint:
     @property
     def note(self) -> dict[str, Any]:
         """The checkpoint's note, see :func:`slzo.resume.make_note`."""
-        return dict(self.content["slzo"])
+        note: dict[str, Any] = self.content["slzo"]
+        return note
 
     @property
     def step(self) -> int:

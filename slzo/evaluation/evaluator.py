@@ -24,7 +24,7 @@ from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
-from slzo.rewards.runner import RewardResult
+from slzo.rewards.runner import RewardedAnswers
 from slzo.tasks.base import Example, Kind, Task
 
 States = Callable[[PackedBatch, bool], Tensor]
@@ -48,7 +48,7 @@ class Outcome:
     scores: list[list[float]]
     loss: Tensor
     num_tokens: tuple[int, ...] = ()
-    rewarded: RewardResult | None = None
+    rewarded: RewardedAnswers | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Evaluator:
     tokens_per_pass: int = 1024
     states: States | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    rewards: Callable[[Sequence[str], Sequence[Example]], RewardResult] | None = None
+    rewards: Callable[[Sequence[str], Sequence[Example]], RewardedAnswers] | None = None
     prompt_states: PromptStates | None = None
 
     @torch.no_grad()
@@ -258,7 +258,7 @@ class RunningScore:
             self._weight.update(weight)
         if self._means and outcome.rewarded is not None:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)
-            rewards = rewards[rewards.isfinite()]  # failed rewards are reported by Rewards
+            rewards = rewards[rewards.isfinite()]  # failed rewards are reported by RewardRunner
             tokens = torch.tensor(outcome.num_tokens, dtype=torch.float64)
             for mean, values in zip(self._means, (rewards, rewards**2, tokens), strict=True):
                 if len(values):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slzo.rewards.calls import RewardInputs
+from slzo.rewards.calls import AnswerBatch
 from slzo.tasks.base import Example
 from slzo.tasks.fields import is_missing
 from slzo.utils.errors import SlzoError
@@ -12,7 +12,7 @@ from slzo.utils.errors import SlzoError
 _RESERVED = ("prompt", "prompts", "completion", "completions")
 
 
-def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> RewardInputs:
+def answer_batch(answers: Sequence[str], examples: Sequence[Example]) -> AnswerBatch:
     """Convert answers to examples' prompts to what reward functions get.
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
@@ -33,7 +33,7 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Reward
             # the text of the row: ``prompt`` also shows a system prompt that the task adds
             prompts.append(example.messages[-1].content if example.messages else example.prompt)
             completions.append(answer)
-    return RewardInputs([example.id for example in examples], prompts, completions, columns)
+    return AnswerBatch([example.id for example in examples], prompts, completions, columns)
 
 
 def check_columns(required: Iterable[tuple[str, Sequence[str]]], examples: Sequence[Example], split: str) -> str | None:

@@ -275,7 +275,7 @@ class LayerTrials(Trials):
         """
         options, rows = self.options, self.rows
         data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
-        reward = {} if rows.reward is None else {"reward code": rows.reward.rewards.code_hash()}
+        reward = {} if rows.reward is None else {"reward code": rows.reward.runner.code_hash()}
         return {
             **options.flat(),
             **rows.task_settings,

@@ -20,7 +20,7 @@ MAX_REWARD = 1e30
 
 
 @dataclass(frozen=True)
-class RewardCall:
+class RewardSpec:
     """One reward function of a config.
 
     Attributes:
@@ -35,7 +35,7 @@ class RewardCall:
 
 
 @dataclass(frozen=True)
-class RewardInputs:
+class AnswerBatch:
     """The answers to reward, with their rows; all lists have the same length.
 
     Attributes:
@@ -50,14 +50,14 @@ class RewardInputs:
     completions: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
 
-    def some(self, places: Sequence[int]) -> "RewardInputs":
+    def some(self, places: Sequence[int]) -> "AnswerBatch":
         """Return the answers at some indices."""
 
         def select(values: Sequence[Any]) -> list[Any]:
             return [values[place] for place in places]
 
         columns = {name: select(values) for name, values in self.columns.items()}
-        return RewardInputs(select(self.ids), select(self.prompts), select(self.completions), columns)
+        return AnswerBatch(select(self.ids), select(self.prompts), select(self.completions), columns)
 
 
 class RewardFailure(Exception):  # noqa: N818
@@ -92,7 +92,7 @@ def code_file(name: str) -> Path | None:
     return None if found is None or not found.has_location else Path(str(found.origin))
 
 
-def load_function(wanted: RewardCall) -> RewardFunction:
+def load_function(spec: RewardSpec) -> RewardFunction:
     """Find a reward function, and check that it takes the arguments of the config.
 
     A function may have an attribute ``check``, a function of the arguments that raises ValueError.
@@ -100,19 +100,19 @@ def load_function(wanted: RewardCall) -> RewardFunction:
     Raises:
         RewardFailure: There is no such function, it does not take them, or its file cannot be run.
     """
-    function = _find(wanted.function)
-    accepted = _accepted(function, wanted.arguments)
-    if unknown := [name for name in wanted.arguments if name not in accepted]:
+    function = _find(spec.function)
+    accepted = _accepted(function, spec.arguments)
+    if unknown := [name for name in spec.arguments if name not in accepted]:
         reason = f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}"
-        raise RewardFailure(wanted.function, reason)
+        raise RewardFailure(spec.function, reason)
     if (check := getattr(function, "check", None)) is not None:
         try:
-            check(wanted.arguments)
+            check(spec.arguments)
         except ValueError as error:
-            raise RewardFailure(wanted.function, str(error)) from None
+            raise RewardFailure(spec.function, str(error)) from None
         except Exception as error:  # the user's function may raise anything
             reason = f"its check raised {format_error(error)}{format_place(error)}"
-            raise RewardFailure(wanted.function, reason) from error
+            raise RewardFailure(spec.function, reason) from error
     return function
 
 
@@ -131,14 +131,14 @@ def _find(name: str) -> RewardFunction:
     return function
 
 
-def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) -> list[float]:
+def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> list[float]:
     """Call a reward function; return one number per answer, NaN where it returned ``None``.
 
     Raises:
         RewardFailure: The function raised, or returned something else.
         Interrupted: The function raised KeyboardInterrupt.
     """
-    given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **wanted.arguments}
+    given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **spec.arguments}
     accepted = _accepted(function, given)
     try:
         returned: Any = function(**{name: value for name, value in given.items() if name in accepted})
@@ -148,11 +148,11 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
         raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
         reason = f"raised {format_error(error)}{format_place(error)}"
-        raise RewardFailure(wanted.function, reason) from error
+        raise RewardFailure(spec.function, reason) from error
     if values is None:
-        raise RewardFailure(wanted.function, f"returned {shown(returned)}; return a list with a number for each answer")
+        raise RewardFailure(spec.function, f"returned {shown(returned)}; return a list with a number for each answer")
     if len(values) != len(answers.ids):
-        raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers")
+        raise RewardFailure(spec.function, f"returned {len(values)} values for {len(answers.ids)} answers")
     numbers = []
     for place, value in enumerate(values):
         if value is None:
@@ -161,21 +161,39 @@ def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) ->
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
-            raise RewardFailure(
-                wanted.function, f"returned {str(value)[:60]!r}, which is not a number", place
-            ) from None
+            raise RewardFailure(spec.function, f"returned {str(value)[:60]!r}, which is not a number", place) from None
         if not math.isfinite(number):
-            raise RewardFailure(wanted.function, f"returned {number}", place)
-        if abs(number) * max(1.0, abs(wanted.weight)) > MAX_REWARD:
-            reason = f"returned {number:g}, which is above {MAX_REWARD:g} (with its weight {wanted.weight:g})"
-            raise RewardFailure(wanted.function, reason, place)
+            raise RewardFailure(spec.function, f"returned {number}", place)
+        if abs(number) * max(1.0, abs(spec.weight)) > MAX_REWARD:
+            reason = f"returned {number:g}, which is above {MAX_REWARD:g} (with its weight {spec.weight:g})"
+            raise RewardFailure(spec.function, reason, place)
         numbers.append(number)
     return numbers
 
 
-def required_columns(wanted: RewardCall, function: RewardFunction) -> tuple[str, ...]:
+class LoadedFunctions:
+    """Reward functions that are loaded in this process.
+
+    Raises:
+        RewardFailure: One cannot be loaded.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec]) -> None:
+        self._pairs = [(spec, load_function(spec)) for spec in specs]
+
+    @property
+    def required(self) -> list[tuple[str, ...]]:
+        """The columns that each function requires."""
+        return [required_columns(*pair) for pair in self._pairs]
+
+    def call(self, number: int, answers: AnswerBatch) -> list[float]:
+        """Call one of the functions, see :func:`call`."""
+        return call(*self._pairs[number], answers)
+
+
+def required_columns(spec: RewardSpec, function: RewardFunction) -> tuple[str, ...]:
     """Return the names of a function's arguments that fields of the rows must supply: those without a default."""
-    given = {"prompts", "completions", *wanted.arguments}
+    given = {"prompts", "completions", *spec.arguments}
     try:
         return tuple(name for name in required_arguments(function) if name not in given)
     except (TypeError, ValueError):  # some functions in C have no signature

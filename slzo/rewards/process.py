@@ -11,7 +11,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from slzo.rewards.calls import RewardCall, RewardFailure, RewardInputs
+from slzo.rewards.calls import AnswerBatch, LoadedFunctions, RewardFailure, RewardSpec
 from slzo.utils.errors import Interrupted, SlzoError
 
 _LOADING_SECONDS = 120.0
@@ -26,7 +26,7 @@ class RewardProcess:
         timeout: Time limit of a call of one function, in seconds.
     """
 
-    def __init__(self, functions: Sequence[RewardCall], timeout: float) -> None:
+    def __init__(self, functions: Sequence[RewardSpec], timeout: float) -> None:
         self.functions = list(functions)
         self.timeout = timeout
         self._required: list[tuple[str, ...]] = []
@@ -47,7 +47,7 @@ class RewardProcess:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from slzo.rewards.worker import main; main({theirs.fileno()})"],
+                [sys.executable, "-c", f"from slzo.rewards.process import serve; serve({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # output of a function, or of a program that it starts, goes to standard error
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -66,7 +66,7 @@ class RewardProcess:
         self._required = reply
         return reply
 
-    def __call__(self, answers: RewardInputs) -> list[list[float]]:
+    def __call__(self, answers: AnswerBatch) -> list[list[float]]:
         """Return one number per answer for each function.
 
         Raises:
@@ -75,7 +75,7 @@ class RewardProcess:
         """
         return [self._reward(number, answers) for number in range(len(self.functions))]
 
-    def _reward(self, number: int, answers: RewardInputs) -> list[float]:
+    def _reward(self, number: int, answers: AnswerBatch) -> list[float]:
         """Call one function."""
         self.load()
         reply = self._ask((number, answers), self.timeout, self.functions[number].function)
@@ -122,3 +122,34 @@ def _kill(process: "subprocess.Popen[bytes]", connection: "Connection[Any, Any]"
         process.kill()
     process.wait()
     connection.close()
+
+
+def serve(handle: int) -> None:
+    """Serve the requests of a connection until it ends. The new process runs this.
+
+    A message is a pickle. The first request is the list of functions, and its reply the columns that each of them requires. The
+    others are the number of a function and answers for it to reward.
+    """
+    connection: Connection[Any, Any] = Connection(handle)
+    os.set_inheritable(handle, False)  # a program that a function starts would keep it open
+    loaded: LoadedFunctions | None = None
+    while True:
+        try:
+            request, limit = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        # if the parent process is gone and the function never returns, the alarm ends this process
+        signal.setitimer(signal.ITIMER_REAL, 2 * limit + 10)
+        reply: Any = None
+        try:
+            if loaded is None:
+                loaded = LoadedFunctions(request)
+                reply = loaded.required
+            else:
+                reply = loaded.call(*request)
+        except RewardFailure as failure:
+            reply = failure
+        except Interrupted as stop:
+            reply = stop.number
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send_bytes(pickle.dumps(reply))

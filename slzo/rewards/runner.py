@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,30 +10,27 @@ from typing import Any
 
 from slzo.rewards.calls import (
     MAX_REWARD,
-    RewardCall,
+    AnswerBatch,
+    LoadedFunctions,
     RewardFailure,
-    RewardInputs,
-    call,
+    RewardSpec,
     code_file,
-    load_function,
-    required_columns,
     split_name,
 )
 from slzo.rewards.process import RewardProcess
-from slzo.rewards.registry import REWARDS, RewardFunction, check_package
+from slzo.rewards.registry import REWARDS, check_package
+from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
-
-_log = logging.getLogger(__name__)
 
 # Answers of a batch at which a function may fail, before all are left out.
 _MOST_LEFT_OUT = 3
 
-Functions = str | dict[str, Any] | list[str | dict[str, Any]]
+RewardOption = str | dict[str, Any] | list[str | dict[str, Any]]
 """Reward functions in a config: a name, a mapping with function, weight and arguments, or a list of these."""
 
 
 @dataclass(frozen=True)
-class RewardResult:
+class RewardedAnswers:
     """Rewards of some answers.
 
     Attributes:
@@ -48,11 +44,11 @@ class RewardResult:
     problems: tuple[str, ...] = ()
 
 
-class Rewards:
+class RewardRunner:
     """Calls reward functions on answers.
 
     Args:
-        functions: See :data:`Functions`.
+        functions: See :data:`RewardOption`.
         timeout: Time limit of a call, in seconds, > 0.
         in_process: Call the functions in this process: without a time limit, and a function that exits ends the run.
 
@@ -60,14 +56,13 @@ class Rewards:
         SlzoError: An argument is invalid.
     """
 
-    def __init__(self, functions: Functions, timeout: float = 60.0, in_process: bool = False) -> None:
+    def __init__(self, functions: RewardOption, timeout: float = 60.0, in_process: bool = False) -> None:
         self.functions = read_functions(functions)
         if not 0 < timeout < math.inf:
             raise SlzoError(f"data.objective.timeout {timeout}: must be a number of seconds above 0")
         self.timeout = timeout
         self.names = _short_names([one.function for one in self.functions])
-        self._process = None if in_process else RewardProcess(self.functions, timeout)
-        self._loaded: list[RewardFunction] = []  # in this process
+        self._caller = _ThisProcess(self.functions) if in_process else RewardProcess(self.functions, timeout)
 
     @property
     def best(self) -> float:
@@ -88,22 +83,15 @@ class Rewards:
         Raises:
             SlzoError: A function cannot be found.
         """
-        if self._process is not None:
-            required = self._process.load()
-        else:
-            try:
-                self._loaded = [load_function(one) for one in self.functions]
-            except RewardFailure as failure:
-                raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
-            required = [required_columns(*pair) for pair in zip(self.functions, self._loaded, strict=True)]
+        required = self._caller.load()
         return [(one.function, columns) for one, columns in zip(self.functions, required, strict=True)]
 
-    def __call__(self, answers: RewardInputs, all_or_none: bool = False) -> RewardResult:
+    def __call__(self, answers: AnswerBatch, all_or_none: bool = False) -> RewardedAnswers:
         """Reward answers. Where one of several functions returns ``None``, it adds nothing to the sum.
 
         If a function fails at an answer, that answer is left out and the others are tried again. All are left out if it fails at
         more than three, or at no answer alone, or takes too long; with ``all_or_none`` at the first failure. Each failure is
-        logged as a warning of one line.
+        reported in one line, from every process.
         """
         places = list(range(len(answers.ids)))
         values = [[math.nan] * len(places) for _ in self.functions]
@@ -120,9 +108,9 @@ class Rewards:
                 problems.append(_message(failure, part, place))
                 if all_or_none or place is None or len(problems) > _MOST_LEFT_OUT:
                     outcome = "the step is not taken" if all_or_none else "no row of this batch is counted"
-                    _log.warning("%s; %s", problems[-1], outcome)
+                    progress(f"warning: {problems[-1]}; {outcome}")
                     break
-                _log.warning("%s; the row is not counted", problems[-1])
+                progress(f"warning: {problems[-1]}; the row is not counted")
                 del places[place]
             else:
                 for place, *row in zip(places, *found, strict=True):
@@ -132,22 +120,16 @@ class Rewards:
                     totals[place] = sum(one.weight * value for one, value in weighted if not math.isnan(value))
                 break
         parts = {name: tuple(of_function) for name, of_function in zip(self.names, values, strict=True)}
-        return RewardResult(tuple(totals), parts, tuple(problems))
+        return RewardedAnswers(tuple(totals), parts, tuple(problems))
 
-    def _call(self, answers: RewardInputs) -> list[list[float]]:
-        if self._process is not None:
-            found = self._process(answers)
-        else:
-            if not self._loaded:
-                self.load()
-            pairs = zip(self.functions, self._loaded, strict=True)
-            found = [call(one, function, copy.deepcopy(answers)) for one, function in pairs]  # it may change its lists
+    def _call(self, answers: AnswerBatch) -> list[list[float]]:
+        found = self._caller(answers)
         for place, values in enumerate(zip(*found, strict=True)):
             if all(map(math.isnan, values)):
                 raise RewardFailure(", ".join(one.function for one in self.functions), "returned None", place)
         return found
 
-    def _search(self, answers: RewardInputs) -> int | None:
+    def _search(self, answers: AnswerBatch) -> int | None:
         """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""
         if len(answers.ids) == 1:
             return 0
@@ -162,8 +144,32 @@ class Rewards:
         return None
 
 
-def read_functions(given: object) -> tuple[RewardCall, ...]:
-    """Read the reward functions of a config, see :data:`Functions`.
+class _ThisProcess:
+    """Calls reward functions in this process, as :class:`RewardProcess` does in another one."""
+
+    def __init__(self, functions: Sequence[RewardSpec]) -> None:
+        self._functions = functions
+        self._loaded: LoadedFunctions | None = None
+
+    def load(self) -> Sequence[tuple[str, ...]]:
+        return self._load().required
+
+    def __call__(self, answers: AnswerBatch) -> list[list[float]]:
+        loaded = self._load()
+        # a function may change its lists
+        return [loaded.call(number, copy.deepcopy(answers)) for number in range(len(self._functions))]
+
+    def _load(self) -> LoadedFunctions:
+        if self._loaded is None:
+            try:
+                self._loaded = LoadedFunctions(self._functions)
+            except RewardFailure as failure:
+                raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
+        return self._loaded
+
+
+def read_functions(given: object) -> tuple[RewardSpec, ...]:
+    """Read the reward functions of a config, see :data:`RewardOption`.
 
     Raises:
         SlzoError: The value is not of this form, or names an unknown function.
@@ -174,7 +180,7 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
     return tuple(_read({"function": entry} if isinstance(entry, str) else entry) for entry in entries)
 
 
-def _read(entry: object) -> RewardCall:
+def _read(entry: object) -> RewardSpec:
     known = ("function", "weight", "arguments")
     if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), str) or set(entry) - set(known):
         raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
@@ -196,11 +202,11 @@ def _read(entry: object) -> RewardCall:
     if separator and not path.endswith(".py") and "/" in path:
         raise SlzoError(f"data.reward {name!r}: the file must end in .py")
     check_package(name)
-    return RewardCall(name, float(weight), dict(arguments))
+    return RewardSpec(name, float(weight), dict(arguments))
 
 
 def _short_names(names: Sequence[str]) -> tuple[str, ...]:
-    short = [name.rpartition(":" if ":" in name else ".")[2] for name in names]
+    short = [split_name(name)[1] for name in names]
     found: list[str] = []
     for place, name in enumerate(short):
         while name in (*found, "std") or name in short[:place]:  # reward_std is the standard deviation
@@ -209,7 +215,7 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _message(failure: RewardFailure, answers: RewardInputs, place: int | None) -> str:
+def _message(failure: RewardFailure, answers: AnswerBatch, place: int | None) -> str:
     if place is not None:
         where = f"at row {answers.ids[place]!r}"
     else:

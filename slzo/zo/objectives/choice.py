@@ -1,14 +1,14 @@
 """The choice of the objective, of the rewards that are reported, and of the metric that selects a checkpoint."""
 
 from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.rewards.runner import Functions
+from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
 
 
 def choose_objective(
-    task: Task, objective: str | Objective | None, reward: Functions | None
+    task: Task, objective: str | Objective | None, reward: RewardOption | None
 ) -> tuple[Objective, Reward | None]:
     """Return what training minimizes and the rewards that are reported; see :class:`slzo.task_rows.TaskRows`.
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
-from slzo.evaluation.rewarding import reward_inputs
+from slzo.evaluation.rewarding import answer_batch
 from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
-from slzo.rewards.runner import Functions, RewardResult, Rewards
+from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
@@ -55,7 +55,7 @@ class Reward(Objective):
 
     def __init__(
         self,
-        functions: Functions,
+        functions: RewardOption,
         temperature: float | None = None,
         samples: int | None = None,
         timeout: float = 60.0,
@@ -82,12 +82,12 @@ class Reward(Objective):
         self.at_points = AnswerSampling(samples or 1, self.sampling.temperature if several else temperature or 0.0)
         self.timeout, self.in_process = timeout, in_process
         self.best = best
-        self.rewards = Rewards(functions, timeout, in_process)
-        self.lowest = -(self.rewards.best if best is None else best)
+        self.runner = RewardRunner(functions, timeout, in_process)
+        self.lowest = -(self.runner.best if best is None else best)
 
-    def rewards_of(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+    def rewards_of(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardedAnswers:
         """Return the rewards of one answer per example, for evaluation."""
-        return self.rewards(reward_inputs(answers, examples))
+        return self.runner(answer_batch(answers, examples))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self._losses_of)
@@ -98,8 +98,8 @@ class Reward(Objective):
         keys = [(row.example.id, answer.text) for answer, row in zip(answers, rows, strict=True)]
         for key, row in zip(keys, rows, strict=True):
             distinct.setdefault(key, row.example)
-        inputs = reward_inputs([text for _, text in distinct], list(distinct.values()))
-        rewarded = self.rewards(inputs, all_or_none=True)
+        inputs = answer_batch([text for _, text in distinct], list(distinct.values()))
+        rewarded = self.runner(inputs, all_or_none=True)
         places = {key: place for place, key in enumerate(distinct)}
         numbers = [places[key] for key in keys]
         report = _summarized(rewarded, numbers, [answer.num_tokens for answer in answers])
@@ -108,10 +108,10 @@ class Reward(Objective):
     def describe(self) -> str:
         how = [] if self.samples is None else [f"{self.samples} samples"]
         how += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
-        return f"Reward ({', '.join([*self.rewards.names, *how])})"
+        return f"Reward ({', '.join([*self.runner.names, *how])})"
 
 
-def _summarized(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
+def _summarized(rewarded: RewardedAnswers, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
     """Summarize the rewards of the answers ``numbers``, which have ``num_tokens`` tokens each."""
     totals = [rewarded.totals[number] for number in numbers]
     values: dict[str, float] = {}
