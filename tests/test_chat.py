@@ -17,7 +17,7 @@ from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits, split_off_test
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
-from slzo.prompting.pair import Source, load_pair
+from slzo.prompting.pair import load_pair
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
@@ -305,7 +305,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
         rest = ["--untuned=false", f"--prompt={found[0]['prompt']}", "--max_new_tokens=4"]
         assert main(["generate", source, *rest]) == 0
         assert capsys.readouterr().out.partition("--- tuned\n")[2].strip() == found[0]["prediction"].strip()
-        assert load_pair(Source(source.partition("=")[2], untuned=False)).stop[-1] == "?"
+        assert load_pair(source.partition("=")[2], untuned=False).stop[-1] == "?"
 
 
 def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from slzo.models.load import load_config, load_model, load_tokenizer, resolve_mo
 from slzo.models.origin import origin_of
 from slzo.models.peft_files import PeftFiles
 from slzo.models.shape import model_shape
-from slzo.prompting.pair import Source, load_pair
+from slzo.prompting.pair import load_pair
 from slzo.tasks.registry import get_task
 from slzo.utils.hub import hub_bars, model_folder
 
@@ -148,7 +148,7 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
         assert f"at commit `{commit}`" in card
     hub.requests.clear()
     for path in ("out", str(last_checkpoint())):
-        _ = load_pair(Source(path))
+        _ = load_pair(path)
     assert not any(newer in path or "revision/main" in path for _, path in hub.requests)
 
 

@@ -182,7 +182,7 @@ def test_prompts_have_the_tokens_of_training():
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    pair = Pair(plain, {})
+    pair = Pair(plain, {}, None, None, ())
     assert pair.tokens_of(Example("1", "Hi", ())) == (1, *make_tokenizer()("Hi").input_ids)
     for empty in ("", " "):
         with pytest.raises(SlzoError, match=f"prompt '{empty}': is empty; give some text"):
@@ -193,7 +193,7 @@ def test_prompts_have_the_tokens_of_training():
 def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES["chatml"]
-    pair = Pair(tokenizer, {}, chat=ChatFormat(system="Be kind."))
+    pair = Pair(tokenizer, {}, None, ChatFormat(system="Be kind."), ())
     turns = [{"role": "system", "content": "Go."}, {"role": "user", "content": "Why?"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "shown", "messages": turns}))
     (prompt,) = read_prompts(str(tmp_path / "p.jsonl"))

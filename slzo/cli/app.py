@@ -27,10 +27,10 @@ from slzo.cli.parser import (
 from slzo.cli.run_config import with_run_config
 from slzo.commands.registry import Command
 from slzo.datamodule import TaskDataModule
+from slzo.export.exported import Exported
 from slzo.loggers import FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
@@ -77,16 +77,14 @@ class App:
 
     def checkpoint_to_score(self, ckpt_path: str | None) -> str | None:
         """Return the checkpoint for the trainer; an exported folder is loaded into the model instead."""
-        if ckpt_path is None or not is_export(ckpt_path):
+        exported = None if ckpt_path is None else Exported.at(ckpt_path)
+        if exported is None:
             return ckpt_path
         options = self.model.options
         for name in ("quantization", "device_map"):
             if getattr(options, name) is not None:
                 raise SlzoError(f"model.{name}: does not apply to the exported folder {ckpt_path!r}; leave it out")
-        merged = (Path(ckpt_path).expanduser() / "config.json").is_file()
-        base = None if merged else options.model
-        source = Source(ckpt_path, base, False, options.trust_remote_code, options.dtype)
-        self.model.use(load_exported(source), self.device)
+        self.model.use(exported.load_tuned(options.model, options.dtype, options.trust_remote_code), self.device)
         return None
 
 

@@ -9,7 +9,7 @@ from slzo.checkpoints.find import NAMES, RUNS, named_checkpoint
 from slzo.cli.config_files import read_config_file
 from slzo.cli.given import option_values
 from slzo.commands.registry import Command
-from slzo.prompting.pair import exported_options, is_export
+from slzo.export.exported import Exported
 from slzo.report.run_files import code_of
 from slzo.utils.config_code import TRUST
 from slzo.utils.errors import SlzoError
@@ -28,8 +28,8 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         SlzoError: There is no such checkpoint, or the config would run code that did not come with slzo.
     """
     checkpoints, has_config = option_values(args, "--ckpt_path"), bool(option_values(args, "--config"))
-    if checkpoints and command.reads_run_config and is_export(checkpoints[-1]):
-        return [*_of_export(checkpoints[-1], args, has_config), *args]
+    if checkpoints and command.reads_run_config and (exported := Exported.at(checkpoints[-1])) is not None:
+        return [*_of_export(exported, args, has_config), *args]
     if has_config:
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
@@ -54,11 +54,11 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     return list(args)
 
 
-def _of_export(folder: str, args: Sequence[str], has_config: bool) -> list[str]:
+def _of_export(exported: Exported, args: Sequence[str], has_config: bool) -> list[str]:
     """Return the options that score an exported folder; a config has the task, and may name the model."""
     models = option_values(args, "--model.model")
     try:
-        options = exported_options(folder, models[-1] if models else None)
+        options = exported.options(models[-1] if models else None)
     except SlzoError:
         if not has_config:
             raise

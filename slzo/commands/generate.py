@@ -3,7 +3,7 @@
 import sys
 
 from slzo.prompting.choice import probabilities
-from slzo.prompting.pair import Source, load_pair
+from slzo.prompting.pair import load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
 from slzo.tasks.base import Example
@@ -49,7 +49,7 @@ def generate(
     if candidates is not None and len(set(candidates)) < len(candidates):
         raise SlzoError(f"candidates {candidates}: two are equal; give different answers")
     options = TextOptions(max_new_tokens, temperature, seed)
-    pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
+    pair = load_pair(ckpt_path, base=base, untuned=untuned, trust_remote_code=trust_remote_code)
     known = pair.candidates if candidates is None else tuple(candidates)
     if known and pair.chat is not None:
         raise SlzoError("candidates: the model was tuned on conversations, whose answers are texts; leave them out")

@@ -21,12 +21,12 @@ def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Tuned
     Raises:
         SlzoError: The model needs code that is not trusted, or the checkpoint does not fit it.
     """
-    tuned_model = untuned(checkpoint, trust_remote_code)
+    tuned_model = load_base(checkpoint, trust_remote_code)
     tuned_model.tensors.load(checkpoint.content["state_dict"])
     return tuned_model
 
 
-def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+def load_base(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
     """Load the base model like :func:`load_tuned`, but leave its live weights untuned."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
