@@ -23,7 +23,7 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
-from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
+from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves, seed_curves
 from slzo.models.logits import needed_logits
 from slzo.timing import spaced_batches
 from slzo.training import make_stepper, tune
@@ -472,15 +472,19 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
         2: [curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46))],
     }
     one = "from one seed, so without a standard error"
-    assert curves_verdict(curves, plan, 2) == (
+
+    def verdict(dominant):
+        rows = [row(layer, 0.1, layer == dominant) for layer in curves]
+        rows += [] if dominant in curves else [row(dominant, None, True)]
+        return SweepResult(rows, plan, curves, "chosen layer", "dev loss").verdict()
+
+    assert verdict(2) == (
         f"In 20 steps: The chosen layer, 2, has the lowest dev loss, 0.42; layer 1 has 0.5, {one}. "
         f"In 30 s: Layer 1 has the lowest dev loss, 0.4; the chosen layer, 2, has 0.42, {one}."
     )
     curves[2].append(curve((0, 0, 1.0), (20, 28, 0.44), (24, 32, 0.48)))
-    assert "layer, 2, has the lowest dev loss, 0.43 +- 0.01; layer 1 has 0.5, from one seed" in curves_verdict(
-        curves, plan, 2
-    )
-    assert "the chosen layer, 3, diverged or was not among those trained." in curves_verdict(curves, plan, 3)
+    assert "layer, 2, has the lowest dev loss, 0.43 +- 0.01; layer 1 has 0.5, from one seed" in verdict(2)
+    assert "the chosen layer, 3, diverged or was not among those trained." in verdict(3)
 
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
@@ -517,7 +521,7 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
     ],
 )  # fmt: skip
 def test_verdicts(rows, parts):
-    found = verdict(rows, SweepPlan(None, 20, (0,), 20), {})
+    found = SweepResult(rows, SweepPlan(None, 20, (0,), 20), {}, "chosen layer", "dev loss").verdict()
     assert [part for part in parts if part not in found] == [], found
 
 
@@ -563,7 +567,7 @@ def test_sizes_of_the_perturbation_are_compared_with_each_rate(options):
 )
 def test_recommendations(tried, best, words):
     pairs = [RateResult(lr, 1e-3, loss or math.inf, 0.5, "" if loss else "up") for lr, loss in tried]
-    found, reason = recommend(pairs, 1.0)
+    found, reason = recommend(pairs, 1.0, "dev loss")
     assert (found and found.lr) == best
     assert words in reason
     assert ("of the grid" in reason) == ("of the grid" in words)
@@ -571,8 +575,8 @@ def test_recommendations(tried, best, words):
 
 def test_a_distance_below_0_that_rose_is_not_recommended():
     """Such as minus a reward."""
-    assert recommend([RateResult(1e-3, None, -18.95, 0.5, "")], -19.0)[0] is None
-    assert recommend([RateResult(1e-3, None, -20.0, 0.5, "")], -19.0)[0] is not None
+    assert recommend([RateResult(1e-3, None, -18.95, 0.5, "")], -19.0, "dev loss")[0] is None
+    assert recommend([RateResult(1e-3, None, -20.0, 0.5, "")], -19.0, "dev loss")[0] is not None
 
 
 @pytest.mark.parametrize("lrs", [[], ["--lrs=[1e-3]"]])

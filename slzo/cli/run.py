@@ -12,6 +12,7 @@ from slzo.cli.parser import command_function, plain_parser, read_given
 from slzo.cli.shipped_configs import missing_tool, shipped_configs, with_shipped_configs
 from slzo.commands.registry import COMMANDS, Command
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import disk_errors
 from slzo.utils.run_layout import CONFIG_FILE
 
 
@@ -46,12 +47,13 @@ def _run(command: Command, words: Sequence[str]) -> None:
         from slzo.cli.process import prepare_process
 
         prepare_process()
-    if command.has_app:
-        from slzo.cli.app import run_with_app
+    with disk_errors():
+        if command.has_app:
+            from slzo.cli.app import run_with_app
 
-        run_with_app(command, words)
-    else:
-        _run_plain(command, words)
+            run_with_app(command, words)
+        else:
+            _run_plain(command, words)
 
 
 def _run_plain(command: Command, words: Sequence[str]) -> None:

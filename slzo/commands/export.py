@@ -3,7 +3,6 @@
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.export import FORMATS, export_checkpoint
 from slzo.utils.docs import with_lists
-from slzo.utils.files import disk_errors
 
 
 @with_lists(FORMATS=[f"{name} ({each.summary})" for name, each in FORMATS.items()])
@@ -29,13 +28,12 @@ def export(
         trust_remote_code: Run model code that comes with a Hub repository.
     """
     checkpoint = find_checkpoint(ckpt_path, RUNS)
-    with disk_errors():
-        export_checkpoint(
-            checkpoint,
-            output,
-            format,
-            base_model=base_model,
-            push_to_hub=push_to_hub,
-            private=private,
-            trust_remote_code=trust_remote_code,
-        )
+    export_checkpoint(
+        checkpoint,
+        output,
+        format,
+        base_model=base_model,
+        push_to_hub=push_to_hub,
+        private=private,
+        trust_remote_code=trust_remote_code,
+    )

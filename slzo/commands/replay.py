@@ -2,7 +2,6 @@
 
 from slzo.cli.app import App
 from slzo.experiments.replay import replay_run
-from slzo.utils.files import disk_errors
 
 
 def replay(app: App, run: str, step: int | None = None, output: str | None = None) -> None:
@@ -15,5 +14,4 @@ def replay(app: App, run: str, step: int | None = None, output: str | None = Non
         output: Checkpoint to write, for validate, test, predict and export; by default checkpoints/replay-step=STEP.ckpt in
             the run's folder.
     """
-    with disk_errors():
-        replay_run(app.model.options, app.rows, run, step, output, app.device)
+    replay_run(app.model.options, app.rows, run, step, output, app.device)

@@ -11,11 +11,11 @@ from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.profile_files import format_profile
+from slzo.run import RunContext
 from slzo.run_context import run_context
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import disk_errors
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.selection import Choice
@@ -56,58 +56,56 @@ def sweep(
     """
     options = app.model.options
     own_seeds = (options.noise_seed,) if seeds is None else tuple(seeds)
-    finds_rates = lrs is not None or eps is not None
     if app.trainer.world_size > 1:
         raise SlzoError(
             f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and a sweep runs each training on one "
             "device; set both to 1"
         )
-    if finds_rates:
+    plan = None
+    if lrs is not None or eps is not None:
         of_layers = {"layers": layers, "seconds": seconds, "directions": directions}
         if given := [name for name, value in of_layers.items() if value is not None]:
             raise SlzoError(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
         check_rates(lrs, eps, steps, own_seeds, options.estimator)
-    if steps == 0 and seconds is not None:
-        raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
-    plan = SweepPlan(
-        None if layers is None else tuple(layers),
-        steps,
-        own_seeds,
-        MIN_DIRECTIONS if directions is None else directions,
-        seconds,
-    )
-    with disk_errors(), worker_processes(workers):
+    else:
+        if steps == 0 and seconds is not None:
+            raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
+        most = MIN_DIRECTIONS if directions is None else directions
+        plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
+    with worker_processes(workers):
         parts, rows = app.load()
         options.check_objective(rows.objective)
         trials, run = LayerTrials(parts, options, rows), run_context(app.trainer, app.rows)
-        if finds_rates or steps:
+        if steps:
             _check_dev_rows(rows)
-        if finds_rates:
+        if plan is None:
             _, choice = choose_layer(parts, options, rows, run)
             layer = None if choice is None else choice.layer
             rates = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
             sweep_rates(trials, rates, layer, output)
-            return
+        else:
+            sweep_layers(trials, plan.of_model(parts.num_layers), lambda: _profile(trials, run), output)
 
-        def profile() -> OutlierProfile:
-            assert run.profiler is not None
-            found = profile_model(parts, rows, run.profiler)
-            try:
-                if options.layer is None:
-                    choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
-                else:
-                    check_layer(options.layer, parts.num_layers, "model.layer")
-                    choice = Choice(options.layer, "set by model.layer")
-            except SlzoError as error:
-                say(f"{format_profile(found)}\n{error}")
-                return found
-            found = with_choice(found, choice, rows)
-            say(format_profile(found))
-            return found
 
-        sweep_layers(trials, plan.of_model(parts.num_layers), profile, output)
+def _profile(trials: LayerTrials, run: RunContext) -> OutlierProfile:
+    """Profile the layers, and mark the layer that the rule or the user chooses, if any."""
+    parts, options, rows = trials.parts, trials.options, trials.rows
+    assert run.profiler is not None
+    found = profile_model(parts, rows, run.profiler)
+    try:
+        if options.layer is None:
+            choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
+        else:
+            check_layer(options.layer, parts.num_layers, "model.layer")
+            choice = Choice(options.layer, "set by model.layer")
+    except SlzoError as error:
+        say(f"{format_profile(found)}\n{error}")
+        return found
+    found = with_choice(found, choice, rows)
+    say(format_profile(found))
+    return found
 
 
 def _check_dev_rows(rows: TaskRows) -> None:

@@ -10,14 +10,7 @@ from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
-from slzo.experiments.sweep_report import (
-    format_rows,
-    layer_curves,
-    layer_results,
-    seed_curves,
-    verdict,
-    write_sweep,
-)
+from slzo.experiments.sweep_report import SweepResult
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
@@ -43,14 +36,9 @@ def sweep_layers(
     run_cells(trials, store, plan)
     if is_worker():
         return
-    rows = layer_results(store, plan, profile)
-    curves = seed_curves(store, plan)
-    loss = trials.rows.selection_metric.loss_name
-    sentence = verdict(rows, plan, curves, profile.title, loss)
-    title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
-    write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title, loss)
-    say(format_rows(rows, "dev loss" if trials.rows.selection_metric.best is None else "distance"))
-    say(f"\n{sentence}\nFiles      {store.folder}")
+    result = SweepResult.of(store, plan, profile, trials.rows.selection_metric.loss_name)
+    result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
+    say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
 
 
 def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:

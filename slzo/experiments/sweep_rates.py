@@ -125,7 +125,7 @@ def plan_rates(
 
 
 def search(
-    trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None, what: str = "dev loss"
+    trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None, what: str
 ) -> tuple[list[RateResult], float]:
     """Run the trials that are not finished, smallest eps and learning rate first; ``what`` is what the loss is called.
 
@@ -153,7 +153,7 @@ def search(
     return found, done[0].scores[0].loss
 
 
-def recommend(tried: Sequence[RateResult], before: float, what: str = "dev loss") -> tuple[RateResult | None, str]:
+def recommend(tried: Sequence[RateResult], before: float, what: str) -> tuple[RateResult | None, str]:
     """Return the pair to use, and the reason in words.
 
     The pair with the lowest dev loss wins. The reason says so if its rate is at an edge of the grid. There is no recommendation

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -24,11 +24,11 @@ from slzo.zo.trial import Score, Trial
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Figures of one layer: means over the seeds that did not diverge, ``None`` if there are none.
+    """Figures of one layer: means over the seeds that did not diverge. What was not measured is ``None``.
 
     Attributes:
         layer: Decoder layer, counted from 0.
-        sensitivity: Mean of |L+ - L-| / (2 eps) before training; NaN if it was not measured.
+        sensitivity: Mean of |L+ - L-| / (2 eps) before training.
         sensitivity_se: Standard error of the sensitivity.
         outlier_ratio: Largest magnitude of the layer's output, divided by the median.
         seeds: Number of finished trainings.
@@ -45,8 +45,8 @@ class LayerResult:
     """
 
     layer: int
-    sensitivity: float
-    sensitivity_se: float
+    sensitivity: float | None
+    sensitivity_se: float | None
     outlier_ratio: float
     seeds: int
     loss_before: float | None
@@ -59,6 +59,154 @@ class LayerResult:
     seconds: float | None
     diverged: int
     dominant: bool
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The results of a sweep.
+
+    Attributes:
+        rows: Figures of all layers.
+        plan: Options of the sweep.
+        curves: Dev scores during each training that did not diverge, by layer.
+        chosen: What the layer is called that the profile or the user chose.
+        loss: What the loss is called.
+    """
+
+    rows: Sequence[LayerResult]
+    plan: SweepPlan
+    curves: Mapping[int, Sequence[Sequence[Score]]]
+    chosen: str
+    loss: str
+
+    @classmethod
+    def of(cls, store: CellStore, plan: SweepPlan, profile: OutlierProfile, loss: str) -> Self:
+        """Collect the results from finished cells."""
+        return cls(layer_results(store, plan, profile), plan, seed_curves(store, plan), profile.title, loss)
+
+    @property
+    def dominant(self) -> int | None:
+        """The layer that the profile or the user chose; ``None`` if there is none."""
+        return next((row.layer for row in self.rows if row.dominant), None)
+
+    def verdict(self) -> str:
+        """Return sentences that say whether the chosen layer wins, and how clearly.
+
+        Layers of which a training diverged are left out. A sweep for a time compares curves too.
+        """
+        rows, loss = self.rows, self.loss
+        trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None and not row.diverged}
+        if not trained and any(row.diverged for row in rows):
+            return "In every layer a training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
+        if not trained:
+            measured = {row.layer: (row.sensitivity or 0.0, row.sensitivity_se) for row in rows}
+            if not any(value for value, _ in measured.values()):
+                return "No direction changed the loss: give a larger model.eps. No layer was trained."
+            return f"{self._compared('the highest sensitivity', measured, highest=True)} No layer was trained."
+        unstable = ", ".join(str(row.layer) for row in rows if row.diverged)
+        note = f" Layers with diverged trainings are left out: {unstable}." if unstable else ""
+        gains = {row.layer: row.gain or 0.0 for row in rows if row.layer in trained}
+        best = max(gains, key=gains.__getitem__)
+        if gains[best] <= 0:
+            how = f"raised it by {-gains[best]:.4g}" if gains[best] else "did not change it"
+            return (
+                f"No layer lowered the {loss}; the best, layer {best}, {how}. Try other learning rates (slzo sweep --lrs auto) "
+                f"or more steps.{note}"
+            )
+        if self.plan.seconds is None:
+            return f"{self._compared(f'the lowest {loss}', trained)}{note}"
+        curves = {layer: self.curves[layer] for layer in trained}
+        in_steps = self._at(curves, lambda score: score.step, self.plan.steps, "steps")
+        return f"{in_steps} {self._at(curves, lambda score: score.seconds, self.plan.seconds, 's')}{note}"
+
+    def _at(
+        self,
+        curves: Mapping[int, Sequence[Sequence[Score]]],
+        place: Callable[[Score], float],
+        length: float,
+        unit: str,
+    ) -> str:
+        """Return a sentence on the lowest loss that each layer has reached within the same steps or time."""
+        losses = {
+            layer: [_lowest([(place(score), score.loss) for score in curve], length) for curve in of_seeds]
+            for layer, of_seeds in curves.items()
+        }
+        found = {layer: (statistics.fmean(of_seeds), standard_error(of_seeds)) for layer, of_seeds in losses.items()}
+        return f"In {length:g} {unit}: {self._compared(f'the lowest {self.loss}', found)}"
+
+    def _compared(self, what: str, found: Mapping[int, tuple[float, float | None]], highest: bool = False) -> str:
+        """Return a sentence on the layer with the lowest or highest value, and how far the chosen or the next one is behind.
+
+        Args:
+            what: What the best layer has, such as ``the lowest dev loss``.
+            found: Value and standard error of each layer; ``None`` as the standard error of a single seed.
+            highest: Whether the best value is the highest one.
+        """
+        dominant = self.dominant
+        best, *others = sorted(found, key=lambda layer: found[layer][0], reverse=highest)
+        names = {
+            layer: f"the {self.chosen}, {layer}," if layer == dominant else f"layer {layer}"
+            for layer in (*found, dominant)
+        }
+        start = f"{names[best][0].upper()}{names[best][1:]} has {what}, {_measured(*found[best])}"
+        if dominant is None:
+            return f"{start}; the profile chooses no layer."
+        if dominant not in found:
+            return f"{start}; {names[dominant]} diverged or was not among those trained."
+        if not others:
+            return f"{start}; no other was compared."
+        rival = others[0] if best == dominant else dominant
+        (value, error), (behind, other_error) = found[best], found[rival]
+        if value == behind:
+            how_sure = "the same"
+        elif error is None or other_error is None:
+            how_sure = "from one seed, so without a standard error"
+        else:
+            errors = in_errors(abs(value - behind), math.hypot(error, other_error))
+            how_sure = f"{errors:.1f} standard errors behind{'' if errors >= CLEAR else ', which may be noise'}"
+        return f"{start}; {names[rival]} has {_measured(*found[rival])}, {how_sure}."
+
+    def table(self) -> str:
+        """Return the results as a table."""
+        head = self.loss if len(self.loss) <= 10 else "distance"
+        lines = [f"layer  sensitivity (se)      outlier ratio  {head:>10s}    metric  |proj. grad|"]
+        for row in self.rows:
+            trained = "         -         -             -"
+            if row.loss is not None:
+                trained = f"{row.loss:10.4f}{row.metric:10.4f}{row.mean_abs_projected_grad:14.4g}"
+            elif row.diverged:
+                trained = "  diverged         -             -"
+            mark = f"  {row.diverged} of {row.seeds} diverged" if row.diverged and row.loss is not None else ""
+            mark += "  <- dominant" if row.dominant else ""
+            sensitivity = "-".rjust(11)
+            if row.sensitivity is not None:
+                sensitivity = f"{row.sensitivity:11.4g} ({row.sensitivity_se:.2g})"
+            lines.append(f"{row.layer:5d}{sensitivity}{row.outlier_ratio:17.4g}  {trained}{mark}")
+        return "\n".join(lines)
+
+    def write(self, folder: Path, settings: dict[str, Any], title: str) -> None:
+        """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg."""
+        plan, rows = self.plan, [asdict(row) for row in self.rows]
+        with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(LayerResult)])
+            writer.writeheader()
+            writer.writerows(rows)
+        curves = {layer: [asdict(score) for score in scores] for layer, scores in layer_curves(self.curves).items()}
+        content = {
+            "verdict": self.verdict(),
+            "loss": self.loss,
+            "plan": asdict(plan),
+            "settings": settings,
+            "torch": str(torch.__version__),
+            "layers": rows,
+            "curves": curves,
+        }
+        write_json(folder / "sweep.json", content)
+        seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, bars: standard errors"
+        below = f"{plan.steps} steps, {seeds}" if plan.trainings else "before training, bars: standard errors"
+        save(sweep_picture(rows, title, below, self.loss), folder, "sweep")
+        if plan.seconds is not None and curves:
+            save(sweep_curves_picture(curves, title, self.dominant, self.loss), folder, "sweep_curves")
 
 
 def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) -> list[LayerResult]:
@@ -75,8 +223,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
         rows.append(
             LayerResult(
                 layer=layer,
-                sensitivity=_number(found.get("mean")),
-                sensitivity_se=_number(found.get("standard_error")),
+                sensitivity=found.get("mean"),
+                sensitivity_se=found.get("standard_error"),
                 outlier_ratio=measured.ratio,
                 seeds=len(trials),
                 loss_before=trials[0].scores[0].loss if trials else None,
@@ -94,176 +242,12 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     return rows
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def verdict(
-    rows: Sequence[LayerResult],
-    plan: SweepPlan,
-    curves: Mapping[int, Sequence[Sequence[Score]]],
-    chosen: str = "chosen layer",
-    loss: str = "dev loss",
-) -> str:
-    """Return sentences that say whether the chosen layer wins, and how clearly.
-
-    Layers of which a training diverged are left out.
-
-    Args:
-        rows: The results of all layers.
-        plan: Options of the sweep.
-        curves: The curves of each layer, one per seed; compared if the sweep is also one for a time.
-        chosen: What the layer is called that the profile or the user chose.
-        loss: What the loss is called.
-    """
-    trained = {row.layer: (row.loss, row.loss_se) for row in rows if row.loss is not None and not row.diverged}
-    dominant = next((row.layer for row in rows if row.dominant), None)
-    if not trained and any(row.diverged for row in rows):
-        return "In every layer a training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
-    if not trained:
-        measured = {row.layer: (row.sensitivity, row.sensitivity_se) for row in rows}
-        if not any(value for value, _ in measured.values()):
-            return "No direction changed the loss: give a larger model.eps. No layer was trained."
-        return f"{_compared('the highest sensitivity', measured, dominant, chosen, highest=True)} No layer was trained."
-    unstable = ", ".join(str(row.layer) for row in rows if row.diverged)
-    note = f" Layers with diverged trainings are left out: {unstable}." if unstable else ""
-    gains = {row.layer: row.gain or 0.0 for row in rows if row.layer in trained}
-    best = max(gains, key=gains.__getitem__)
-    if gains[best] <= 0:
-        how = f"raised it by {-gains[best]:.4g}" if gains[best] else "did not change it"
-        return (
-            f"No layer lowered the {loss}; the best, layer {best}, {how}. Try other learning rates (slzo sweep --lrs auto) "
-            f"or more steps.{note}"
-        )
-    if plan.seconds is None:
-        return f"{_compared(f'the lowest {loss}', trained, dominant, chosen)}{note}"
-    stable = {layer: curves[layer] for layer in trained}
-    return f"{curves_verdict(stable, plan, dominant, chosen, loss)}{note}"
-
-
-def curves_verdict(
-    curves: Mapping[int, Sequence[Sequence[Score]]],
-    plan: SweepPlan,
-    dominant: int | None,
-    chosen: str = "chosen layer",
-    what: str = "dev loss",
-) -> str:
-    """Return two sentences: which layer has reached the lowest loss in the same steps, and which in the same time.
-
-    Args:
-        curves: The curves of each layer, one per seed.
-        plan: Options of the sweep.
-        dominant: The layer of the profile's rule, or of model.layer; ``None`` if there is none.
-        chosen: What this layer is called.
-        what: What the loss is called.
-    """
-    assert plan.seconds is not None
-
-    def sentence(place: Callable[[Score], float], length: float, unit: str) -> str:
-        losses = {
-            layer: [_lowest([(place(score), score.loss) for score in curve], length) for curve in of_seeds]
-            for layer, of_seeds in curves.items()
-        }
-        found = {layer: (statistics.fmean(of_seeds), standard_error(of_seeds)) for layer, of_seeds in losses.items()}
-        return f"In {length:g} {unit}: {_compared(f'the lowest {what}', found, dominant, chosen)}"
-
-    return f"{sentence(lambda score: score.step, plan.steps, 'steps')} {sentence(lambda score: score.seconds, plan.seconds, 's')}"
-
-
-def _compared(
-    what: str, found: Mapping[int, tuple[float, float | None]], dominant: int | None, chosen: str, highest: bool = False
-) -> str:
-    """Return a sentence that says which layer has the lowest or highest value, and how far the chosen or the next one is behind.
-
-    Args:
-        what: What the best layer has, such as ``the lowest dev loss``.
-        found: Value and standard error of each layer; ``None`` as the standard error of a single seed.
-        dominant: The layer of the profile's rule; ``None`` if it found none.
-        chosen: What this layer is called.
-        highest: Whether the best value is the highest one.
-    """
-    best, *others = sorted(found, key=lambda layer: found[layer][0], reverse=highest)
-    names = {
-        layer: f"the {chosen}, {layer}," if layer == dominant else f"layer {layer}" for layer in (*found, dominant)
-    }
-    start = f"{names[best][0].upper()}{names[best][1:]} has {what}, {_measured(*found[best])}"
-    if dominant is None:
-        return f"{start}; the profile chooses no layer."
-    if dominant not in found:
-        return f"{start}; {names[dominant]} diverged or was not among those trained."
-    if not others:
-        return f"{start}; no other was compared."
-    rival = others[0] if best == dominant else dominant
-    (value, error), (behind, other_error) = found[best], found[rival]
-    if value == behind:
-        how_sure = "the same"
-    elif error is None or other_error is None:
-        how_sure = "from one seed, so without a standard error"
-    else:
-        errors = in_errors(abs(value - behind), math.hypot(error, other_error))
-        how_sure = f"{errors:.1f} standard errors behind{'' if errors >= CLEAR else ', which may be noise'}"
-    return f"{start}; {names[rival]} has {_measured(*found[rival])}, {how_sure}."
-
-
 def _measured(value: float, error: float | None) -> str:
     return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
-
-
-def format_rows(rows: Sequence[LayerResult], loss: str = "dev loss") -> str:
-    """Format the results as a table; ``loss`` is the head of its column, at most 10 characters."""
-    lines = [f"layer  sensitivity (se)      outlier ratio  {loss:>10s}    metric  |proj. grad|"]
-    for row in rows:
-        trained = "         -         -             -"
-        if row.loss is not None:
-            trained = f"{row.loss:10.4f}{row.metric:10.4f}{row.mean_abs_projected_grad:14.4g}"
-        elif row.diverged:
-            trained = "  diverged         -             -"
-        mark = f"  {row.diverged} of {row.seeds} diverged" if row.diverged and row.loss is not None else ""
-        mark += "  <- dominant" if row.dominant else ""
-        sensitivity = (
-            "-".rjust(11) if math.isnan(row.sensitivity) else f"{row.sensitivity:11.4g} ({row.sensitivity_se:.2g})"
-        )
-        lines.append(f"{row.layer:5d}{sensitivity}{row.outlier_ratio:17.4g}  {trained}{mark}")
-    return "\n".join(lines)
-
-
-def write_sweep(
-    folder: Path,
-    rows: Sequence[LayerResult],
-    plan: SweepPlan,
-    settings: dict[str, Any],
-    sentence: str,
-    curves: Mapping[int, Sequence[Score]],
-    title: str,
-    loss: str = "dev loss",
-) -> None:
-    """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg; ``loss`` is what the loss is called."""
-    names = [field.name for field in fields(LayerResult)]
-    with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        # NaN is not equal to itself
-        writer.writerows({k: "" if v is None or v != v else v for k, v in asdict(row).items()} for row in rows)
-    content: dict[str, Any] = {
-        "verdict": sentence,
-        "loss": loss,
-        "plan": asdict(plan),
-        "settings": settings,
-        "torch": str(torch.__version__),
-        "layers": [asdict(row) for row in rows],
-        "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
-    }
-    write_json(folder / "sweep.json", content)
-    chosen = next((row.layer for row in rows if row.dominant), None)
-    seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, bars: standard errors"
-    below = f"{plan.steps} steps, {seeds}" if plan.trainings else "before training, bars: standard errors"
-    save(sweep_picture(content["layers"], title, below, loss), folder, "sweep")
-    if plan.seconds is not None and curves:
-        save(sweep_curves_picture(content["curves"], title, chosen, loss), folder, "sweep_curves")
 
 
 def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Score]]]:

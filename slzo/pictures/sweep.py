@@ -26,9 +26,10 @@ def sweep_picture(
     axes = figure.subplots(3, sharex=True)
     layers = [row["layer"] for row in rows]
     style = {"color": BLUE, "markersize": 4, "capsize": 3, "linewidth": 1.2}
-    axes[0].errorbar(
-        layers, [row["sensitivity"] for row in rows], [row["sensitivity_se"] for row in rows], fmt="o-", **style
-    )
+    measured = [row for row in rows if row["sensitivity"] is not None]
+    if measured:
+        at, values = [row["layer"] for row in measured], [row["sensitivity"] for row in measured]
+        axes[0].errorbar(at, values, [row["sensitivity_se"] for row in measured], fmt="o-", **style)
     axes[1].semilogy(layers, [row["outlier_ratio"] for row in rows], "s-", color=ORANGE, markersize=4, linewidth=1.2)
     trained = [row for row in rows if row["gain"] is not None]
     if trained:
