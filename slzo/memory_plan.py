@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import Self
 
 import torch
 
@@ -114,62 +115,79 @@ def memory_inputs(
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
     """
-    shape, skeleton = model_shape(options.model, options.trust_remote_code)
-    skeleton.to(getattr(torch, options.dtype))
-    parts = ModelParts(skeleton, packed=False, onednn=False)
-    layers = [options.layer]
+    sizes, layers = _Sizes.of(options, rows, max_steps, device, num_shards), [options.layer]
     if options.layer is None and options.scope.needs_layer:
-        layers = [parts.num_layers // 2, max(0, parts.num_layers - 2)]
-    work = _workload(options, rows, max_steps, shape.vocabulary)
-    found = (
-        _inputs_of(replace(options, layer=layer), rows, shape, parts, work, device, num_shards) for layer in layers
-    )
-    return max(found, key=lambda inputs: inputs.plan().total)
+        layers = [sizes.parts.num_layers // 2, max(0, sizes.parts.num_layers - 2)]
+    return max(map(sizes.inputs, layers), key=lambda inputs: inputs.plan().total)
 
 
-def _inputs_of(
-    options: TrainingOptions,
-    rows: TaskRows,
-    shape: ModelShape,
-    parts: ModelParts,
-    work: Workload,
-    device: torch.device,
-    num_shards: int,
-) -> MemoryInputs:
-    """Collect the inputs of a plan for the layer of the options."""
-    layer, skeleton = options.layer, parts.model
-    context = ScopeContext(parts, layer)
-    layers = options.scope.changed_layers(context)
-    start = min(layers, default=0)
-    estimator = options.estimator
-    differentiated = parts.num_layers - start if estimator.differentiates else int(estimator.perturbs_output)
-    away = num_shards > 1 or options.device_map is not None  # all queries run together, see TunedModel.queries_at_once
-    tuned = tuning_bytes(
-        _tensors(options.scope, context, layers),
-        options.step.num_queries,
-        options.step.num_queries if away else rows.processes.directions * options.engine.queries_at_once,
-        options.optimizer,
-    )
-    engine = options.engine
-    inputs = MemoryInputs(
-        shape,
-        getattr(torch, options.dtype),
-        options.quantization,
-        tuned,
-        len(layers),
-        start,
-        work,
-        int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
-        on_cpu=device.type == "cpu",
-        differentiated=differentiated,
-        records=estimator.perturbs_output,
-    )
-    if num_shards > 1:
-        return replace(inputs, num_shards=num_shards, where=f"layers divided over {num_shards} processes")
-    if options.device_map is None:
-        return inputs
-    places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)
-    return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
+@dataclass(frozen=True)
+class _Sizes:
+    """What a plan depends on besides the layer.
+
+    Attributes:
+        options: Options of the training.
+        parts: The model, without values.
+        shape: Its shape.
+        work: The largest passes.
+        device: Device of the run.
+        directions: Number of processes that divide the points of a step.
+        num_shards: Number of processes that divide the layers.
+    """
+
+    options: TrainingOptions
+    parts: ModelParts
+    shape: ModelShape
+    work: Workload
+    device: torch.device
+    directions: int
+    num_shards: int
+
+    @classmethod
+    def of(
+        cls, options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
+    ) -> Self:
+        """Read the model's config and pack the rows; for the arguments see :func:`memory_inputs`."""
+        shape, skeleton = model_shape(options.model, options.trust_remote_code)
+        skeleton.to(getattr(torch, options.dtype))
+        parts = ModelParts(skeleton, packed=False, onednn=False)
+        work = _workload(options, rows, max_steps, shape.vocabulary)
+        return cls(options, parts, shape, work, device, rows.processes.directions, num_shards)
+
+    def inputs(self, layer: int | None) -> MemoryInputs:
+        """Return the inputs of a plan that tunes a layer; ``None`` for a scope without one."""
+        options, engine, num_layers = self.options, self.options.engine, self.parts.num_layers
+        context = ScopeContext(self.parts, layer)
+        layers = options.scope.changed_layers(context)
+        start = min(layers, default=0)
+        estimator, queries = options.estimator, options.step.num_queries
+        together = self.num_shards > 1 or options.device_map is not None  # see TunedModel.queries_at_once
+        inputs = MemoryInputs(
+            self.shape,
+            getattr(torch, options.dtype),
+            options.quantization,
+            tuning_bytes(
+                _tensors(options.scope, context, layers),
+                queries,
+                queries if together else self.directions * engine.queries_at_once,
+                options.optimizer,
+            ),
+            len(layers),
+            start,
+            self.work,
+            int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
+            on_cpu=self.device.type == "cpu",
+            differentiated=num_layers - start if estimator.differentiates else int(estimator.perturbs_output),
+            records=estimator.perturbs_output,
+        )
+        if self.num_shards > 1:
+            where = f"layers divided over {self.num_shards} processes"
+            return replace(inputs, num_shards=self.num_shards, where=where)
+        if options.device_map is None:
+            return inputs
+        map_with_room = replace(options.device_map, reserved=inputs.non_weight_bytes)
+        places = map_with_room.places(self.parts.model, self.device)
+        return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
 
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
@@ -248,15 +266,14 @@ def format_first_order(
     changed = first_order(options, rows)
     if changed is None:
         return ""
+    both = [_Sizes.of(each, rows, max_steps, device) for each in (options, changed)]
     layers: list[int | None] = [options.layer]
     if options.layer is None and options.scope.needs_layer:
-        last = memory_inputs(options, rows, max_steps, device).shape.num_layers - 1
+        last = both[0].parts.num_layers - 1
         layers = [*sorted({0, last // 2, max(0, last - 1)})]
     lines = [f"Peak       {'this run':>12s} first order (--model.estimator Backprop --model.optimizer AdamW)"]
     for layer in layers:
-        own, other = (
-            memory_inputs(replace(each, layer=layer), rows, max_steps, device).plan() for each in (options, changed)
-        )
+        own, other = (sizes.inputs(layer).plan() for sizes in both)
         fits = "" if free is None or other.needed <= free else f", more than the {_gib(free)} that are free"
         close = ", nearly the same: use it if the rows have labels" if other.total <= _CLOSE * own.total else ""
         name = "tuned" if layer is None else f"layer {layer}"
