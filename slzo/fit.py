@@ -7,7 +7,6 @@
 optimizer before the first step.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,23 +27,20 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.prefix_plan import plan_prefix
 from slzo.profiling import choose, profile_model, with_choice
-from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import code_of
 from slzo.report.summary import format_summary, sample_row, summarize
-from slzo.resume import check_environment, open_step_log
+from slzo.resume import agreed_settings, check_environment, continued_settings, open_step_log
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
-from slzo.timing import measure_times
+from slzo.timing import check_time, plan_time
 from slzo.training import (
     adapt_rows,
-    agreed_settings,
     auto_rate,
     check_layer_option,
-    continued_settings,
     load_parts,
     make_stepper,
     restore,
@@ -56,14 +52,12 @@ from slzo.training import (
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
-from slzo.utils.process_group import gather_from_processes
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
-from slzo.zo.time_plan import RunTimes, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 _NUM_SAMPLES = 8
@@ -95,7 +89,7 @@ def prepare(
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
-    _check_time(rows, run, "loading took")
+    check_time(rows, run.time, "loading took")
     data = rows.fingerprint(None if checkpoint is None else checkpoint.note["data"])
     profile = None
     if checkpoint is None:
@@ -111,7 +105,8 @@ def prepare(
         auto = auto_rate(make_stepper(model, options, rows), rows)
         say(auto.describe(options.optimizer.automatic))
         evaluations = auto.evaluations
-    time = _plan_time(model, options, rows, run)
+    check_time(rows, run.time, "loading, profile and measurements took")
+    time = plan_time(model, options, rows, run.budget, run.scheduler_state)
     stepper = make_stepper(model, options, rows, auto=auto)
     if checkpoint is not None:
         stepper.load_state_dict(checkpoint.note)
@@ -236,43 +231,6 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
-
-
-def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext) -> TimePlan | None:
-    """Turn the time of the run into steps and validations, and print them; ``None`` if it is not limited. A collective call.
-
-    Raises:
-        SlzoError: Not even one step and its validation fit.
-    """
-    budget = run.time
-    if budget is None:
-        return None
-    _check_time(rows, run, "loading, profile and measurements took")
-    if run.checkpoint is not None:
-        # the checkpoint has the scores before training
-        budget = replace(budget, done=run.checkpoint.step, passes=replace(budget.passes, dev_before=0, test_before=0))
-    times = measure_times(model, options, rows, budget)
-    slowest = RunTimes.slowest(gather_from_processes([times]))
-    plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
-    if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
-        raise SlzoError(
-            f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
-            f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
-        )
-    options.optimizer.check_schedule(plan.steps, run.scheduler_state)
-    say(format_time_plan(plan, budget))
-    return plan
-
-
-def _check_time(rows: TaskRows, run: RunContext, what: str) -> None:
-    """Refuse a time that is over before training; otherwise a profile or a race would still run. A collective call."""
-    if run.time is None:
-        return
-    spent = rows.processes.broadcast(run.time.seconds - run.time.left)
-    if spent >= run.time.seconds:
-        raise SlzoError(
-            f"trainer.max_time {duration(run.time.seconds)}: {what} {duration(spent)}; give at least {duration(2 * spent)}"
-        )
 
 
 def _announce(prepared: Prepared) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file, read_json
 from slzo.utils.hub import model_commit
 from slzo.utils.run_layout import ENVIRONMENT_FILE
-from slzo.utils.settings import differences
+from slzo.utils.settings import differences, flat_settings
+from slzo.zo.options import TrainingOptions
 
 
 def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
@@ -68,6 +70,57 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "environment": numerics(model.parts.model.device, rows.processes.world_size),
         "hub": loaded_from_hub(prepared, rows),
     }
+
+
+def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
+    """Return the options of model and rows that a checkpoint holds and in which all processes agree, by name, as primitives."""
+    own = {
+        **options.flat(),
+        "layer": options.layer,
+        "seed": options.noise_seed,
+        "parallel": options.parallel,
+        "max_nonfinite": options.max_nonfinite,
+        "trust_remote_code": options.trust_remote_code,
+        **flat_settings("engine", asdict(options.engine)),
+    }
+    return flat_settings("model", own) | flat_settings("data", rows.step_settings())
+
+
+def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a resumed run: ``own`` ones, but optimizer, scheduler and seed of the checkpoint, which continue.
+
+    A rate that becomes automatic, or ceases to be, is the new one.
+    """
+    rate = "model.optimizer.lr"
+    switched = own[rate] != saved[rate] and "auto" in (own[rate], saved[rate])
+
+    def continues(name: str) -> bool:
+        if name == rate and switched:
+            return False
+        return name.startswith(("model.optimizer", "model.lr_scheduler")) or name == "model.seed"
+
+    kept = {name: value for name, value in own.items() if not continues(name)}
+    return kept | {name: value for name, value in saved.items() if continues(name)}
+
+
+# options of optimizer and scheduler that say how the same step is computed, or that change during a training
+_NOT_COMPARED = ("fused", "foreach", "last_epoch")
+
+
+def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return the options of a resumed run that differ from those of its checkpoint, as text; see :func:`agreed_settings`.
+
+    A layer that is left out is no change: it comes from the checkpoint.
+    """
+
+    def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+        last = {name: name.rpartition(".")[2] for name in settings}
+        return {name: settings[name] for name in settings if last[name] not in _NOT_COMPARED and last[name][0] != "_"}
+
+    old, new = compared(saved), compared(own)
+    if new["model.layer"] is None:
+        new["model.layer"] = old.get("model.layer")
+    return differences(old, new)
 
 
 def check_environment(note: Mapping[str, Any], device: torch.device, processes: int) -> None:

@@ -1,7 +1,7 @@
 """The parts of a training run: where it runs, and what its steps need."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ class RunContext:
     quick: bool  # a fast_dev_run, in which nothing extra is measured or written
     time: TimeBudget | None  # None if it is not limited
     shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
+
+    @property
+    def budget(self) -> TimeBudget | None:
+        """The time limit; a continued run has its first steps and the scores before them."""
+        if self.time is None or self.checkpoint is None:
+            return self.time
+        passes = replace(self.time.passes, dev_before=0, test_before=0)
+        return replace(self.time, done=self.checkpoint.step, passes=passes)
 
     @property
     def scheduler_state(self) -> Mapping[str, Any] | None:

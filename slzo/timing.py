@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,8 +15,12 @@ from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training import make_stepper
+from slzo.utils.console import say
+from slzo.utils.duration import duration
+from slzo.utils.errors import SlzoError
+from slzo.utils.process_group import gather_from_processes
 from slzo.zo.options import TrainingOptions
-from slzo.zo.time_plan import RunTimes, TimeBudget
+from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 _BATCHES = 4
@@ -28,6 +32,55 @@ _EPS = 1e-3
 _HOOKS_SECONDS = 0.005
 # Seconds to write the summary and the report of a run.
 _FILES_SECONDS = 2.0
+
+
+def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
+    """Refuse a time that is over before training; otherwise a profile or a race would still run. A collective call.
+
+    Raises:
+        SlzoError: It is over; ``what`` took it.
+    """
+    if budget is None:
+        return
+    spent = rows.processes.broadcast(budget.seconds - budget.left)
+    if spent >= budget.seconds:
+        raise SlzoError(
+            f"trainer.max_time {duration(budget.seconds)}: {what} {duration(spent)}; give at least {duration(2 * spent)}"
+        )
+
+
+def plan_time(
+    model: TunedModel,
+    options: TrainingOptions,
+    rows: TaskRows,
+    budget: TimeBudget | None,
+    scheduler_state: Mapping[str, Any] | None,
+) -> TimePlan | None:
+    """Turn the time of a run into steps and validations, and print them. A collective call.
+
+    Args:
+        model: The model.
+        options: Options of the training.
+        rows: Rows of the task.
+        budget: The time; ``None`` if it is not limited.
+        scheduler_state: State of the learning-rate scheduler of a run that is continued.
+
+    Raises:
+        SlzoError: Not even one step and its validation fit.
+    """
+    if budget is None:
+        return None
+    times = measure_times(model, options, rows, budget)
+    slowest = RunTimes.slowest(gather_from_processes([times]))
+    plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
+    if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
+        raise SlzoError(
+            f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
+            f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
+        )
+    options.optimizer.check_schedule(plan.steps, scheduler_state)
+    say(plan.describe(budget))
+    return plan
 
 
 def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, budget: TimeBudget) -> RunTimes:

@@ -50,7 +50,7 @@ def toy(cache, tmp_path, monkeypatch):
     notice = "Toy is under the Toy Terms at example.org/terms"
     licence = Licence("toy", "Toy Terms", "https://example.org/terms", "toy", notice, tuple(documents))
     digest = hashlib.sha256(b"".join(PIECES)).hexdigest()
-    return BuiltinModel("toy-1m", tuple(pieces), digest, licence, "https://example.org", 1)
+    return BuiltinModel("toy-1m", tuple(pieces), digest, licence, "me/toy", 1)
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.loggers import run_folder
-from slzo.resume import checkpoint_of_job
-from slzo.training import agreed_settings
+from slzo.resume import agreed_settings, checkpoint_of_job
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat, send_beat

@@ -16,8 +16,9 @@ from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.models.parts import ModelParts
 from slzo.report import forecast
-from slzo.report.forecast import Forecast, duration
+from slzo.report.forecast import Forecast
 from slzo.report.run_files import read_run
+from slzo.utils.duration import duration
 from slzo.utils.environment import environment, git_commit
 
 

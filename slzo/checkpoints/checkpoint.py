@@ -65,7 +65,7 @@ class Checkpoint:
         return states[0] if states else None
 
     def check_resumable(self, settings: Mapping[str, Any]) -> None:
-        """Check that training with these options, see :func:`slzo.training.agreed_settings`, can be resumed from the checkpoint.
+        """Check that training with these options, see :func:`slzo.resume.agreed_settings`, can be resumed from the checkpoint.
 
         Raises:
             SlzoError: It holds only weights, or its optimizer or scheduler is of another class.

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slzo.experiments.store import CellStore
-from slzo.report.forecast import duration
 from slzo.utils.console import say
+from slzo.utils.duration import duration
 
 
 def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:

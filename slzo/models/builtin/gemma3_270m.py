@@ -71,6 +71,6 @@ GEMMA3_270M = BuiltinModel(
             for name, digest in _DOCUMENTS.items()
         ),
     ),
-    source="https://huggingface.co/google/gemma-3-270m",
+    hub_id="google/gemma-3-270m",
     convert_seconds=60,
 )

@@ -22,6 +22,6 @@ SMOLLM2_135M = BuiltinModel(
     ),
     sha256=_GGUF_SHA256,
     licence=APACHE_2_0,
-    source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     convert_seconds=20,
 )

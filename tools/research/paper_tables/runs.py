@@ -18,8 +18,8 @@ import torch
 import slzo
 from paper_tables.config import Cell, Table
 from slzo.experiments.store import CellStore
-from slzo.report.forecast import duration
 from slzo.tasks.registry import get_task
+from slzo.utils.duration import duration
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 
