@@ -42,7 +42,7 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
     z = model.tensors.draw(0, 0, 0)
     points = [Point({}, 0.0), Point(z, 0.01), Point(z, -0.01)]
     expected = batch_loss(model, packed, objective).at(points)
-    model.forward.cache.clear()
+    model.forward.cache.reset()
     seen, run = [], ModelParts.run
 
     def recorded(self, batch, *args, **options):

@@ -316,5 +316,5 @@ def test_an_objective_of_answers_must_return_a_number_for_each(returned):
     objective = own(AnswerObjective, "answer_losses", returned)
     loss = objective.loss(None, None)
     row = SimpleNamespace(example=None)
-    line = slzo_error(loss.losses, [Answer("a", 1), Answer("b", 1)], [row, row])
+    line = slzo_error(loss.losses_of, [Answer("a", 1), Answer("b", 1)], [row, row])
     assert re.search(r"Own: answer_losses\(\) returned .*; it must return a number for each of the 2 answers", line)

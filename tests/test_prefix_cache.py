@@ -61,7 +61,7 @@ def test_states_in_a_mapped_file(tmp_path, examples):
         assert torch.equal(forward.prefix(batch), expected)
     assert cache.num_bytes == expected.nbytes
     assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
-    cache.clear()
+    cache.reset()
     assert batch.example_index[0] not in cache
 
 

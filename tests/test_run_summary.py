@@ -438,7 +438,7 @@ def test_virtual_tokens_have_no_command_to_generate(virtual_tokens):
 
 @pytest.mark.parametrize("config", [None, "run/config.yaml"])
 def test_in_python_the_hint_is_what_to_do_without_a_command(config, monkeypatch):
-    monkeypatch.setattr("slzo.report.summary.score_change", lambda run, before, after: FELL)
+    monkeypatch.setattr("slzo.report.summary.score_change", lambda *_: FELL)
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
     reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
     found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)

@@ -1,14 +1,18 @@
 """The change of a held-out score with its standard error, in figures and in a sentence."""
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slzo.evaluation.held_out import HeldOutScores
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.utils.sampling_error import standard_error
+
+if TYPE_CHECKING:  # it imports torch, which a report does not need
+    from slzo.evaluation.held_out import HeldOutScores
 
 MIN_PROGRESS = 0.005
 """A relative change of the dev loss below this is no progress; the learning-rate search uses the same bound."""
