@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from measuring import Clock, clock_of, in_new_process, median_seconds, prepare_process, timed
-from options import option, parse
+from options import command, option, parse
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
@@ -32,7 +32,6 @@ from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
-from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import Point
@@ -237,21 +236,18 @@ def memory_of(options: Options, layer: int, what: str) -> float:
 
 
 @torch.no_grad()
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; return 2 after a user error."""
+    """Run the comparison."""
     options = parse(Options, __doc__, argv)
     prepare_process(options.threads)
     results = []
-    try:
-        for layer in options.layers:
-            result = compare(options, layer)
-            if not options.no_memory:
-                peaks = {what: in_new_process(memory_of, options, layer, what) for what in ("plain", "joint")}
-                result["memory_gib"] = peaks
-            results.append(result)
-    except SlzoError as error:
-        print(f"benchmark_answers: error: {error}", file=sys.stderr)
-        return 2
+    for layer in options.layers:
+        result = compare(options, layer)
+        if not options.no_memory:
+            peaks = {what: in_new_process(memory_of, options, layer, what) for what in ("plain", "joint")}
+            result["memory_gib"] = peaks
+        results.append(result)
     size = f"batch {options.batch_size}, {options.prompt_tokens} + {options.new_tokens} tokens"
     kind = "processor" if options.cpu_time else "wall"
     print(f"{options.model}, {options.dtype}, {options.threads} thread(s), {size}, {kind} time")

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from measuring import timed
-from options import option, parse
+from options import command, option, parse
 from slzo.data.batch import Row, plan_batches
 from slzo.evaluation.generation import answer_text, stop_tokens
 from slzo.models.load import load_model
@@ -25,7 +25,6 @@ from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import MAX_NEW_TOKENS
-from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 
 TIE = 1e-4
@@ -134,35 +133,30 @@ def best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print the table."""
     options = parse(Options, __doc__, argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []
-    try:
-        parts = split_and_verify(load_model(options.model))
-        plain = load_model(options.model)
-        threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
-        print(f"{options.model}, float32, {threads}, oneDNN {'on' if parts.onednn else 'off'}")
+    parts = split_and_verify(load_model(options.model))
+    plain = load_model(options.model)
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+    print(f"{options.model}, float32, {threads}, oneDNN {'on' if parts.onednn else 'off'}")
+    print(f"{'task':8s} {'rows':>5s} {'slzo rows/s':>12s} {'plain rows/s':>13s} {'speedup':>8s}  different predictions")
+    for item in options.tasks:
+        task, _, count = item.partition(":")
+        result = compare(task, int(count or 100), options, parts, plain)
+        results.append(result)
+        ties = sum(difference["gap"] <= TIE for difference in result.disagreements)
+        note = f"{len(result.disagreements)} ({ties} ties within {TIE:g})" if result.disagreements else "0"
         print(
-            f"{'task':8s} {'rows':>5s} {'slzo rows/s':>12s} {'plain rows/s':>13s} {'speedup':>8s}  different predictions"
+            f"{task:8s} {result.rows:5d} {result.fast:12.2f} {result.plain:13.2f} {result.speedup:8.2f}  {note}",
+            flush=True,
         )
-        for item in options.tasks:
-            task, _, count = item.partition(":")
-            result = compare(task, int(count or 100), options, parts, plain)
-            results.append(result)
-            ties = sum(difference["gap"] <= TIE for difference in result.disagreements)
-            note = f"{len(result.disagreements)} ({ties} ties within {TIE:g})" if result.disagreements else "0"
-            print(
-                f"{task:8s} {result.rows:5d} {result.fast:12.2f} {result.plain:13.2f} {result.speedup:8.2f}  {note}",
-                flush=True,
-            )
-            for difference in result.disagreements:
-                print(f"  {difference}")
-    except SlzoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        for difference in result.disagreements:
+            print(f"  {difference}")
     if options.json:
         document = {"model": options.model, "threads": torch.get_num_threads(), "onednn": parts.onednn}
         write_json(options.json, {**document, "tasks": [asdict(result) for result in results]})

@@ -13,9 +13,10 @@ the processes divide the rows and the weights of the layers; there ``exchange`` 
 """
 
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 
 from measuring import in_new_process, prepare_process
-from options import option, parse
+from options import command, option, parse
 from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
 from slzo.prefix_plan import plan_prefix
@@ -189,9 +190,10 @@ def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
     return markdown_table([*head, "peak, GiB"], rows)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run all variants in alternation and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     number = options.processes
     divided = {f"{number}, {each}": (number, each) for each in (_SEPARATE, "rows", "directions", _SHARED)}
     variants = {"1": (1, "rows"), **divided}
@@ -206,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

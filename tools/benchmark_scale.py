@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from measuring import clock_of, in_new_process, prepare_process, timed
-from options import option, parse
+from options import command, option, parse
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
@@ -186,22 +186,19 @@ def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     write_text(folder / "scale.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure, "scale")}')
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all shapes; return 2 after a user error."""
+    """Measure all shapes."""
     options = parse(Options, __doc__, argv)
     prepare_process(options.threads)
     print(HEAD)
-    try:
-        entries = kept(options)
-        for name in options.shapes:
-            with tempfile.TemporaryDirectory(dir=options.weights) as folder:
-                entries = [entry for entry in entries if entry["shape"] != name] + run_shape(options, name, folder)
-            if options.output is not None:
-                entries.sort(key=lambda entry: entry["parameters"])
-                write_json(options.output, {**options.settings(), "entries": entries})
-    except (SlzoError, OSError) as error:
-        print(f"benchmark_scale: error: {error}", file=sys.stderr)
-        return 2
+    entries = kept(options)
+    for name in options.shapes:
+        with tempfile.TemporaryDirectory(dir=options.weights) as folder:
+            entries = [entry for entry in entries if entry["shape"] != name] + run_shape(options, name, folder)
+        if options.output is not None:
+            entries.sort(key=lambda entry: entry["parameters"])
+            write_json(options.output, {**options.settings(), "entries": entries})
     if options.figure is not None:
         draw(entries, options.figure)
     return 0

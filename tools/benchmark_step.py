@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from measuring import Clock, clock_of, in_new_process, prepare_process, timed
-from options import option, parse
+from options import command, option, parse
 from published_step import encoded_rows, pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.models.linear import with_onednn
@@ -228,20 +228,17 @@ def report(
 
 
 @torch.no_grad()
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; return 2 after a user error."""
+    """Run the comparison."""
     options = parse(Options, __doc__, argv)
     prepare_process(options.threads)
-    try:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise SlzoError("--device cuda: torch finds no GPU; leave it out")
-        load_rows(options)  # before long work
-        kinds = () if options.no_memory else ("inference", "slzo")
-        memory = {what: in_new_process(memory_of, options, what) for what in kinds}
-        result = report(options, *compare(options), memory)
-    except SlzoError as error:
-        print(f"benchmark_step: error: {error}", file=sys.stderr)
-        return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SlzoError("--device cuda: torch finds no GPU; leave it out")
+    load_rows(options)  # before long work
+    kinds = () if options.no_memory else ("inference", "slzo")
+    memory = {what: in_new_process(memory_of, options, what) for what in kinds}
+    result = report(options, *compare(options), memory)
     if options.json:
         write_json(options.json, result)
     return 0

@@ -11,8 +11,9 @@ saved at once, and the same command continues where it stopped. --picture draws 
 
 import json
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,7 +24,7 @@ import torch
 
 from loading import chosen_layers, load, task_rows
 from measuring import timed
-from options import option, parse
+from options import command, option, parse
 from published_step import pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.experiments.store import CellStore
@@ -200,9 +201,10 @@ def draw(results: dict[str, dict[str, Any]], targets: list[float], path: Path) -
     save(figure, path.parent, path.name)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing methods and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     names = ("model", "task", "seed", "targets", "lr_all", "lr_layer")
     settings = {name: getattr(options, name) for name in names} | {"threads": torch.get_num_threads()}
     store = CellStore(options.output, settings)
@@ -218,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

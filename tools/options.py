@@ -1,11 +1,17 @@
 """The options of a tool: the fields of a dataclass, each with its default and its help."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
+from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers.hf_argparser import DataClassType, HfArgumentParser
+
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import disk_errors
 
 _Options = TypeVar("_Options")
 
@@ -26,3 +32,21 @@ def parse(options: type[_Options], description: str | None, arguments: Sequence[
         DataClassType(options), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     return options(**vars(parser.parse_args(arguments)))
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Decorate the main function of a tool: an error of the user or of a file ends it in one line, with status 2.
+
+    The function takes the command line's words, ``None`` for those of the process, and returns the exit status.
+    """
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            with disk_errors():
+                return main(argv) or 0
+        except SlzoError as error:
+            print(f"{Path(main.__code__.co_filename).stem}: error: {error}", file=sys.stderr)
+            return 2
+
+    return run

@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, becau
 import torch
 
 from faults import PATIENCE_S, STEPS, Child, Counters, Fault, new_counters, run_child
-from options import option, parse
+from options import command, option, parse
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
@@ -451,6 +451,7 @@ class Options:
     json: Path | None = option(None, "file for the outcomes")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run trials and print their table; return 1 if one of them found a fault."""
     options = parse(Options, __doc__, argv)

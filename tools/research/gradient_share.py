@@ -6,6 +6,7 @@ The mean gradient over some batches is computed by back-propagation on the untun
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from slzo.zo.tuned_model import TunedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import load
-from options import option, parse
+from options import command, option, parse
 from tables import markdown_table
 
 
@@ -53,9 +54,10 @@ def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, 
     return total
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     training = ZOModule(options.model, estimator=Backprop(), eps=1e-3, seed=0).options
     rows = TaskRows(options.task, tokenizer=options.model, data_dir=options.data_dir, num_dev=200, seed=0)
     parts = load(training, rows)
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ from slzo.zo.memory import MemoryInputs, Workload
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import in_new_process
 from memory_table import MODELS
-from options import option, parse
+from options import command, option, parse
 from plain_training import batches, pad_left
 from tables import finished, markdown_table
 
@@ -240,9 +241,10 @@ def tokens_of(cell: Cell, data_dir: str) -> int:
     return max(pad_left(rows, only_gold=True).input_ids.numel() for rows in own)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing cells and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     store = CellStore(options.output, {"threads": torch.get_num_threads()})
 
     def compute(cell: Cell) -> dict[str, Any]:
@@ -255,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ processes can share the folder. --report prints the table.
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -37,7 +38,7 @@ from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import chosen_layers, load, task_rows
-from options import option, parse
+from options import command, option, parse
 from tables import finished, markdown_table
 
 METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
@@ -176,9 +177,10 @@ def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
     return [Path(cell.model).name, cell.task, layer, cell.seed, cell.method, result["steps"], *losses, score]
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing cells and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     if wrong := [layer for layer in options.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
         raise SystemExit(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
     store = CellStore(options.output, {"seconds": options.seconds, "threads": torch.get_num_threads()})
@@ -197,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,7 @@ from slzo.utils.errors import Interrupted, SlzoError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
-from options import option, parse
+from options import command, option, parse
 from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Work
@@ -59,6 +59,7 @@ class Options:
     report: bool = option(False, "run nothing, only rewrite the tables from finished cells")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; return 1 if runs failed, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM."""
     options = parse(Options, __doc__, argv)
@@ -66,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals_raise():
             return run(options)
-    except SlzoError as error:
-        print(f"reproduce_tables: error: {error}", file=sys.stderr)
-        return 2
     except (KeyboardInterrupt, Interrupted) as stop:
         print("\nInterrupted; the same command continues with the cells that are not finished.", flush=True)
         return stop.status if isinstance(stop, Interrupted) else 130

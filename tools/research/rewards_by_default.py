@@ -33,7 +33,7 @@ from slzo.utils.files import read_json
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from json_task import people
 from loading import load
-from options import option, parse
+from options import command, option, parse
 from tables import finished, markdown_table, name_of
 
 _SAMPLES, _SAMPLED_ROWS = 16, 30
@@ -201,9 +201,10 @@ def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
     return [*start, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}{error}", f"{result['train_seconds']:.0f}"]
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing cells and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     folder = options.output.resolve()
     if not options.report:
         write_rows(folder / "rows")
@@ -225,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ command continues where it stopped. --report prints the table of the finished ce
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -26,7 +26,7 @@ from slzo.zo.selection import OutlierRemovingLayer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import chosen_layers, load, task_rows
-from options import option, parse
+from options import command, option, parse
 from tables import finished, markdown_table
 
 SCOPES: dict[str, Callable[[], Scope]] = {
@@ -122,9 +122,10 @@ def _loss(row: dict[str, Any]) -> float:
     return math.inf if row["loss"] is None else float(row["loss"])
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing trainings and print the table."""
-    options = parse(Options, __doc__)
+    options = parse(Options, __doc__, argv)
     store = CellStore(options.output, {"steps": options.steps})
     every = product(options.tasks, options.models, options.scopes, FACTORS)
     cells = [Cell(model, task, scope, rate) for task, model, scope, rate in every]
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,10 @@ from pathlib import Path
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
-from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json, write_text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from options import option, parse
+from options import command, option, parse
 from tables import markdown_table
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
@@ -57,24 +56,21 @@ def page(results: Mapping[str, Mapping[str, float]], model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; return 2 after a user error."""
+    """Score the tasks and write the page."""
     options = parse(Options, __doc__, argv)
     results: dict[str, dict[str, float]] = {}
-    try:
-        parts = split_and_verify(load_model(options.model))
-        for task in NINE_TASKS:
-            started = time.perf_counter()
-            data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None)
-            data.setup("test")
-            scores = data.score(data.evaluator(parts), data.eval_batches("test"))
-            results[task] = {"n": len(data.rows("test")), **scores}
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
-            write_json(options.json, results)  # after each task, so that a stopped run keeps its results
-    except SlzoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parts = split_and_verify(load_model(options.model))
+    for task in NINE_TASKS:
+        started = time.perf_counter()
+        data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None)
+        data.setup("test")
+        scores = data.score(data.evaluator(parts), data.eval_batches("test"))
+        results[task] = {"n": len(data.rows("test")), **scores}
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
+        write_json(options.json, results)  # after each task, so that a stopped run keeps its results
     if options.markdown is not None:
         write_text(options.markdown, page(results, options.model))
     return 0
