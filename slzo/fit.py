@@ -21,23 +21,17 @@ from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.prefix_plan import plan_prefix
-from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import code_of
 from slzo.report.summary import format_summary, sample_row, summarize
-from slzo.resume import agreed_settings, check_environment, continued_settings, open_step_log
-from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
-from slzo.timing import check_time, plan_time
-from slzo.training import (
+from slzo.training.build import (
     adapt_rows,
     auto_rate,
     check_layer_option,
@@ -49,6 +43,12 @@ from slzo.training import (
     tune,
     uses_auto,
 )
+from slzo.training.memory_plan import first_order_bytes, plan_memory
+from slzo.training.prefix_plan import plan_prefix
+from slzo.training.profiling import choose, profile_model, with_choice
+from slzo.training.resume import agreed_settings, check_environment, continued_settings, open_step_log
+from slzo.training.run import Prepared, RunContext
+from slzo.training.timing import check_time, plan_time
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json

@@ -30,12 +30,12 @@ from slzo.models.placement import placement_of
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
-from slzo.resume import agreed_settings, changed_settings, make_note
-from slzo.run import Prepared
 from slzo.run_context import run_context, steps_per_epoch
 from slzo.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, load_parts, restore
+from slzo.training.build import adapt_rows, load_parts, restore
+from slzo.training.resume import agreed_settings, changed_settings, make_note
+from slzo.training.run import Prepared
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions

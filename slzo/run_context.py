@@ -10,10 +10,10 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.batch import EvalBatch, Row
-from slzo.run import RunContext
 from slzo.schedule import callback_of, is_quick
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
+from slzo.training.run import RunContext
 from slzo.utils.process_group import gather_from_processes
 from slzo.zo.time_plan import Passes, TimeBudget
 

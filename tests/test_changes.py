@@ -63,9 +63,9 @@ def environment(name, value):
     """Another processor, version or device than that of the run."""
 
     def change(folder, monkeypatch):
-        monkeypatch.setattr("slzo.resume.numerics", lambda *place: numerics(*place) | {name: value})
+        monkeypatch.setattr("slzo.training.resume.numerics", lambda *place: numerics(*place) | {name: value})
         if name == "device":
-            for module in ("slzo.resume", "slzo.experiments.replay"):
+            for module in ("slzo.training.resume", "slzo.experiments.replay"):
                 monkeypatch.setattr(f"{module}.device_name", lambda device: value)
 
     return change

@@ -25,8 +25,8 @@ from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves, seed_curves
 from slzo.models.logits import needed_logits
-from slzo.timing import spaced_batches
-from slzo.training import make_stepper, tune
+from slzo.training.build import make_stepper, tune
+from slzo.training.timing import spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy

@@ -16,7 +16,7 @@ FLOORS = [
     ["trainer"],
     ["module", "loggers", "checkpoint_io"],
     ["datamodule", "fit", "prompting", "strategy"],
-    ["experiments", "export", "memory_plan", "profiling"],
+    ["experiments", "export"],
     ["training", "report"],
     ["task_rows"],
     ["zo"],
@@ -33,11 +33,7 @@ ROOMS = {
     "slzo": "__init__",
     "slzo.commands.registry": "commands.registry",  # known before torch is loaded
     "slzo.callbacks": "module",  # callbacks and module know each other
-    "slzo.resume": "fit",
     "slzo.trainer_options": "trainer",
-    "slzo.run": "fit",
-    "slzo.prefix_plan": "training",
-    "slzo.timing": "training",
     "slzo.schedule": "module",
     "slzo.run_context": "module",
 }

@@ -24,7 +24,7 @@ from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.loggers import run_folder
-from slzo.resume import agreed_settings, checkpoint_of_job
+from slzo.training.resume import agreed_settings, checkpoint_of_job
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat, send_beat
@@ -414,7 +414,9 @@ def test_a_restarted_job_continues_the_run_of_its_own_command(tmp_path, monkeypa
         (folder.parent / "zo_start.ckpt").touch()
         if number < 2:
             (folder / "last.ckpt").touch()
-    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {}))
+    monkeypatch.setattr(
+        "slzo.training.resume.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {})
+    )
     found = {}
     for option in "abc":
         monkeypatch.setattr(sys, "argv", ["slzo", "fit", f"--{option}"])

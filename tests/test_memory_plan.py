@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 import family_table
 from memory_table import table as memory_table
-from slzo import memory_plan
 from slzo.__main__ import main
 from slzo.models import load
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.models.startup_check import split_and_verify
+from slzo.training import memory_plan
 from slzo.zo import memory
 from slzo.zo.memory import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
 from slzo.zo.scopes import LoRA

@@ -11,13 +11,13 @@ import torch
 from helpers import run_dir
 from pyarrow import parquet
 
-from slzo import profiling
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
-from slzo.profiling import ProfileOptions
 from slzo.task_rows import TaskRows
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
+from slzo.training import profiling
+from slzo.training.profiling import ProfileOptions
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import FirstOutlierLayer
 from tiny import make_tokenizer

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import choose, layer_statistics, random_example, random_prompts, tiny_model
 
-from slzo import profiling
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
-from slzo.profiling import bos_note, sequence_notes
 from slzo.report.profile_files import format_profile
+from slzo.training import profiling
+from slzo.training.profiling import bos_note, sequence_notes
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences

@@ -32,8 +32,8 @@ from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_che
 from slzo.export import export_checkpoint
 from slzo.fit import best_state
 from slzo.loggers import RunLogger
-from slzo.resume import changed_settings
 from slzo.schedule import callback_of
+from slzo.training.resume import changed_settings
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import AUTO_LR

@@ -23,7 +23,7 @@ from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import TrainBatch
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.training import auto_rate, restored_rate
+from slzo.training.build import auto_rate, restored_rate
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation

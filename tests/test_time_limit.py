@@ -18,7 +18,6 @@ from helpers import (
     tuned,
 )
 
-from slzo import timing
 from slzo.__main__ import main
 from slzo.callbacks import time_limit
 from slzo.callbacks.defaults import with_defaults
@@ -28,6 +27,7 @@ from slzo.module import ZOModule
 from slzo.schedule import check_interval
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import limit_defaults
+from slzo.training import timing
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import Race
 from slzo.zo.time_plan import Passes, RunTimes, TimeBudget, TimePlan
@@ -125,7 +125,7 @@ def test_first_passes_show_what_a_new_row_costs(options, monkeypatch):
     kept = []
     monkeypatch.setattr(timing, "_seconds", seconds)
     measure = timing.measure_times
-    monkeypatch.setattr("slzo.timing.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
+    monkeypatch.setattr("slzo.training.timing.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
     assert main(["fit", *options, "--trainer.max_time=01:00:00:00", "--model.layer=2"]) == 0
     (times,) = found
     assert (times.step, times.new_row, times.rows_per_step) == (1.005, 2.0 / 8, 8)
@@ -140,7 +140,7 @@ def test_only_the_dev_batches_that_are_scored_are_planned(options, monkeypatch):
     """16 dev rows in batches of about one row; scoring a batch takes 1 s."""
     found, measure = [], timing.measure_times
     monkeypatch.setattr(timing, "_seconds", lambda work: work() and 1.0)
-    monkeypatch.setattr("slzo.timing.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
+    monkeypatch.setattr("slzo.training.timing.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
     limited = ["--trainer.max_time=01:00:00:00", "--model.layer=2", "--data.eval_batch_tokens=16"]
     for limit in (1.0, 3):
         assert main(["fit", *options, *limited, f"--trainer.limit_val_batches={limit}"]) == 0
@@ -166,7 +166,7 @@ def measured(monkeypatch):
 
     def pretend(**times):
         known = RunTimes(**times)
-        for module in ("slzo.timing", "slzo.experiments.layer_trials"):
+        for module in ("slzo.training.timing", "slzo.experiments.layer_trials"):
             monkeypatch.setattr(f"{module}.measure_times", lambda *_: known)
 
     return pretend

@@ -29,9 +29,9 @@ from measuring import in_new_process, prepare_process
 from options import command, option, parse
 from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
-from slzo.prefix_plan import plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, tune
+from slzo.training.build import adapt_rows, auto_rate, load_parts, make_stepper, tune
+from slzo.training.prefix_plan import plan_prefix
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo import estimators

@@ -32,8 +32,8 @@ from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
-from slzo.prefix_plan import plan_prefix
-from slzo.training import adapt_rows, auto_rate, make_stepper, tune
+from slzo.training.build import adapt_rows, auto_rate, make_stepper, tune
+from slzo.training.prefix_plan import plan_prefix
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from slzo.models.parts import ModelParts
-from slzo.profiling import ProfileOptions, choose, profile_model
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, load_parts
+from slzo.training.build import adapt_rows, load_parts
+from slzo.training.profiling import ProfileOptions, choose, profile_model
 from slzo.zo.options import TrainingOptions
 from slzo.zo.selection import SelectionRule
 

@@ -6,10 +6,10 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from slzo.profiling import ProfileOptions
 from slzo.report.profile_files import PICTURE, write_profile
-from slzo.run import Prepared
 from slzo.schedule import folder_of
+from slzo.training.profiling import ProfileOptions
+from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import RULES, Auto, SelectionRule

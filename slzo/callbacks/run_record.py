@@ -17,11 +17,11 @@ from slzo.module import ZOModule, zo_module
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
-from slzo.resume import loaded_from_hub
-from slzo.run import Prepared
 from slzo.run_context import num_dev_rows, planned_steps
 from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.task_rows import TaskRows
+from slzo.training.resume import loaded_from_hub
+from slzo.training.run import Prepared
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json

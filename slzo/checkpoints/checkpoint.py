@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def note(self) -> dict[str, Any]:
-        """The checkpoint's note, see :func:`slzo.resume.make_note`."""
+        """The checkpoint's note, see :func:`slzo.training.resume.make_note`."""
         note: dict[str, Any] = self.content["slzo"]
         return note
 
@@ -65,7 +65,7 @@ class Checkpoint:
         return states[0] if states else None
 
     def check_resumable(self, settings: Mapping[str, Any]) -> None:
-        """Check that training with these options, see :func:`slzo.resume.agreed_settings`, can be resumed from the checkpoint.
+        """Check that training with these options (:func:`slzo.training.resume.agreed_settings`) can be resumed from this.
 
         Raises:
             SlzoError: It holds only weights, or its optimizer or scheduler is of another class.

@@ -34,7 +34,7 @@ from slzo.module import ZOModule
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
-from slzo.training import adapt_rows, load_parts
+from slzo.training.build import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.run_layout import CONFIG_FILE
 

@@ -9,11 +9,11 @@ from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
-from slzo.profiling import choose, profile_model, with_choice
 from slzo.report.profile_files import format_profile
-from slzo.run import RunContext
 from slzo.run_context import run_context
 from slzo.task_rows import TaskRows
+from slzo.training.profiling import choose, profile_model, with_choice
+from slzo.training.run import RunContext
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile

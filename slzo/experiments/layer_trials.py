@@ -20,10 +20,10 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.task_rows import TaskRows
-from slzo.timing import measure_times, spaced_batches
-from slzo.training import auto_rate, make_stepper, measure_step, tune, uses_auto
+from slzo.training.build import auto_rate, make_stepper, measure_step, tune, uses_auto
+from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
+from slzo.training.timing import measure_times, spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep

@@ -10,7 +10,7 @@ from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.find import REPLAYED
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.task_rows import TaskRows
-from slzo.training import load_parts, restore, restored_rate
+from slzo.training.build import load_parts, restore, restored_rate
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError

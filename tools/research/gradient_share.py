@@ -17,7 +17,7 @@ from torch import Tensor
 from slzo.batches.packing import PackedBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
-from slzo.training import make_stepper
+from slzo.training.build import make_stepper
 from slzo.zo.estimators import Backprop, Request
 from slzo.zo.options import TrainingOptions
 from slzo.zo.scopes import ActivationSubspace, LayerScope, ScopeContext

@@ -27,9 +27,9 @@ from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
-from slzo.prefix_plan import fill_prefix, plan_prefix
 from slzo.task_rows import TaskRows
-from slzo.training import auto_rate, make_stepper, tune
+from slzo.training.build import auto_rate, make_stepper, tune
+from slzo.training.prefix_plan import fill_prefix, plan_prefix
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions

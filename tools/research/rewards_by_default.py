@@ -27,7 +27,7 @@ from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
-from slzo.training import tune
+from slzo.training.build import tune
 from slzo.utils.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

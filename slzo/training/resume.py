@@ -16,9 +16,9 @@ from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
-from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
+from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError

@@ -14,7 +14,7 @@ from slzo.data.batch import EvalBatch, Row
 from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
-from slzo.training import make_stepper
+from slzo.training.build import make_stepper
 from slzo.utils.console import say
 from slzo.utils.duration import duration
 from slzo.utils.errors import SlzoError

@@ -11,7 +11,7 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
-from slzo.profiling import ProfileOptions
+from slzo.training.profiling import ProfileOptions
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile

@@ -13,8 +13,8 @@ import torch
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, model_shape
-from slzo.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
 from slzo.task_rows import TaskRows
+from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes

@@ -18,8 +18,8 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
-from slzo.prefix_plan import shared_prefix
 from slzo.task_rows import TaskRows
+from slzo.training.prefix_plan import shared_prefix
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
