@@ -18,9 +18,9 @@ def scores(run: RunFiles) -> Texts:
     losses = [point.loss for point in run.points if point.loss is not None]
     return {
         "metric": run.metric if summary else "",
-        "held-out rows": _number(summary.get("num_rows")),
-        "before": _held_out(run.held_out("before")),
-        "after": _held_out(run.held_out("after")),
+        "held-out rows": number(summary.get("num_rows")),
+        "before": score_text(run.held_out("before")),
+        "after": score_text(run.held_out("after")),
         "change": "" if change is None else f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f} ({kind})"),
         "largest class": _share(summary.get("majority_share")),
         "bag of words": _share(summary.get("reference_score")) or summary.get("reference_problem", ""),
@@ -32,7 +32,8 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _held_out(score: ScorePoint | None) -> str:
+def score_text(score: ScorePoint | None) -> str:
+    """Format a held-out score with its standard error."""
     if score is None:
         return ""
     return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
@@ -52,8 +53,8 @@ def method(run: RunFiles) -> Texts:
         "estimator": str(summary.get("estimator", "")),
         "optimizer": str(summary.get("optimizer", "")),
         "learning rate": _rate(summary),
-        "eps": _number(summary.get("eps")),
-        "seed": _number(summary.get("seed")),
+        "eps": number(summary.get("eps")),
+        "seed": number(summary.get("seed")),
     }
 
 
@@ -68,14 +69,14 @@ def speed(run: RunFiles) -> Texts:
     steps, training = summary.get("steps"), summary.get("train_seconds")
     memory = summary.get("peak_memory_gb")
     return {
-        "steps": _number(steps),
-        "evaluations of a batch": _number(summary.get("evaluations")),
-        "seconds in all": _number(summary.get("seconds")),
-        "seconds of training": _number(training),
+        "steps": number(steps),
+        "evaluations of a batch": number(summary.get("evaluations")),
+        "seconds in all": number(summary.get("seconds")),
+        "seconds of training": number(training),
         "seconds a step, validations included": f"{training / steps:.3g}" if steps and training else "",
         "peak memory": "" if memory is None else f"{memory:.3g} GiB",
-        "skipped steps": _number(summary.get("skipped_steps")),
-        "rollbacks": _number(summary.get("rollbacks")),
+        "skipped steps": number(summary.get("skipped_steps")),
+        "rollbacks": number(summary.get("rollbacks")),
     }
 
 
@@ -90,13 +91,14 @@ def versions(run: RunFiles) -> Texts:
         "system": str(environment.get("system", "")),
         "processor": str(environment.get("processor", "")),
         "device": devices if device.startswith("cuda") else device,
-        "threads": _number(environment.get("threads")),
-        "processes": _number(environment.get("processes")),
+        "threads": number(environment.get("threads")),
+        "processes": number(environment.get("processes")),
         "command": str(environment.get("command", "")),
     }
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """Format a number of any kind; empty for ``None``."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

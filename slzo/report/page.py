@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from slzo.pictures.curves import curves_picture
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save, svg_of
-from slzo.report.figures import Texts, method, scores, speed, versions
+from slzo.report.figures import Texts, method, number, score_text, scores, speed, versions
 from slzo.report.run_files import RunFiles, read_run
 from slzo.utils.files import write_text
 from slzo.utils.run_layout import REPORT_FILE
@@ -53,15 +53,18 @@ def _title(runs: Sequence[RunFiles]) -> str:
 
 def _tiles(run: RunFiles) -> Texts:
     """Return the most important figures."""
-    figures = {**scores(run), **method(run), **speed(run)}
-    before, after = figures["before"], figures["after"]
+    summary, before, after = run.summary, run.held_out("before"), run.held_out("after")
+    layer, of_speed = summary.get("dominant_layer"), speed(run)
+    score = score_text(after)
+    if before is not None and after is not None:
+        score = f"{before.value:.4f} → {after.value:.4f}"
     return {
-        f"held-out {run.metric}": f"{before.partition(' ')[0]} → {after.partition(' ')[0]}" if before else after,
-        "change": figures["change"],
-        "tuned parameters": figures["tuned parameters"].partition(" of ")[0],
-        "layer": figures["layer"].partition(":")[0],
-        "seconds in all": figures["seconds in all"],
-        "peak memory": figures["peak memory"],
+        f"held-out {run.metric}": score,
+        "change": scores(run)["change"],
+        "tuned parameters": number(summary.get("tuned_parameters")),
+        "layer": "" if layer is None else f"{layer} of {summary.get('num_layers')}",
+        "seconds in all": of_speed["seconds in all"],
+        "peak memory": of_speed["peak memory"],
     }
 
 
