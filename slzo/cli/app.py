@@ -16,7 +16,7 @@ from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.cli.auto_values import decode_words, encode_words
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
-from slzo.cli.diagnose import check_class_paths, check_nulls
+from slzo.cli.diagnose import check_class_paths, check_values
 from slzo.cli.given import parents
 from slzo.cli.parser import (
     CommandParser,
@@ -172,7 +172,7 @@ class SlzoCLI(LightningCLI):
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, encode_words(args))
-        check_nulls(parser, self.config)
+        check_values(parser, self.config)
         self._check_task()
         seed = self.config.get("seed_everything")
         if not isinstance(seed, bool) and not 0 <= seed <= _MAX_SEED:

@@ -32,7 +32,7 @@ from slzo.utils.settings import Given
 
 _MAX_CHOICES = 40
 _MAX_LISTED = 8
-_LISTED = ("lightning", "slzo", "torch")
+_LISTED_PACKAGES = ("lightning", "slzo", "torch")
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
 }
@@ -54,25 +54,52 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
         if not value.replace(".", "").replace("_", "").isalnum():
             continue
         # a wrong name in a listed package is reported later, with the names that it has
-        if reason := import_failure(value, only_module=value.partition(".")[0] in _LISTED):
+        if reason := import_failure(value, only_module=value.partition(".")[0] in _LISTED_PACKAGES):
             raise SlzoError(f"{option.name} {value!r}: {reason}")
 
 
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option of a command; the parser's own message if none is found."""
-    hints, defaults = _hints(parser, given), {action.dest: action.default for action in options_of(parser)}
-    chosen = {option.name: kind for option in given if (kind := _class(hints, option.name, option.value))}
-    classes: dict[str, type] = {}  # of the options so far
+    hints, classes = _hints(parser, given), _ChosenClasses(parser, given)
     for option in given:
-        for owner in parents(option.name):
-            default: Any = defaults.get(owner)
-            path = default.get("class_path") if hasattr(default, "get") else None
-            if owner not in classes and (kind := _class(hints, owner, path)):
-                classes[owner] = chosen.get(owner, kind)  # with a default, the class may also come later
-        if line := _problem(option, command, hints, classes):
+        if line := _problem(option, command, hints, classes.before(option)):
             return line
-        if kind := _class(hints, option.name, option.value):
-            classes[option.name] = kind
+        classes.add(option)
+    return (
+        _missing_argument(given, hints, classes.chosen) or _missing_option(parser, given) or " ".join(message.split())
+    )
+
+
+class _ChosenClasses:
+    """The classes of options that take one, as far as the options before another one choose them.
+
+    Attributes:
+        chosen: Class by option.
+    """
+
+    def __init__(self, parser: ArgumentParser, given: Sequence[Given]) -> None:
+        self.chosen: dict[str, type] = {}
+        self._hints = _hints(parser, given)
+        self._defaults = {action.dest: action.default for action in options_of(parser)}
+        self._given = {each.name: kind for each in given if (kind := _class(self._hints, each.name, each.value))}
+
+    def before(self, option: Given) -> Mapping[str, type]:
+        """Return the classes that are known where an option is given: with a default, the class may also come later."""
+        for owner in parents(option.name):
+            default: Any = self._defaults.get(owner)
+            path = default.get("class_path") if hasattr(default, "get") else None
+            if owner not in self.chosen and (kind := _class(self._hints, owner, path)):
+                self.chosen[owner] = self._given.get(owner, kind)
+        return self.chosen
+
+    def add(self, option: Given) -> None:
+        """Note the class that an option chooses."""
+        if kind := _class(self._hints, option.name, option.value):
+            self.chosen[option.name] = kind
+
+
+def _missing_argument(given: Sequence[Given], hints: Mapping[str, Any], classes: Mapping[str, type]) -> str:
+    """Return a line about a chosen class that lacks an argument; empty if there is none."""
     for name, kind in classes.items():
         arguments = {each.name.split(".")[name.count(".") + 1] for each in given if each.name.startswith(f"{name}.")}
         missing = [
@@ -81,15 +108,20 @@ def explain(parser: ArgumentParser, command: str, given: Sequence[Given], messag
         if missing:
             needed = f"{name}: the chosen class needs {', '.join(missing)}; set {name}.{missing[0]}"
             return f"{needed}; {_help_of(name, kind)}"
+    return ""
+
+
+def _missing_option(parser: ArgumentParser, given: Sequence[Given]) -> str:
+    """Return a line about a required option that is not given; empty if there is none."""
     names = {option.name for option in given}
     for action in options_of(parser):
         if action.required and action.dest not in names:
             text = " ".join((action.help or "a value").split()).removesuffix(".")
             return f"{action.dest}: is required; give --{action.dest} VALUE: {text[0].lower()}{text[1:]}"
-    return " ".join(message.split())
+    return ""
 
 
-def check_nulls(parser: ArgumentParser, options: Any) -> None:
+def check_values(parser: ArgumentParser, options: Any) -> None:
     """Refuse null in a config for an option that must have a value, and a value for a group; the parser accepts both.
 
     Raises:
