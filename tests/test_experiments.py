@@ -17,8 +17,9 @@ from slzo.__main__ import main
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.data.batch import eval_batch
-from slzo.experiments import layer_trials, sweep_cells
+from slzo.experiments import layer_trials, sensitivity, sweep_cells
 from slzo.experiments.layer_trials import LayerTrials
+from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
@@ -186,7 +187,7 @@ def test_states_of_a_lower_layer_are_carried_to_the_next_one(options):
 def test_sensitivity_is_the_mean_slope(options):
     """Compared with a plain loop over the whole model, with the same directions."""
     trials = trials_of(options)
-    found = trials.sensitivity(2, directions=20, seed=5)
+    found = measure_sensitivity(trials, 2, directions=20, seed=5)
     rows = next(trials.rows.training_batches(5, 16)).packed
     tuned, eps = tune(trials.parts, trials.options, trials.rows, 2).tensors, 1e-3
     slopes = []
@@ -206,14 +207,14 @@ def test_sensitivity_is_the_mean_slope(options):
 
 def test_a_sensitivity_ends_when_its_error_is_small_enough(options, monkeypatch):
     trials = trials_of(options)
-    monkeypatch.setattr(layer_trials, "_MAX_ERROR", 0.0)
-    assert trials.sensitivity(2, 20, 5).directions == 20
-    monkeypatch.setattr(layer_trials, "_MAX_ERROR", 1.0)
-    assert trials.sensitivity(2, 20, 5).directions == 8
+    monkeypatch.setattr(sensitivity, "_MAX_ERROR", 0.0)
+    assert measure_sensitivity(trials, 2, 20, 5).directions == 20
+    monkeypatch.setattr(sensitivity, "_MAX_ERROR", 1.0)
+    assert measure_sensitivity(trials, 2, 20, 5).directions == 8
     monkeypatch.undo()
-    found = trials.sensitivity(2, 20, 5)
+    found = measure_sensitivity(trials, 2, 20, 5)
     assert found.directions == 20 or found.standard_error < 0.25 * found.mean
-    assert trials.sensitivity(2, found.directions, 5) == found
+    assert measure_sensitivity(trials, 2, found.directions, 5) == found
 
 
 def test_divergence_is_reported(options):

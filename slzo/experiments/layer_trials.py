@@ -5,9 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch.optim import Optimizer
 
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, TrainBatch
-from slzo.data.fingerprint import DataFingerprint
-from slzo.models.fingerprint import Fingerprint
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -24,10 +21,7 @@ from slzo.task_rows import TaskRows
 from slzo.training.build import auto_rate, make_stepper, measure_step, tune, uses_auto
 from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.training.timing import measure_times, spaced_batches
-from slzo.utils.errors import SlzoError
-from slzo.utils.sampling_error import standard_error
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
-from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
@@ -39,34 +33,12 @@ from slzo.zo.tuned_model import TunedModel
 _DIVERGED = 1.5
 # Steps at which a curve is scored.
 _CURVE = tuple(10 * 2**power for power in range(16))
-# Eps of the sensitivity if model.eps is auto, so that all layers are compared at the same distance.
-_SENSITIVITY_EPS = 1e-3
 # Average number of evaluations that measuring a step size takes, at most.
 _MEASURING = 25
 # Cost of whole-vocabulary logits and their softmax relative to the matrix product alone: COPA, both built-in models, two cores.
 _LOGITS = 2.7
 # cost of a layer's keys and values alone, as a share of the layer
 _KEYS_AND_VALUES = 0.2
-# With fewer directions the estimated standard error is unreliable.
-_LEAST_DIRECTIONS = 8
-_MAX_ERROR = 0.25
-SENSITIVITY_ROWS = 16
-"""Number of training rows that the sensitivity is measured on."""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Sensitivity of the loss to random directions before training, |L+ - L-| / (2 eps).
-
-    Attributes:
-        mean: Mean over the directions.
-        standard_error: Standard error of the mean.
-        directions: Number of directions.
-    """
-
-    mean: float
-    standard_error: float
-    directions: int
 
 
 class LayerTrials(Trials):
@@ -106,7 +78,7 @@ class LayerTrials(Trials):
         if self.time is None:
             return self.steps
         if layer not in self._times:
-            with self._tuned(layer) as model:
+            with self.tuned(layer) as model:
                 self._times[layer] = measure_times(model, self.options, self.rows, self.time)
         return int(TimePlan.of(self._times[layer], self.time, self.time.left).new_steps / (1 + share))
 
@@ -128,7 +100,7 @@ class LayerTrials(Trials):
     def step_size(self, layer: int) -> AutoStep:
         """See :meth:`slzo.zo.trial.Trials.step_size`."""
         if layer not in self._measured:
-            with self._tuned(layer) as model:
+            with self.tuned(layer) as model:
                 stepper = make_stepper(model, self.options, self.rows)
                 self._measured[layer] = measure_step(stepper, self.rows)
         return self._measured[layer]
@@ -185,11 +157,11 @@ class LayerTrials(Trials):
             checks: After these numbers of steps, score the dev rows, and stop if the function returns ``False``.
             dev_rows: Score about this many dev rows, in complete batches; ``None`` for all.
         """
-        self._carry_prefix(layer)
+        self.carry_prefix(layer)
         losses: list[float] = []
         slopes: list[float] = []
         scores: list[Score] = []
-        with self._tuned(layer) as model:
+        with self.tuned(layer) as model:
             stepper, optimizer, scheduler, used = self._training(layer, model, seed, lr, eps)
             batches: Iterator[TrainBatch] = self.rows.training_batches(self._row_seed(seed))
             if num_batches is not None:
@@ -228,7 +200,7 @@ class LayerTrials(Trials):
         choice, eps = self.options.optimizer, self.options.step.eps
         if not uses_auto(self.options):
             return choice.lr, eps
-        with self._tuned(layer) as model:
+        with self.tuned(layer) as model:
             measured = self._rate(layer, model, eps, self.options.noise_seed)
             optimizer = choice.make(model.tensors.masters)
             rate = choice.lr
@@ -236,70 +208,8 @@ class LayerTrials(Trials):
                 rate = float(f"{measured.rate(optimizer, self.options.estimator):.1g}")
             return rate, measured.eps
 
-    def sensitivity(self, layer: int, directions: int, seed: int) -> Sensitivity:
-        """Measure the sensitivity of one layer along random directions, on the first :data:`SENSITIVITY_ROWS` training rows.
-
-        The measurement ends when the standard error is below a quarter of the mean, after 8 directions at the earliest.
-
-        Args:
-            layer: Decoder layer, counted from 0.
-            directions: Largest number of directions.
-            seed: Seed of directions and rows; both are the same for every layer.
-        """
-        self._carry_prefix(layer)
-        eps = self.options.step.eps or _SENSITIVITY_EPS
-        batch = next(self.rows.training_batches(seed, SENSITIVITY_ROWS)).to(self.parts.model.device)
-        slopes: list[float] = []
-        error = None
-        with self._tuned(layer) as model, torch.no_grad():
-            loss = make_stepper(model, self.options, self.rows).loss(batch)
-            for query in range(directions):
-                z = model.tensors.draw(seed, 0, query)
-                high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
-                slopes.append(abs(high - low) / (2 * eps))
-                if not math.isfinite(slopes[-1]):
-                    raise SlzoError(
-                        f"model.eps {eps:g}: the loss of layer {layer} is not finite at this distance; give a smaller one, or "
-                        "directions 0 to measure no sensitivity"
-                    )
-                error = standard_error(slopes)
-                enough = error is not None and error < _MAX_ERROR * statistics.fmean(slopes)
-                if enough and len(slopes) >= _LEAST_DIRECTIONS:
-                    break
-        return Sensitivity(statistics.fmean(slopes), math.nan if error is None else error, len(slopes))
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that the results depend on, in addition to steps and seeds, as primitives.
-
-        Rows and weights are compared by their hashes, since files can change under the same name.
-        """
-        options, rows = self.options, self.rows
-        data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
-        reward = {} if rows.reward is None else {"reward code": rows.reward.runner.code_hash()}
-        return {
-            **options.flat(),
-            **rows.task_settings,
-            **reward,
-            "eps": options.step.eps or "auto",
-            "noise_seed": options.noise_seed,
-            "batch_size": rows.batch_size,
-            "seed": rows.seed,
-            **data.hashes(),
-            "weights": Fingerprint.of(self.parts.model).short_hash(),
-        }
-
-    def default_folder(self) -> Path:
-        """Return the default folder of the results of a sweep."""
-        return Path("sweeps") / f"{Path(self.options.model).name}-{self.rows.task.name}"
-
-    def clear_prefix(self) -> None:
-        """Drop all cached states."""
-        self._cache = None
-
-    # ---- helpers ---------------------------------------------------------------------------------------------------------
-
     @contextmanager
-    def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
+    def tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope within the context; restore the untuned weights afterwards."""
         model = tune(self.parts, self.options, self.rows, layer, self._cache)
         plan_prefix(model, self.rows)
@@ -310,6 +220,28 @@ class LayerTrials(Trials):
         finally:
             model.tensors.load(initial)
             model.release()
+
+    def carry_prefix(self, layer: int | None) -> None:
+        """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""
+        cache, parts = self._cache, self.parts
+        if cache is None or layer is None or not 0 < cache.start < layer:
+            return
+        moved = PrefixCache(layer, cache.budget / 2**30, cache.directory)
+        with torch.no_grad():
+            for block in prefix_blocks(self.rows):  # in the same blocks as they were computed
+                if not all(key in cache for key in block.keys):
+                    continue
+                batch = block.pack()
+                hidden = cache.gather(batch.example_index, {}, parts.model.device)
+                states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
+                moved.put(batch.example_index, batch.example_tokens, states)
+        self._cache = moved
+
+    def clear_prefix(self) -> None:
+        """Drop all cached states."""
+        self._cache = None
+
+    # ---- helpers ---------------------------------------------------------------------------------------------------------
 
     def _training(
         self, layer: int | None, model: TunedModel, seed: int, lr: float | None, eps: float | None
@@ -343,22 +275,6 @@ class LayerTrials(Trials):
         """Return the options of a training, which goes on after any number of infinite losses; ``eps`` replaces their own."""
         step = self.options.step if eps is None else replace(self.options.step, eps=eps)
         return replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
-
-    def _carry_prefix(self, layer: int | None) -> None:
-        """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""
-        cache, parts = self._cache, self.parts
-        if cache is None or layer is None or not 0 < cache.start < layer:
-            return
-        moved = PrefixCache(layer, cache.budget / 2**30, cache.directory)
-        with torch.no_grad():
-            for block in prefix_blocks(self.rows):  # in the same blocks as they were computed
-                if not all(key in cache for key in block.keys):
-                    continue
-                batch = block.pack()
-                hidden = cache.gather(batch.example_index, {}, parts.model.device)
-                states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
-                moved.put(batch.example_index, batch.example_tokens, states)
-        self._cache = moved
 
     def _score(
         self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: float = 0, seconds: float = 0.0

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
+from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import complete_cells
+from slzo.experiments.sweep_cells import complete_cells, sweep_folder, sweep_settings
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
 from slzo.utils.console import is_worker, say
@@ -30,8 +31,8 @@ def sweep_layers(
             f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
         )
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
-    settings = trials.settings()
-    store = CellStore(output or trials.default_folder(), settings)
+    settings = sweep_settings(trials)
+    store = CellStore(output or sweep_folder(trials), settings)
     profile = profile_model()
     run_cells(trials, store, plan)
     if is_worker():
@@ -45,7 +46,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     """Compute sensitivities, then trainings, lowest layer first, together with the other processes on the same folder."""
 
     def sensitivity(layer: int) -> dict[str, Any]:
-        return asdict(trials.sensitivity(layer, plan.directions, plan.seeds[0]))
+        return asdict(measure_sensitivity(trials, layer, plan.directions, plan.seeds[0]))
 
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))

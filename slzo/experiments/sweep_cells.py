@@ -1,12 +1,41 @@
-"""Compute the cells of a sweep, and report each of them."""
+"""The cells of a sweep: their folder and settings; compute them, and report each of them."""
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from slzo.data.fingerprint import DataFingerprint
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
+from slzo.models.fingerprint import Fingerprint
 from slzo.utils.console import say
 from slzo.utils.duration import duration
+
+
+def sweep_folder(trials: LayerTrials) -> Path:
+    """Return the default folder of the results of a sweep."""
+    return Path("sweeps") / f"{Path(trials.options.model).name}-{trials.rows.task.name}"
+
+
+def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
+    """Return the settings that the results depend on, in addition to steps and seeds, as primitives.
+
+    Rows and weights are compared by their hashes, since files can change under the same name.
+    """
+    options, rows = trials.options, trials.rows
+    data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
+    reward = {} if rows.reward is None else {"reward code": rows.reward.runner.code_hash()}
+    return {
+        **options.flat(),
+        **rows.task_settings,
+        **reward,
+        "noise_seed": options.noise_seed,
+        "batch_size": rows.batch_size,
+        "seed": rows.seed,
+        **data.hashes(),
+        "weights": Fingerprint.of(trials.parts.model).short_hash(),
+    }
 
 
 def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import complete_cells
+from slzo.experiments.sweep_cells import complete_cells, sweep_folder, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
@@ -61,9 +61,9 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     Raises:
         SlzoError: The folder holds other results.
     """
-    settings = trials.settings() | {"steps": plan.steps, "layer": layer}
+    settings = sweep_settings(trials) | {"steps": plan.steps, "layer": layer}
     own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
-    store = CellStore(output or f"{trials.default_folder()}-rates", settings | own)
+    store = CellStore(output or f"{sweep_folder(trials)}-rates", settings | own)
     loss = trials.rows.selection_metric.loss_name
     tried, before = search(trials, store, plan, layer, loss)
     if is_worker():
