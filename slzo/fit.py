@@ -21,6 +21,7 @@ from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
+from slzo.models.fingerprint import hash_tensors
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
@@ -54,6 +55,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.seeding import derive_seed
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
@@ -99,6 +101,9 @@ def prepare(
         model, choice = _restored_model(options, loaded, checkpoint, tuned)
     if tuned is not None:
         model.clear_prefix()  # its keys belong to one data module
+        if checkpoint is None:  # with the directions of the earlier training it would search the same subspace again
+            seed = derive_seed(options.noise_seed, hash_tensors(tuned.tensors.named_masters().items()))
+            options = replace(options, seed=rows.processes.broadcast(seed))
     plan_prefix(model, rows, held_out=True)
     auto, evaluations = None if checkpoint is None else restored_rate(checkpoint.note["auto_step"], options), 0.0
     if auto is None and uses_auto(options):

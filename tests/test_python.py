@@ -377,7 +377,9 @@ def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir):
     trainer.test(module, datamodule=rows(data_dir), verbose=False)
     for each in (module, same):
         ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(each, datamodule=rows(data_dir))
+        assert each.stepper.seed not in (0, module.options.noise_seed)  # not the directions of the first training again
     assert all(tensor.equal(same.state_dict()[name]) for name, tensor in module.state_dict().items())
+    assert module.stepper.seed == same.stepper.seed
 
 
 def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir, capsys):

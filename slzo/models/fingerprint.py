@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -64,12 +65,14 @@ class Fingerprint:
         if method is None:
             some = {name: _sample(tensor).clone() for name, tensor in placement_of(model).values(model)}
             dtypes = [dtype for dtype in _DTYPES if all(part.dtype in (torch.float32, dtype) for part in some.values())]
-            sample = {_name(dtype): _hash((name, part.to(dtype)) for name, part in some.items()) for dtype in dtypes}
+            sample = {
+                _name(dtype): hash_tensors((name, part.to(dtype)) for name, part in some.items()) for dtype in dtypes
+            }
         else:  # never comparable to a plain model, whose values differ
             tensors: dict[str, Tensor] = dict(model.named_parameters())
             tensors |= {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
             packed = (pair for name, tensor in tensors.items() for pair in _plain_tensors(name, tensor))
-            sample = {f"{method}, {_name(model.dtype)}": _hash((name, _sample(part)) for name, part in packed)}
+            sample = {f"{method}, {_name(model.dtype)}": hash_tensors((name, _sample(part)) for name, part in packed)}
         config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
@@ -84,7 +87,7 @@ class Fingerprint:
         if not tensors:
             return self
         dtypes = "+".join(sorted({_name(tensor.dtype) for tensor in tensors.values()}))
-        return replace(self, tuned={dtypes: _hash(tensors.items())})
+        return replace(self, tuned={dtypes: hash_tensors(tensors.items())})
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, for checkpoints."""
@@ -129,11 +132,15 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _VALUES)]
+    flat, width = tensor.detach().reshape(-1), tensor.shape[-1] if tensor.dim() else 1
+    stride = max(1, flat.numel() // _VALUES)
+    while math.gcd(stride, width) > 1:  # a common divisor would leave out columns
+        stride -= 1
+    return flat[::stride]
 
 
-def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, types, shapes and all values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
