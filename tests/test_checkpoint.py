@@ -132,6 +132,18 @@ def test_a_fingerprint_does_not_depend_on_how_the_model_is_loaded(tmp_path, save
             one.check(Fingerprint.of(model).to_dict())
 
 
+def test_a_fingerprint_samples_all_columns_of_a_matrix():
+    """With a stride that the width divides, only the first column would be compared."""
+    model = tiny_model(vocab_size=4096, hidden_size=32)
+    before = Fingerprint.of(model)
+    weight = model.get_input_embeddings().weight
+    assert weight.numel() // 1024 % weight.shape[1] == 0
+    with torch.no_grad():
+        weight[:, 1:] += 1
+    with pytest.raises(SlzoError, match="the same shape, different weights"):
+        Fingerprint.of(model).check(before.to_dict())
+
+
 def test_the_fingerprint_is_that_of_the_untuned_model(run):
     """After training as before it: a resumed run compares with the base model."""
     assert main(FIT) == 0
