@@ -370,7 +370,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         "peak_memory_gb": round(peak, 3),
         "tuned_parameters": model.tensors.num_elements,
         "total_parameters": model.parts.model.num_parameters(),
-        "seed": stepper.seed,
+        "seed": prepared.settings["model.seed"],
         "command": outcome.command,
         "majority_share": majority_share(test) if is_classified else None,
     }

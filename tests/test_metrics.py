@@ -151,6 +151,9 @@ def test_the_tasks_metric_is_computed(name):
     metrics.update([example], ["b"] if task.kind is Kind.GENERATION else [1])
     found = metrics.compute()
     assert task.metric in found
+    score = RunningScore(task, torch.device("cpu"), rewarded=True)
+    assert set(score.compute()) <= set(score.names)
+    assert list(found) == metrics.names
     assert all(value.shape == () and value == 1 for value in found.values())
 
 

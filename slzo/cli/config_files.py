@@ -82,7 +82,7 @@ def _problems(node: yaml.Node, name: str = "") -> Iterator[tuple[yaml.Node, str]
             yield from _problems(value, f"{name}.[]")
     if not isinstance(node, yaml.MappingNode):
         return
-    class_path = next((value.value for key, value in node.value if key.value == "class_path"), None)
+    class_path = next((str(value.value) for key, value in node.value if key.value == "class_path"), None)
     has_options = class_path is not None or not name or name in GROUPS or name == _ARGUMENTS
     for key, value in node.value:
         items, problem = value.value if isinstance(value, yaml.SequenceNode) else (), None

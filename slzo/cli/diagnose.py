@@ -60,7 +60,8 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option of a command; the parser's own message if none is found."""
-    hints, classes = _hints(parser, given), _ChosenClasses(parser, given)
+    hints = _hints(parser, given)
+    classes = _ChosenClasses(parser, given, hints)
     for option in given:
         if line := _problem(option, command, hints, classes.before(option)):
             return line
@@ -77,11 +78,11 @@ class _ChosenClasses:
         chosen: Class by option.
     """
 
-    def __init__(self, parser: ArgumentParser, given: Sequence[Given]) -> None:
+    def __init__(self, parser: ArgumentParser, given: Sequence[Given], hints: Mapping[str, Any]) -> None:
         self.chosen: dict[str, type] = {}
-        self._hints = _hints(parser, given)
+        self._hints = hints
         self._defaults = {action.dest: action.default for action in options_of(parser)}
-        self._given = {each.name: kind for each in given if (kind := _class(self._hints, each.name, each.value))}
+        self._given = {each.name: kind for each in given if (kind := _class(hints, each.name, each.value))}
 
     def before(self, option: Given) -> Mapping[str, type]:
         """Return the classes that are known where an option is given: with a default, the class may also come later."""

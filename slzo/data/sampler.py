@@ -33,8 +33,8 @@ class StepBatchSampler(Generic[T]):
         steps_done: Returns the number of completed steps; called at the start of each pass.
     """
 
-    rows: Sequence[T]
-    num_tokens: Sequence[int]
+    rows: Sequence[T] = field(repr=False)
+    num_tokens: Sequence[int] = field(repr=False)
     batch_size: int
     seed: int
     rank: int = 0

@@ -190,7 +190,8 @@ class SweepResult:
         with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(LayerResult)])
             writer.writeheader()
-            writer.writerows(rows)
+            # NaN is not equal to itself
+            writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
         curves = {layer: [asdict(score) for score in scores] for layer, scores in layer_curves(self.curves).items()}
         content = {
             "verdict": self.verdict(),

@@ -85,11 +85,13 @@ class Exported:
             )
         return loadable(str(name)) if base.get("commit") is None else f"{name}@{base['commit']}"
 
-    def load_base(self, name: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
-        """Load the base model, and check that it is the original one."""
-        model = load_model(name, dtype, trust_remote_code)
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Check that a model is the base model.
+
+        Raises:
+            SlzoError: It is another one.
+        """
         Fingerprint.of(model).check(self.facts.get("fingerprint", {}))
-        return model
 
     def load_tuned(self, base: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
         """Load the tuned model; an adapter is merged into it. A whole model needs no ``base``.
@@ -99,7 +101,8 @@ class Exported:
         """
         if self.is_whole:
             return load_model(str(self.folder), dtype, trust_remote_code)
-        model = self.load_base(base, dtype, trust_remote_code)
+        model = load_model(base, dtype, trust_remote_code)
+        self.check_base(model)
         if self.is_delta:
             swap(model, read_delta(self.folder))
             return model

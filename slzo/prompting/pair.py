@@ -137,11 +137,13 @@ def _base_of(exported: Exported, base: str | None, trust_remote_code: bool) -> t
     """Return name and model of the base of an exported folder."""
     name = exported.base_name("base") if base is None else base
     try:
-        return name, exported.load_base(name, exported.dtype, trust_remote_code)
+        model = load_model(name, exported.dtype, trust_remote_code)
     except SlzoError as error:
         if base is not None:
             raise
         raise SlzoError(f"{error}; or give the base model of {str(exported.folder)!r} with --base") from error
+    exported.check_base(model)
+    return name, model
 
 
 def _with_tensors(model: PreTrainedModel, tuned: Mapping[str, Tensor]) -> dict[str, Use]:

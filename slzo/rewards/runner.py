@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from slzo.rewards.calls import (
@@ -149,23 +150,20 @@ class _ThisProcess:
 
     def __init__(self, functions: Sequence[RewardSpec]) -> None:
         self._functions = functions
-        self._loaded: LoadedFunctions | None = None
 
     def load(self) -> Sequence[tuple[str, ...]]:
-        return self._load().required
+        return self._loaded.required
 
     def __call__(self, answers: AnswerBatch) -> list[list[float]]:
-        loaded = self._load()
         # a function may change its lists
-        return [loaded.call(number, copy.deepcopy(answers)) for number in range(len(self._functions))]
+        return [self._loaded.call(number, copy.deepcopy(answers)) for number in range(len(self._functions))]
 
-    def _load(self) -> LoadedFunctions:
-        if self._loaded is None:
-            try:
-                self._loaded = LoadedFunctions(self._functions)
-            except RewardFailure as failure:
-                raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
-        return self._loaded
+    @cached_property
+    def _loaded(self) -> LoadedFunctions:
+        try:
+            return LoadedFunctions(self._functions)
+        except RewardFailure as failure:
+            raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
 
 
 def read_functions(given: object) -> tuple[RewardSpec, ...]:

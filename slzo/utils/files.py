@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -262,12 +263,14 @@ def disk_errors() -> Iterator[None]:
             raise
         if isinstance(error, BrokenPipeError):
             raise SlzoError("standard output: was closed while the command ran; write it to a file instead") from error
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+            raise SlzoError(f"network: {error.strerror}; check the connection, and give the command again") from error
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
         if isinstance(error, FileNotFoundError):
             raise SlzoError(f"{where}: does not exist, or was removed while the command ran; check the path") from error
         raise SlzoError(
             f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
-            "(trainer.logger.save_dir, output, SLZO_CACHE); --ckpt_path last resumes from the last checkpoint"
+            "(trainer.logger.save_dir, output, SLZO_CACHE); slzo fit goes on from the last checkpoint with --ckpt_path last"
         ) from error
 
 
