@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_a_file_that_is_gone_is_named_as_text():
     assert str(caught.value).startswith(
         "'runs/version_0/events': does not exist, or was removed while the command ran; check the path"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+    ],
+)
+def test_an_error_of_the_network_names_no_file(error):
+    with pytest.raises(SlzoError) as caught, disk_errors():
+        raise error
+    assert str(caught.value) == f"network: {error.strerror}; check the connection, and give the command again"
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

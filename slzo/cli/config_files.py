@@ -39,7 +39,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise SlzoError(f"{option}: holds no options; add some, such as `model: {{eps: 1e-3}}`, or leave out --config")
     if not isinstance(content, dict):
         raise SlzoError(f"{option}: holds a {type(content).__name__} instead of options; write them as `NAME: VALUE`")
-    for key, problem in _problems(node):
+    if first := next(_problems(node), None):
+        key, problem = first
         raise SlzoError(f"{option}, line {key.start_mark.line + 1}: {problem}")
     for name, value in content.items():
         # a string is the path of another file

@@ -234,6 +234,8 @@ class ModelParts:
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
                 LAYOUT_ARGUMENT: batch.layout if attend is None else attend,
             }
+        if attend is not None:
+            raise ValueError("a model that runs padded uses its own attention")
         layout = batch.layout.in_one_group
         return {
             "input_ids": batch.input_ids[layout.groups[0]],

@@ -152,7 +152,7 @@ class BatchAnswerLoss(_SummedLoss):
     sampling: AnswerSampling
     at_points: AnswerSampling
     losses_of: Callable[[Sequence[Answer], Sequence[Row]], tuple[Sequence[float], LossReport]]
-    _report: LossReport = field(default_factory=LossReport)
+    _report: LossReport = field(default_factory=LossReport, init=False)
 
     @property
     def report(self) -> LossReport:
