@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slzo.commands.registry import COMMANDS
-from slzo.utils.console import is_worker
+from slzo.utils.console import is_worker, say
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.signals import termination_signals
 from slzo.version import __version__
@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, see ``slzo --help``."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        sys.stdout.write(_HELP)
+        say(_HELP.rstrip())
         return 0
     if args[0] == "--version":
-        sys.stdout.write(f"slzo {__version__}\n")
+        say(f"slzo {__version__}")
         return 0
     try:
         if args[0] not in COMMANDS:

@@ -548,6 +548,17 @@ def test_a_sweep_over_rates_recommends_one_and_goes_on(options, capsys, monkeypa
     assert "num_queries: 1 -> 2" in error_line(capsys, *command, "--model.num_queries=2")
 
 
+def test_the_own_rate_is_measured_once_for_all_processes_on_a_folder(options, monkeypatch):
+    """Another machine measures other last digits, with which all trials would be run again."""
+    command = ["sweep", *options, "--steps=1", "--lrs=auto", "--model.eps=auto", "--model.layer=1", "--output=rates"]
+    assert main(command) == 0
+    before = json.loads(Path("rates/rates.json").read_text())
+    monkeypatch.setattr(LayerTrials, "run", None)
+    monkeypatch.setattr(LayerTrials, "own_step", None)
+    assert main(command) == 0
+    assert json.loads(Path("rates/rates.json").read_text()) == before
+
+
 def test_sizes_of_the_perturbation_are_compared_with_each_rate(options):
     command = ["sweep", *options, "--steps=1", "--lrs=[1e-3,1e-2]", "--eps=[1e-3,1e-2]", "--model.scope=AllParameters"]
     assert main(command) == 0

@@ -6,7 +6,7 @@ from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sweep import sweep_layers
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
-from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
+from slzo.experiments.sweep_rates import check_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.report.profile_files import format_profile
@@ -82,9 +82,7 @@ def sweep(
             _check_dev_rows(rows)
         if plan is None:
             _, choice = choose_layer(parts, options, rows, run)
-            layer = None if choice is None else choice.layer
-            rates = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
-            sweep_rates(trials, rates, layer, output)
+            sweep_rates(trials, None if choice is None else choice.layer, lrs, eps, steps, own_seeds, output)
         else:
             sweep_layers(trials, plan.of_model(parts.num_layers), lambda: _profile(trials, run), output)
 

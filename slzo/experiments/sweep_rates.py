@@ -55,15 +55,28 @@ class RateResult:
     diverged: str
 
 
-def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: str | None) -> None:
+Rates = Sequence[float] | Literal["auto"] | None
+"""Rates to compare; ``auto`` and ``None`` for those around the own one."""
+
+
+def sweep_rates(
+    trials: LayerTrials,
+    layer: int | None,
+    lrs: Rates,
+    eps: Sequence[float] | None,
+    steps: int,
+    seeds: Sequence[int],
+    output: str | None,
+) -> None:
     """Run the trials that are not finished, recommend a pair and write it to ``output``, by default sweeps/MODEL-TASK-rates.
 
     Raises:
         SlzoError: The folder holds other results.
     """
-    settings = sweep_settings(trials) | {"steps": plan.steps, "layer": layer}
+    settings = sweep_settings(trials) | {"steps": steps, "layer": layer}
     own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
     store = CellStore(output or f"{sweep_folder(trials)}-rates", settings | own)
+    plan = plan_rates(lrs, eps, steps, seeds, partial(_own_step, trials, store, layer))
     loss = trials.rows.selection_metric.loss_name
     tried, before = search(trials, store, plan, layer, loss)
     if is_worker():
@@ -83,8 +96,21 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     say(f"Files      {store.folder}")
 
 
-Rates = Sequence[float] | Literal["auto"] | None
-"""Rates to compare; ``auto`` and ``None`` for those around the own one."""
+def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple[float, float | None]:
+    """Return learning rate and eps of the options; they are measured once for all processes on the folder.
+
+    Another machine, or another number of threads, would measure slightly different ones, and train all cells again.
+    """
+    lr, eps = trials.options.optimizer.lr, trials.options.step.eps
+    name = f"own-lr-{lr}-eps-{eps}"
+
+    def measure() -> dict[str, float | None]:
+        lr, eps = trials.own_step(layer)
+        return {"lr": lr, "eps": eps}
+
+    store.complete({name: measure})
+    found = store.result(name)
+    return found["lr"], found["eps"]
 
 
 def check_rates(
