@@ -283,6 +283,23 @@ def test_the_classes_whose_options_are_given(args, expected):
     assert tuple(name or None for name in names) == expected
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--model.optimizer=SGD"], 0.0),
+        (["--model.optimizer=Adam", "--model.optimizer.lr=1e-3"], 0.0),
+        (["--model.estimator=SPSA", "--model.optimizer=AdamW"], 0.01),
+        (["--model.optimizer=SGD", "--model.optimizer.weight_decay=0.1"], 0.1),
+    ],
+)
+def test_a_named_optimizer_has_its_own_defaults(args, expected, capsys):
+    """And not those of the default optimizer, AdamW or SGD."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "quickstart", *args, "--print_config"])
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]
+    assert optimizer["init_args"]["weight_decay"] == expected
+
+
 class Accurate(SPSA):
     """A user's estimator that averages enough points for Adam."""
 

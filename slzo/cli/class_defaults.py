@@ -1,11 +1,13 @@
-"""The classes of estimator and optimizer if only their options are given."""
+"""The classes of estimator and optimizer from which their options start."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch.optim import Optimizer
+
 from slzo.cli.given import loaded
-from slzo.cli.option_types import imported_class
+from slzo.cli.option_types import argument_types, classes_of, imported_class
 from slzo.module import ZOModule
 from slzo.utils.settings import Given
 from slzo.zo.estimators import ESTIMATORS, default_estimator
@@ -18,19 +20,29 @@ _OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].def
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
-    """Return estimator and optimizer with a class, for those of which an option is given."""
+    """Return estimator and optimizer with a class, for those of which an option is given.
+
+    It is the class that is named last: the parser passes options on from the default class to the named one, such as the weight
+    decay of AdamW to SGD.
+    """
     latest = {each.name: loaded(each.value) for each in given}  # the last one counts, also if it is null
     options = {name: value for name, value in latest.items() if value is not None}
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
     default = default_estimator(_one_layer(given, options), of_weights)
     if any(name.startswith("model.estimator.") for name in options):
-        found["model.estimator"] = {"class_path": f"{default.__module__}.{default.__name__}"}
+        found["model.estimator"] = {"class_path": _path(_last_class("model.estimator", given, ESTIMATORS) or default)}
     if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
         estimator = _last_class("model.estimator", given, ESTIMATORS) or default
-        optimizer = default_optimizer(getattr(estimator, "along_directions", True))
-        found["model.optimizer"] = {"class_path": f"torch.optim.{optimizer.__name__}", "init_args": {"lr": AUTO_LR}}
+        usual = default_optimizer(getattr(estimator, "along_directions", True))
+        optimizer = _last_class("model.optimizer", given, classes_of(Optimizer).values()) or usual
+        rate = {"lr": AUTO_LR} if "lr" in argument_types(optimizer) else {}
+        found["model.optimizer"] = {"class_path": _path(optimizer), "init_args": rate}
     return found
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
