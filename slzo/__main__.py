@@ -27,9 +27,9 @@ options:
   --version      the version
 
 exit status:
-  0 done   2 an error in options or files, explained in one line   1 any other error: a bug, please report it
+  0 done   2 an error in options or files, explained in one line   1 any other error: a bug, or an error in your own class
   130 ended by Ctrl-C   143 ended by SIGTERM   138 ended by SIGUSR1 in a SLURM job;
-  fit finishes its current step, saves it and prints how to continue
+  fit ends after the step or validation under way, saves it and prints how to continue
 
 examples:
   slzo fit --config quickstart

@@ -82,8 +82,8 @@ class ZOModule(LightningModule):
             given by its class path, with arguments as class_path and init_args. The tuned layer stays in full precision. A
             model that is already quantized needs none.
         device_map: Where the decoder layers are: auto, balanced, sequential, or a place by module name; auto and balanced use
-            all cards, sequential fills one after the other. Layers that do not fit are in CPU memory and on disk. A place is
-            the number of a card, cpu or disk. Tuned tensors, embeddings and head are always on the trainer's device.
+            all GPUs, sequential fills one after the other. Layers that do not fit are in CPU memory and on disk. A place is
+            the number of a GPU, cpu or disk. Tuned tensors, embeddings and head are always on the trainer's device.
         offload_folder: Folder for layers on disk that differ from the model's files.
         seed: Seed of the directions; by default that of seed_everything.
         parallel: What is divided among processes in training, rows or directions. With rows, each process has data.batch_size

@@ -35,7 +35,7 @@ _TEXTS = {
     "config": "YAML file with options, or one of slzo's own by name, such as quickstart; several are read in order.",
     "seed_everything": "Seed of rows and directions.",
     "trainer.accelerator": "cpu, gpu, auto and others.",
-    "trainer.strategy": "auto, ddp and others.",
+    "trainer.strategy": "auto, ddp, sharded and others.",
     "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
     "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which its steps are planned.",
     "trainer.val_check_interval": "Steps between two validations.",
@@ -106,9 +106,12 @@ def _block(title: str, actions: Sequence[argparse.Action], prefix: str, width: i
 def _line(action: argparse.Action, prefix: str, width: int) -> str:
     option = next(name for name in action.option_strings if name.startswith("--") and not name.endswith("+"))
     text = _first_sentence(_TEXTS.get(action.dest, action.help or ""))
+    default = _default(action)
     if prefix:
         text = re.split(r"; (?![^()]*\))", text)[0]
-    text = f"{text} {_default(action)}".strip()
+    elif default:
+        text = text.split("; by default ")[0]
+    text = f"{text} {default}".strip()
     start = f"  {option}"
     wrapped = textwrap.wrap(text, width - _COLUMN) or [""]
     first = f"{start:{_COLUMN - 1}s} {wrapped[0]}" if len(start) < _COLUMN else f"{start}\n{'':{_COLUMN}s}{wrapped[0]}"
@@ -128,5 +131,5 @@ def _default(action: argparse.Action) -> str:
     value = action.default
     if isinstance(value, str | int | float) and value != argparse.SUPPRESS:
         return f"[{str(value).lower() if isinstance(value, bool) else value}]"
-    described = re.search(r"\bby default ([^;]+?)[.;](?:\s|$)", action.help or "")
+    described = re.search(r"\bby default (?!\()([^;]+?)[.;](?:\s|$)", action.help or "")
     return "" if described is None else f"[{' '.join(described[1].replace('``', '').split())}]"
