@@ -164,6 +164,7 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
     """Return the table, sorted by result."""
     verdicts = list(verdicts)
     counts = {runs: sum(v.runs == runs for v in verdicts) for runs in ("packed", "padded", "refused", "not built")}
+    worst = max((v.error for v in verdicts if v.runs in ("packed", "padded")), default=0.0)
     lines = [
         "# Model types",
         "",
@@ -181,24 +182,24 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
         "python tools/family_table.py --markdown docs/families.md",
         "```",
         "",
-        "- **Error** is the largest difference of the logits from plain forward passes, one sequence at a time, relative to the "
-        "largest logit. It is measured in",
-        "  float32, over every layer that the model can be split before.",
+        f"- In float32 the logits differ from those of plain forward passes, one sequence at a time, by at most {worst:.0e} of",
+        "  the largest logit, over every layer that the model can be split before.",
         "- **Note**: for padded models, why they do not run packed.",
         "- **(MoE)** marks mixtures of experts.",
         "- **(images)** marks models with image input. Their text decoder is tuned.",
         "",
-        "| type | class | runs | error | note |",
-        "|---|---|---|---:|---|",
+        "| type | class | runs | note |",
+        "|---|---|---|---|",
     ]
-    order = ("packed", "padded", "refused", "not built")
-    for verdict in sorted(verdicts, key=lambda v: (order.index(v.runs), v.model_type)):
+    order = ("packed", "padded", "refused")
+    for verdict in sorted(verdicts, key=lambda v: ((*order, "not built").index(v.runs), v.model_type)):
         marks = [" (MoE)"] if verdict.experts else []
         marks += [" (images)"] if verdict.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else []
-        error = f"{verdict.error:.0e}" if verdict.runs in ("packed", "padded") else ""
         note = verdict.note.replace("|", "/").replace("\n", " ")
-        lines.append(f"| {verdict.model_type}{''.join(marks)} | {verdict.kind} | {verdict.runs} | {error} | {note} |")
-    return "\n".join(lines) + "\n"
+        if verdict.runs in order:
+            lines.append(f"| {verdict.model_type}{''.join(marks)} | {verdict.kind} | {verdict.runs} | {note} |")
+    not_built = ", ".join(sorted(v.model_type for v in verdicts if v.runs == "not built"))
+    return "\n".join([*lines, *(["", f"Not built: {not_built}."] if not_built else [])]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
