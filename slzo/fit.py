@@ -47,7 +47,13 @@ from slzo.training.build import (
 from slzo.training.memory_plan import first_order_bytes, plan_memory
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import choose, profile_model, with_choice
-from slzo.training.resume import agreed_settings, check_environment, continued_settings, open_step_log
+from slzo.training.resume import (
+    agreed_settings,
+    check_environment,
+    continued_settings,
+    open_step_log,
+    takes_new_rate,
+)
 from slzo.training.run import Prepared, RunContext
 from slzo.training.timing import check_time, plan_time
 from slzo.utils.console import say, warn
@@ -129,6 +135,7 @@ def prepare(
         resumed=checkpoint is not None,
         time=time,
         tuned_before=tuned is not None,
+        new_rate=_new_rate(options, settings, checkpoint),
     )
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     if checkpoint is None:
@@ -147,6 +154,13 @@ def _continued(
     check_commit(note, options.model, folder)
     options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
     return options, continued_settings(note["settings"], settings)
+
+
+def _new_rate(options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint | None) -> float | None:
+    """Return the rate of a resumed run whose checkpoint has an automatic one; ``None`` if the rate continues."""
+    if checkpoint is None or options.optimizer.automatic or not takes_new_rate(checkpoint.note["settings"], settings):
+        return None
+    return options.optimizer.lr
 
 
 def _new_model(

@@ -31,10 +31,18 @@ from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.run_context import run_context, steps_per_epoch
-from slzo.schedule import callback_of, check_interval, check_precision, folder_of, interval_of
+from slzo.schedule import (
+    callback_of,
+    check_interval,
+    check_overfit_batches,
+    check_precision,
+    check_supported,
+    folder_of,
+    interval_of,
+)
 from slzo.strategy import shard_group_of
 from slzo.training.build import adapt_rows, load_parts, restore
-from slzo.training.resume import agreed_settings, changed_settings, make_note
+from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
 from slzo.training.run import Prepared
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
@@ -218,6 +226,8 @@ class ZOModule(LightningModule):
             check_shard_group(self._untuned.model, shard_group_of(trainer))
         if stage == "fit":
             check_precision(trainer.precision)
+            check_overfit_batches(getattr(trainer, "overfit_batches", None))
+            check_supported(trainer.callbacks)  # type: ignore[attr-defined]
             check_interval(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
@@ -383,6 +393,11 @@ class ZOModule(LightningModule):
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Set a learning rate that replaces the automatic one of a checkpoint, which Lightning has restored."""
+        if (rate := self.prepared.new_rate) is not None:
+            set_rate(cast("Optimizer", self.optimizers()), rate)
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult]:
         """Take one training step; callbacks get its result."""
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
@@ -517,10 +532,12 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_rows(note)
             return
-        if changes := changed_settings(note["settings"], agreed_settings(self.options, rows)):
+        saved, own = note["settings"], agreed_settings(self.options, rows)
+        if changes := changed_settings(saved, own):
+            rate = " (but not its rate, which becomes automatic or ceases to be)" if takes_new_rate(saved, own) else ""
             warn(
                 f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
-                "model.optimizer and model.lr_scheduler, which continue from the checkpoint"
+                f"model.optimizer{rate} and model.lr_scheduler, which continue from the checkpoint"
             )
 
     def _release(self) -> None:

@@ -51,6 +51,8 @@ _ACCELERATOR_TOKENS = 16384
 _LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
     ("num_train", "num_test", "batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1
 )
+# Options that are used when the rows are read.
+_FIXED = ("data_dir", "hub_path", "hub_config", "num_train", "num_dev", "num_test", "num_demonstrations", "seed")
 _KINDS: Kinds = {
     **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
@@ -166,6 +168,7 @@ class TaskRows:
             if value is not None and value < least:
                 raise SlzoError(f"data.{name} {value}: must be at least {least}")
         self.splits: Splits | None = None
+        self._read_with: dict[str, Any] = {}
         self._rows: dict[str, list[Row]] = {}
 
     @cached_property
@@ -267,6 +270,7 @@ class TaskRows:
         Raises:
             SlzoError: If a required split is missing or broken, or has too few rows for the demonstrations.
         """
+        self._check_unchanged()
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
@@ -283,6 +287,7 @@ class TaskRows:
             seed=self.seed,
             needs_train=needs_train,
         )
+        self._read_with = {name: getattr(self, name) for name in _FIXED}
         for note in self.splits.notes:
             say(note)
         remarks = [self._source.unused_warning(), one_class_warning(self.task, self.splits.train)]
@@ -302,6 +307,14 @@ class TaskRows:
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
         self._load_rewards()
+
+    def _check_unchanged(self) -> None:
+        """Refuse an option that was changed after the rows were read, which would have no effect."""
+        for name, value in self._read_with.items():
+            if getattr(self, name) != value:
+                raise SlzoError(
+                    f"data.{name} {getattr(self, name)}: was {value} when the rows were read; make a new {type(self).__name__}"
+                )
 
     def _load_rewards(self) -> None:
         """Load the reward functions, and check that the rows of the splits, if they are read, have what these require."""

@@ -122,7 +122,7 @@ class ZOTrainer(Trainer):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(datamodule, TaskRows):
             model.options.check_objective(datamodule.objective)
-            check_callbacks(self.callbacks, datamodule.metric_names)
+            check_callbacks(self.callbacks, datamodule.metric_names, logs_more=type(model) is not ZOModule)
         checkpoint = self._find(ckpt_path, to_continue=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.step)
         if path is None and self._trained is not None and self._trained != (model, datamodule):

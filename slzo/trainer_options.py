@@ -8,22 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Checkpoint,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.private.launchers import copies_process
-from slzo.schedule import check_precision
+from slzo.schedule import check_overfit_batches, check_precision, check_supported
 from slzo.strategy import SHARDED
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_local
@@ -40,13 +31,6 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
-_REFUSED: Mapping[type[Callback], str] = {
-    WeightAveraging: "leave it out; the best checkpoint is kept",
-    StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
-    LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
-    BatchSizeFinder: "leave it out; slzo plan estimates the memory",
-    GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
-}
 
 
 def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,11 +98,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation; "
             "raise data.batch_size; data.tokens_per_pass runs a large batch in parts"
         )
-    if options.get("overfit_batches"):
-        raise SlzoError(
-            f"trainer.overfit_batches {options['overfit_batches']}: each step draws other rows; leave it out, and set "
-            "data.num_train to a few rows to train on the same ones"
-        )
+    check_overfit_batches(options.get("overfit_batches"))
     if options.get("val_check_interval") == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
     _check_strategy(options.get("strategy"))
@@ -165,15 +145,21 @@ def check_launcher(trainer: Trainer, strategy: Any) -> None:
 
 
 def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> None:
-    """Refuse a user's callback that saves checkpoints in a run that does not.
+    """Refuse a user's callback that saves checkpoints in a run that does not, or that would replace ``last.ckpt``.
 
     Raises:
-        SlzoError: The run has ``enable_checkpointing=False``, or no logger and the callback no folder of its own.
+        SlzoError: The run has ``enable_checkpointing=False``, or the callback has no folder of its own and saves the last
+            checkpoint, or the run has no logger.
     """
     for callback in callbacks:
         if not isinstance(callback, Checkpoint) or isinstance(callback, BestCheckpoint | LastCheckpoint):
             continue
         name = type(callback).__name__
+        if getattr(callback, "save_last", None) and getattr(callback, "dirpath", None) is None:
+            raise SlzoError(
+                f"trainer.callbacks {name}.save_last: last.ckpt is written by the run itself, see last_checkpoint; leave it "
+                "out, or give a dirpath"
+            )
         if not saves:
             raise SlzoError(
                 f"trainer.callbacks {name}: it saves checkpoints; leave out trainer.enable_checkpointing false"
@@ -182,22 +168,25 @@ def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> No
             raise SlzoError(f"trainer.callbacks {name}: without a logger it has no folder; give it a dirpath")
 
 
-def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
-    """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist; ``metrics`` lists them.
+def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool = False) -> None:
+    """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist.
+
+    ``metrics`` lists the metrics of the dev rows; with ``logs_more`` the module may log others.
 
     Raises:
         SlzoError: There is no such metric, or a file cannot be named.
     """
-    own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
+    check_supported(callbacks)
+    own = not logs_more and all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
     for callback in callbacks:
         name = type(callback).__name__
-        if advice := next((text for kind, text in _REFUSED.items() if isinstance(callback, kind)), None):
-            raise SlzoError(f"trainer.callbacks {name}: does not work with slzo's steps; {advice}")
         option = "checkpoint" if isinstance(callback, BestCheckpoint) else name
         monitor = getattr(callback, "monitor", None)
         # other callbacks may log metrics of their own, and training steps log many
         wrong = (
-            isinstance(monitor, str) and monitor not in (AUTO_MONITOR, *metrics) and not monitor.startswith("train/")
+            isinstance(monitor, str)
+            and monitor not in (AUTO_MONITOR, "loss", *metrics)
+            and not monitor.startswith("train/")
         )
         if own and wrong:
             raise SlzoError(f"{option}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}")

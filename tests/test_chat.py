@@ -242,6 +242,11 @@ def test_a_dev_split_of_its_own():
     ("row", "message"),
     [
         ({"messages": [TALK[1], {**TALK[2], "tool_calls": [{"id": "1"}]}, *TALK[3:]]}, "turn 2 has tool_calls "),
+        (
+            {"messages": [TALK[1], {**TALK[2], "reasoning_content": "so"}, *TALK[3:]]},
+            "turn 2 has reasoning_content 'so'",
+        ),
+        ({"messages": [TALK[1], {**TALK[2], "weight": 0.5}, *TALK[3:]]}, "turn 2 has weight 0.5"),
         ({"messages": [TALK[1], {**TALK[2], "weight": 0}, *TALK[3:]]}, "turn 2 has weight 0, which is not supported"),
         ({"messages": TALK, "tools": [{"type": "function"}]}, "field 'tools' is not supported"),
         ({"messages": [TALK[1], {**TALK[2], "content": " "}, *TALK[3:]]}, "an earlier turn of the assistant is empty"),

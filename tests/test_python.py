@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import random
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -184,6 +185,76 @@ def test_a_callback_that_saves_is_not_dropped():
         ZOTrainer(logger=False, callbacks=[ModelCheckpoint()], **QUIET)
     trainer = ZOTrainer(callbacks=[ModelCheckpoint()], **QUIET)
     assert isinstance(trainer.checkpoint_callback, BestCheckpoint)  # the one of "best"
+
+
+def test_a_callback_does_not_replace_the_last_checkpoint_of_a_run():
+    """A resume needs the state after a validation."""
+    with pytest.raises(SlzoError, match=r"ModelCheckpoint\.save_last: last\.ckpt is written by the run itself"):
+        ZOTrainer(callbacks=[ModelCheckpoint(save_last=True)], **QUIET)
+    ZOTrainer(callbacks=[ModelCheckpoint("own", save_last=True)], **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overfit_batches": 2}, "trainer.overfit_batches 2: each step draws other rows"),
+        (
+            {"callbacks": [StochasticWeightAveraging(1e-3)]},
+            "trainer.callbacks StochasticWeightAveraging: does not work",
+        ),
+        ({"callbacks": [EMAWeightAveraging()]}, "trainer.callbacks EMAWeightAveraging: does not work"),
+    ],
+)
+def test_a_plain_trainer_cannot_do_what_has_no_effect(options, message, model_dir, data_dir):
+    trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, **QUIET, **options)
+    with pytest.raises(SlzoError, match=f"^{message}"):
+        trainer.fit(ZOModule(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
+
+
+class LogsMore(ZOModule):
+    """A user's module with a metric of its own."""
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("my/metric", 1.0)
+
+
+@pytest.mark.parametrize(("module", "monitor"), [(LogsMore, "my/metric"), (ZOModule, "loss")])
+def test_all_logged_metrics_can_be_watched(module, monitor, model_dir, data_dir):
+    stop = EarlyStopping(monitor, check_on_train_epoch_end=False)
+    trainer = ZOTrainer(max_steps=2, val_check_interval=1, callbacks=[stop], **QUIET)
+    trainer.fit(module(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
+    assert math.isfinite(stop.best_score)
+    with pytest.raises(SlzoError, match=r"EarlyStopping\.monitor 'my/metrc': no such metric"):
+        ZOTrainer(callbacks=[EarlyStopping("my/metrc")], **QUIET).fit(
+            ZOModule(str(model_dir), 2), datamodule=rows(data_dir)
+        )
+
+
+def test_a_rate_that_replaces_an_automatic_one_is_used(model_dir, data_dir, capsys):
+    ZOTrainer(max_steps=2, val_check_interval=2, **QUIET).fit(
+        ZOModule(str(model_dir), 2, seed=0), datamodule=rows(data_dir)
+    )
+    module = ZOModule(str(model_dir), 2, seed=0, optimizer=partial(torch.optim.AdamW, lr=0.01))
+    trainer = ZOTrainer(max_steps=3, val_check_interval=1, **QUIET)
+    trainer.fit(module, datamodule=rows(data_dir), ckpt_path="last")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+    saved = read_checkpoint(last_checkpoint(1))
+    assert saved.note["settings"]["model.optimizer.lr"] == 0.01
+    assert saved.content["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01
+    assert "but not its rate, which becomes automatic or ceases to be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["num_train", "num_dev", "num_test", "num_demonstrations", "seed"])
+def test_rows_that_were_read_cannot_be_changed(name, model_dir, data_dir):
+    """The new value would be recorded, and have no effect."""
+    data = rows(data_dir, tokenizer=str(model_dir), seed=0)
+    data.setup("fit")
+    data.batch_size = 2  # not used yet
+    data.setup("test")
+    setattr(data, name, 3)
+    with pytest.raises(SlzoError, match=rf"^data.{name} 3: was \d+ when the rows were read; make a new TaskDataModule"):
+        data.setup("test")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Finds the checkpoints of runs: the last and the best one of the newest run, or of a given one."""
 
+import re
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
@@ -15,6 +16,8 @@ NAMES = ("last", "best")
 
 RUNS = "runs"
 """Folder above the runs."""
+
+_LAST = re.compile(r"last(-v\d+)?\.ckpt")
 
 
 def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
@@ -39,7 +42,7 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
         )
     newest = found[0].parent
     _warn_of_newer_run(Path(root), newest.parent, known[found[0]])
-    last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
+    last = next((path for path in found if path.parent == newest and _LAST.fullmatch(path.name)), None)
     if last is None:
         warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
     for path in sorted(found, key=lambda path: (path.parent != newest, path != last)):

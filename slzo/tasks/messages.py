@@ -9,6 +9,8 @@ from slzo.utils.errors import shown
 Turns = Literal["all", "last"]
 
 SYSTEM_ROLES = ("system", "developer")
+# parts of a turn that templates render, but that are not kept
+_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def read_messages(value: object, name: str) -> tuple[Message, ...]:
 def _message(turn: object, where: str) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
     for name, value in turn.items() if isinstance(turn, Mapping) else ():
-        if (name in ("tool_calls", "function_call") and value) or (name == "weight" and value == 0):
+        if (name in _UNSUPPORTED and value) or (name == "weight" and value not in (1, None)):
             raise ValueError(
                 f"field {where} has {name} {shown(value)}, which is not supported; leave out the row or this part"
             )

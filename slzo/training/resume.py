@@ -28,6 +28,8 @@ from slzo.utils.run_layout import ENVIRONMENT_FILE
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.options import TrainingOptions
 
+_RATE = "model.optimizer.lr"
+
 
 def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
     """Return the Hub commit of the model, and name, configuration and commit of the data set.
@@ -91,16 +93,20 @@ def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
 
     A rate that becomes automatic, or ceases to be, is the new one.
     """
-    rate = "model.optimizer.lr"
-    switched = own[rate] != saved[rate] and "auto" in (own[rate], saved[rate])
+    takes_rate = takes_new_rate(saved, own)
 
     def continues(name: str) -> bool:
-        if name == rate and switched:
+        if name == _RATE and takes_rate:
             return False
         return name.startswith(("model.optimizer", "model.lr_scheduler")) or name == "model.seed"
 
     kept = {name: value for name, value in own.items() if not continues(name)}
     return kept | {name: value for name, value in saved.items() if continues(name)}
+
+
+def takes_new_rate(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether the rate of a resumed run is its own one: it becomes automatic, or ceases to be."""
+    return own[_RATE] != saved[_RATE] and "auto" in (own[_RATE], saved[_RATE])
 
 
 # options of optimizer and scheduler that say how the same step is computed, or that change during a training

@@ -66,6 +66,7 @@ class Prepared:
     resumed: bool  # whether a checkpoint is continued
     time: TimePlan | None  # None if the time is not limited
     tuned_before: bool  # whether the first masters are not those of the base model
+    new_rate: float | None  # of a resumed run, in place of the checkpoint's automatic one; None if the rate continues
 
     @property
     def layer_reason(self) -> str:

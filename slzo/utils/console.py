@@ -29,12 +29,15 @@ def is_first_process() -> bool:
 def say(text: str = "") -> None:
     """Write one or more lines to standard output, from the first process of a run only.
 
-    If nobody reads them any more, as in ``slzo fit ... | head``, they are dropped.
+    If nobody reads them any more, as in ``slzo fit ... | head`` or with a closed output, they are dropped. Characters that the
+    output's encoding lacks are replaced.
     """
-    if is_first_process():
+    stream = sys.stdout
+    if is_first_process() and stream is not None:
+        encoding = stream.encoding or "utf-8"
         with suppress(BrokenPipeError):
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            stream.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
 
 
 def inform(line: str) -> None:
