@@ -398,8 +398,8 @@ class ZOModule(LightningModule):
         if (rate := self.prepared.new_rate) is not None:
             set_rate(cast("Optimizer", self.optimizers()), rate)
 
-    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult]:
-        """Take one training step; callbacks get its result."""
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:
+        """Take one training step; callbacks get its loss and its result."""
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
         measure_update = every > 0 and (self.global_step + 1) % every == 0
         optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()
@@ -412,8 +412,9 @@ class ZOModule(LightningModule):
             values["train/gathered_seconds"] = group.seconds - before[1]
         # tensors on the CPU: Lightning copies a number to the device at each step
         self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
-        self.log("loss", torch.tensor(result.estimate.loss), prog_bar=True, logger=False, batch_size=1)
-        return {"result": result}
+        loss = torch.tensor(result.estimate.loss)
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
+        return {"loss": loss, "result": result}
 
     def _step_values(self, batch: TrainBatch, result: StepResult, seconds: float) -> dict[str, float]:
         estimate = result.estimate

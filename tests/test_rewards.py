@@ -267,7 +267,7 @@ def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
     ("given", "message"),
     [
         ("nope", "data.reward 'nope': no such reward; choose one of accuracy"),
-        ([], r"data.reward \[\]: name a function, or a list of them"),
+        ([], r"data.reward \[\]: name a function, as package.module.function or file.py:function, or a list of them"),
         ([{"function": "regex", "wheight": 1}], "give a name, or a mapping with function, weight, arguments"),
         ([{"function": "accuracy", "weight": "x"}], "data.reward 'accuracy': weight 'x' must be a number"),
         (

@@ -174,7 +174,9 @@ def read_functions(given: object) -> tuple[RewardSpec, ...]:
     """
     entries = [given] if isinstance(given, str | Mapping) else given
     if not isinstance(entries, Sequence) or not entries:
-        raise SlzoError(f"data.reward {given!r}: name a function, or a list of them")
+        raise SlzoError(
+            f"data.reward {given!r}: name a function, as package.module.function or file.py:function, or a list of them"
+        )
     return tuple(_read({"function": entry} if isinstance(entry, str) else entry) for entry in entries)
 
 
