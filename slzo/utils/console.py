@@ -34,7 +34,7 @@ def say(text: str = "") -> None:
     """
     stream = sys.stdout
     if is_first_process() and stream is not None:
-        encoding = stream.encoding or "utf-8"
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         with suppress(BrokenPipeError):
             stream.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
