@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_tuned
 from slzo.checkpoints.note import check_commit
 from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
@@ -325,7 +325,7 @@ def best_state(path: str | None, processes: Processes) -> dict[str, Tensor] | No
     """
     own = None
     if processes.rank == 0 and path is not None and Path(path).is_file():
-        own = read_checkpoint(path).content["state_dict"]
+        own = read_tuned(path)
     names = processes.broadcast(None if own is None else list(own))
     if names is None:
         return None

@@ -51,7 +51,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import flat_settings
+from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
 from slzo.zo.options import TrainingOptions
@@ -308,8 +308,13 @@ class ZOModule(LightningModule):
         self._start = None
 
     def _check_rows(self, note: Mapping[str, Any]) -> None:
-        """Check that the rows have the tokenizer of a checkpoint that is scored, and warn if dev rows may be trained rows."""
+        """Check that the rows have the tokenizer of a checkpoint that is scored; warn of other types, and of trained dev rows."""
         rows = self.rows
+        own = {name: getattr(self.options, name) for name in ("dtype", "quantization")}
+        if changes := differences({name: note[name] for name in own}, own):
+            warn(
+                f"the checkpoint was tuned with other options of the model ({changes}), so scores may differ from its run's"
+            )
         if rows.allow_changed_rows:
             return
         check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), note["data"])

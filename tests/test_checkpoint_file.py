@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint_file import DamagedError, read, write
 from slzo.utils.errors import SlzoError
 
+checksum = checkpoint_file._checksum
 KEYS = st.text() | st.integers() | st.tuples(st.integers(), st.text())
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -48,6 +50,18 @@ def test_keys_that_look_like_the_markers_of_the_file(path, value):
 def test_values_of_other_classes_become_the_plain_ones(path):
     write({"a": numpy.float64(0.5), "b": numpy.str_("x"), "c": OrderedDict(d=torch.Size([2]))}, path)
     assert repr(read(path)) == "{'a': 0.5, 'b': 'x', 'c': {'d': (2,)}}"
+
+
+def test_one_entry_is_read_alone(path, monkeypatch):
+    """Such as the tuned tensors, without the optimizer's state."""
+    content = {"state_dict": {"a.b": torch.ones(2)}, "state": {"c": torch.zeros(3)}, "step": 4}
+    write(content, path)
+    shapes = []
+    monkeypatch.setattr(checkpoint_file, "_checksum", lambda tensor: shapes.append(tensor.shape) or checksum(tensor))
+    found = read(path, "state_dict")
+    assert list(found) == ["a.b"]
+    assert found["a.b"].equal(torch.ones(2))
+    assert shapes == [(2,)]
 
 
 def test_floats_that_are_not_finite(path):

@@ -302,6 +302,14 @@ def test_a_sensitivity_may_be_followed_by_trainings_of_any_length(options, capsy
 
 
 @pytest.mark.slow
+def test_layers_can_be_added_to_a_sweep(options, capsys):
+    command = ["sweep", *options, "--steps=2", "--directions=0", "--output=added"]
+    assert main([*command, "--layers=[1,2]"]) == 0
+    assert main([*command, "--layers=[3]"]) == 0
+    rows = json.loads(Path("added/sweep.json").read_text())["layers"]
+    assert [row["layer"] for row in rows if row["loss"] is not None] == [1, 2, 3]
+
+
 def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, capsys):
     command = ["sweep", *options, *SWEEP, ONLY]
     assert main(command) == 0

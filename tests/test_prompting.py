@@ -97,6 +97,15 @@ def test_prefix_tuning_is_refused(tuned, model_dir, capsys):
         assert "slzo predict" in printed.err
 
 
+def test_a_long_prompt_is_cut_after_a_warning(tuned, capsys):
+    tuned("LayerScope")
+    capsys.readouterr()
+    assert main(["generate", "--ckpt_path=last", f"--prompt={'so ' * 3000}", "--untuned=false"]) == 0
+    assert "tokens that the model takes, and is cut on the left" in capsys.readouterr().err
+    line = error_line(capsys, "generate", "--ckpt_path=last", "--prompt=x", '--candidates=[" yes"]')
+    assert "candidates [' yes']: one answer alone has probability 1" in line
+
+
 def test_a_file_of_prompts_and_a_run(tuned, capsys):
     tuned("LayerScope")
     assert main(["predict", "--ckpt_path=last", "--output=p.jsonl", "--data.num_test=3"]) == 0

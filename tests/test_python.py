@@ -231,6 +231,16 @@ def test_all_logged_metrics_can_be_watched(module, monitor, model_dir, data_dir)
         )
 
 
+def test_other_types_of_a_checkpoint_are_reported_when_it_is_scored(model_dir, data_dir, capsys):
+    fitted(model_dir, data_dir, LayerScope())
+    for dtype, words in (("float32", ""), ("bfloat16", "other options of the model (dtype: float32 -> bfloat16)")):
+        capsys.readouterr()
+        module = ZOModule(str(model_dir), dtype=dtype, seed=0)
+        ZOTrainer(**QUIET).test(module, datamodule=rows(data_dir), ckpt_path=str(last_checkpoint()), verbose=False)
+        error = capsys.readouterr().err
+        assert words in error if words else "other options" not in error
+
+
 def test_a_rate_that_replaces_an_automatic_one_is_used(model_dir, data_dir, capsys):
     ZOTrainer(max_steps=2, val_check_interval=2, **QUIET).fit(
         ZOModule(str(model_dir), 2, seed=0), datamodule=rows(data_dir)

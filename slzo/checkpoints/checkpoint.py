@@ -72,8 +72,8 @@ class Checkpoint:
         """
         if not self.is_resumable:
             raise SlzoError(
-                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot resume from "
-                "them; give the run's last.ckpt, or use it with test, predict or export"
+                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only, or a replay), and training cannot "
+                "resume from them; give the run's last.ckpt, or use it with test, predict or export"
             )
         for option in ("model.optimizer", "model.lr_scheduler"):
             old, new = (str(each.get(option, "")).rpartition(".")[2] for each in (self.note["settings"], settings))
@@ -109,6 +109,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(str(path), content)
 
 
+def read_tuned(path: str | Path) -> dict[str, Tensor]:
+    """Read only the tuned tensors of a checkpoint of this run, which takes less memory; see :func:`read_checkpoint`."""
+    if is_zipfile(path):
+        found: dict[str, Tensor] = read_checkpoint(path).content["state_dict"]
+        return found
+    option = f"ckpt_path {str(path)!r}"
+    with _as_slzo_error(option):
+        state: dict[str, Tensor] = checkpoint_file.read(path, "state_dict")
+    _check_tensors(state, option)
+    return state
+
+
 def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint atomically.
 
@@ -137,11 +149,14 @@ def _as_slzo_error(option: str) -> Iterator[None]:
 
 
 def _check_state(content: Mapping[str, Any], option: str) -> None:
-    state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise SlzoError(f"{option}: has no tensors under state_dict; give an unchanged checkpoint of slzo")
+    _check_tensors(content.get("state_dict"), option)
     if not isinstance(content.get("global_step"), int):
         raise SlzoError(f"{option}: has no step under global_step; give an unchanged checkpoint of slzo")
+
+
+def _check_tensors(state: object, option: str) -> None:
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise SlzoError(f"{option}: has no tensors under state_dict; give an unchanged checkpoint of slzo")
     _check_finite(state, f"{option}: its")
 
 

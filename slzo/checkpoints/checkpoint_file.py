@@ -70,8 +70,10 @@ def write(content: Mapping[str, Any], path: Path) -> None:
             file.write(_bytes(tensors[name]))
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, entry: str = "") -> Any:
     """Read what :func:`write` wrote, with tensors on the CPU, and verify the checksums.
+
+    With ``entry`` only this entry is read.
 
     Raises:
         DamagedError: A part does not match its checksum.
@@ -79,9 +81,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     with safe_open(path, framework="pt") as file:
         content = _metadata(file)
-        tensors = {name: _tensor(file, name, expected) for name, expected in content["tensors"].items()}
-    tree: dict[str, Any] = _decoded(content["tree"], tensors)
-    return tree
+        wanted = {name: sum_ for name, sum_ in content["tensors"].items() if not entry or name.startswith(f"{entry}.")}
+        tensors = {name: _tensor(file, name, expected) for name, expected in wanted.items()}
+    tree = content["tree"]
+    return _decoded(tree[entry] if entry else tree, tensors)
 
 
 def _metadata(file: Any) -> dict[str, Any]:

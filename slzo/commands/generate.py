@@ -48,6 +48,10 @@ def generate(
     asked = [Example("prompt", prompt, ())] if prompt is not None else read_prompts(str(prompts))
     if candidates is not None and len(set(candidates)) < len(candidates):
         raise SlzoError(f"candidates {candidates}: two are equal; give different answers")
+    if candidates is not None and len(candidates) == 1:
+        raise SlzoError(
+            f"candidates {candidates}: one answer alone has probability 1; give two or more, or [] for a text"
+        )
     options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(ckpt_path, base=base, untuned=untuned, trust_remote_code=trust_remote_code)
     known = pair.candidates if candidates is None else tuple(candidates)

@@ -1,7 +1,7 @@
 """Train each decoder layer with the same seeds for the same steps, or the same time, and compare it with the chosen layer."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,22 @@ def sweep_layers(
     run_cells(trials, store, plan)
     if is_worker():
         return
-    result = SweepResult.of(store, plan, profile, trials.rows.selection_metric.loss_name)
+    result = SweepResult.of(
+        store, _finished(store, plan, trials.parts.num_layers), profile, trials.rows.selection_metric.loss_name
+    )
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
     say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
+
+
+def _finished(store: CellStore, plan: SweepPlan, num_layers: int) -> SweepPlan:
+    """Return the plan with all layers that were trained in the folder with its steps, seconds and seeds."""
+    if not plan.steps:
+        return plan
+
+    def is_done(layer: int) -> bool:
+        return all(store.result(plan.training_cell(layer, seed)) is not None for seed in plan.seeds)
+
+    return replace(plan, layers=tuple(filter(is_done, range(num_layers))))
 
 
 def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slzo.data.encoding import Encoder
 from slzo.models.load import max_positions
 from slzo.tasks.base import Example
+from slzo.utils.console import warn
 
 
 @torch.no_grad()
@@ -16,6 +17,8 @@ def probabilities(
 ) -> list[float]:
     """Return the probability of each candidate, as in prediction files: a softmax of the mean log-likelihoods of its tokens.
 
+    A prompt that is longer than the model allows is cut on the left, after a warning.
+
     Raises:
         SlzoError: The prompt is empty, or a candidate has no tokens of its own.
     """
@@ -23,7 +26,10 @@ def probabilities(
     scores = []
     longest = max_positions(model)
     encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)
-    for sequence in encoder.encode(example, 0).sequences:
+    encoded = encoder.encode(example, 0)
+    if encoder.num_shortened:
+        warn(f"the prompt is longer than the {longest} tokens that the model takes, and is cut on the left")
+    for sequence in encoded.sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
         answer = sequence.num_answer
         logits = model(input_ids=ids).logits[0, -answer - 1 : -1].float()
