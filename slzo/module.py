@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -237,7 +238,7 @@ class ZOModule(LightningModule):
             self._prepare(checkpoint)
             return
         adapt_rows(rows, self.parts, self.options)
-        if self._start is not None:
+        if self._start is not None and trainer.ckpt_path is None:
             self._check_rows(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
@@ -398,11 +399,6 @@ class ZOModule(LightningModule):
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """Set a learning rate that replaces the automatic one of a checkpoint, which Lightning has restored."""
-        if (rate := self.prepared.new_rate) is not None:
-            set_rate(cast("Optimizer", self.optimizers()), rate)
-
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:
         """Take one training step; callbacks get its loss and its result."""
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
@@ -538,6 +534,9 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_rows(note)
             return
+        if (new_rate := self.prepared.new_rate) is not None:  # in place of the one that Lightning restores
+            for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
+                group["lr"] = new_rate
         saved, own = note["settings"], agreed_settings(self.options, rows)
         if changes := changed_settings(saved, own):
             rate = " (but not its rate, which becomes automatic or ceases to be)" if takes_new_rate(saved, own) else ""

@@ -148,24 +148,24 @@ def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> No
     """Refuse a user's callback that saves checkpoints in a run that does not, or that would replace ``last.ckpt``.
 
     Raises:
-        SlzoError: The run has ``enable_checkpointing=False``, or the callback has no folder of its own and saves the last
-            checkpoint, or the run has no logger.
+        SlzoError: The run has ``enable_checkpointing=False``. Or the callback has no folder of its own, and the run has no
+            logger, or the callback has ``save_last``.
     """
     for callback in callbacks:
         if not isinstance(callback, Checkpoint) or isinstance(callback, BestCheckpoint | LastCheckpoint):
             continue
         name = type(callback).__name__
-        if getattr(callback, "save_last", None) and getattr(callback, "dirpath", None) is None:
-            raise SlzoError(
-                f"trainer.callbacks {name}.save_last: last.ckpt is written by the run itself, see last_checkpoint; leave it "
-                "out, or give a dirpath"
-            )
         if not saves:
             raise SlzoError(
                 f"trainer.callbacks {name}: it saves checkpoints; leave out trainer.enable_checkpointing false"
             )
         if not writes and getattr(callback, "dirpath", None) is None:
             raise SlzoError(f"trainer.callbacks {name}: without a logger it has no folder; give it a dirpath")
+        if getattr(callback, "save_last", None) and getattr(callback, "dirpath", None) is None:
+            raise SlzoError(
+                f"trainer.callbacks {name}.save_last: last.ckpt is written by the run itself, see last_checkpoint; leave it "
+                "out, or give a dirpath"
+            )
 
 
 def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool = False) -> None:

@@ -300,6 +300,11 @@ def test_a_named_optimizer_has_its_own_defaults(args, expected, capsys):
     assert optimizer["init_args"]["weight_decay"] == expected
 
 
+@pytest.mark.parametrize("path", ["torch.optim.lr_scheduler", "torch.nn.Linear", "functools.partial"])
+def test_a_path_of_no_optimizer_is_one_line(path, capsys):
+    assert path in error_line(capsys, "fit", "--config=quickstart", f"--model.optimizer={path}")
+
+
 class Accurate(SPSA):
     """A user's estimator that averages enough points for Adam."""
 

@@ -231,6 +231,18 @@ def test_all_logged_metrics_can_be_watched(module, monitor, model_dir, data_dir)
         )
 
 
+def test_a_scheduler_is_not_added_to_a_run(model_dir, data_dir):
+    fitted(model_dir, data_dir, LayerScope())
+    make = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
+    module = ZOModule(
+        str(model_dir), 2, eps=1e-3, seed=0, optimizer=partial(torch.optim.SGD, lr=1e-3), lr_scheduler=make
+    )
+    with pytest.raises(
+        SlzoError, match=r"^model.lr_scheduler StepLR: the checkpoint was trained with none, whose state"
+    ):
+        ZOTrainer(max_steps=9, **QUIET).fit(module, datamodule=rows(data_dir), ckpt_path="last")
+
+
 def test_other_types_of_a_checkpoint_are_reported_when_it_is_scored(model_dir, data_dir, capsys):
     fitted(model_dir, data_dir, LayerScope())
     for dtype, words in (("float32", ""), ("bfloat16", "other options of the model (dtype: float32 -> bfloat16)")):

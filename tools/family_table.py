@@ -12,6 +12,7 @@ import argparse
 import logging
 import random
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,8 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
         if verdict.runs in order:
             lines.append(f"| {verdict.model_type}{''.join(marks)} | {verdict.kind} | {verdict.runs} | {note} |")
     not_built = ", ".join(sorted(v.model_type for v in verdicts if v.runs == "not built"))
-    return "\n".join([*lines, *(["", f"Not built: {not_built}."] if not_built else [])]) + "\n"
+    last = ["", textwrap.fill(f"Not built: {not_built}.", 120)] if not_built else []
+    return "\n".join([*lines, *last]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

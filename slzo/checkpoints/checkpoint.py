@@ -77,10 +77,11 @@ class Checkpoint:
             )
         for option in ("model.optimizer", "model.lr_scheduler"):
             old, new = (str(each.get(option, "")).rpartition(".")[2] for each in (self.note["settings"], settings))
-            if old and new and old != new:
+            if (old or option == "model.lr_scheduler") and old != new:
+                before, now = old or "none", new or "none"
                 raise SlzoError(
-                    f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot load; resume with {old}, "
-                    "or start again without --ckpt_path"
+                    f"{option} {now}: the checkpoint was trained with {before}, whose state it cannot load; resume with "
+                    f"{before}, or start again without --ckpt_path"
                 )
 
 

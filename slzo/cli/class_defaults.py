@@ -10,7 +10,7 @@ from slzo.cli.given import loaded
 from slzo.cli.option_types import argument_types, classes_of, imported_class
 from slzo.module import ZOModule
 from slzo.utils.settings import Given
-from slzo.zo.estimators import ESTIMATORS, default_estimator
+from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, default_optimizer
 from slzo.zo.scopes import SCOPES
 from slzo.zo.scopes.base import is_one_layer
@@ -30,15 +30,20 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
     default = default_estimator(_one_layer(given, options), of_weights)
+    named = _last_class("model.estimator", given, ESTIMATORS)
     if any(name.startswith("model.estimator.") for name in options):
-        found["model.estimator"] = {"class_path": _path(_last_class("model.estimator", given, ESTIMATORS) or default)}
+        found["model.estimator"] = {"class_path": _path(_fitting(named, Estimator) or default)}
     if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
-        estimator = _last_class("model.estimator", given, ESTIMATORS) or default
-        usual = default_optimizer(getattr(estimator, "along_directions", True))
-        optimizer = _last_class("model.optimizer", given, classes_of(Optimizer).values()) or usual
+        usual = default_optimizer(getattr(named or default, "along_directions", True))
+        optimizer = _fitting(_last_class("model.optimizer", given, classes_of(Optimizer).values()), Optimizer) or usual
         rate = {"lr": AUTO_LR} if "lr" in argument_types(optimizer) else {}
         found["model.optimizer"] = {"class_path": _path(optimizer), "init_args": rate}
     return found
+
+
+def _fitting(kind: Any, base: type) -> type | None:
+    """Return what an option names if it is a class that the option takes."""
+    return kind if isinstance(kind, type) and issubclass(kind, base) else None
 
 
 def _path(kind: type) -> str:

@@ -28,7 +28,7 @@ def probabilities(
     encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)
     encoded = encoder.encode(example, 0)
     if encoder.num_shortened:
-        warn(f"the prompt is longer than the {longest} tokens that the model takes, and is cut on the left")
+        warn(f"the prompt is longer than the {encoder.max_length} tokens that the model takes, and is cut on the left")
     for sequence in encoded.sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
         answer = sequence.num_answer

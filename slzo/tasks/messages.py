@@ -10,7 +10,7 @@ Turns = Literal["all", "last"]
 
 SYSTEM_ROLES = ("system", "developer")
 # parts of a turn that templates render, but that are not kept
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
+_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
