@@ -248,7 +248,7 @@ def test_a_resume_reads_the_checkpoint_to_find_it_and_to_load_it(options, monkey
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     read = []
     original = checkpoint_file.read
-    monkeypatch.setattr(checkpoint_file, "read", lambda path: read.append(str(path)) or original(path))
+    monkeypatch.setattr(checkpoint_file, "read", lambda path, *entry: read.append(str(path)) or original(path, *entry))
     assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last", "--trainer.val_check_interval=9"]) == 0
     assert [path for path in read if "version_0" in path] == ["runs/version_0/checkpoints/last.ckpt"] * 2
 
