@@ -32,16 +32,9 @@ from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.run_context import run_context, steps_per_epoch
-from slzo.schedule import (
-    callback_of,
-    check_interval,
-    check_overfit_batches,
-    check_precision,
-    check_supported,
-    folder_of,
-    interval_of,
-)
+from slzo.schedule import callback_of, folder_of, interval_of
 from slzo.strategy import shard_group_of
+from slzo.trainer_checks import check_trainer
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
 from slzo.training.run import Prepared
@@ -226,10 +219,7 @@ class ZOModule(LightningModule):
         if self._untuned is not None:
             check_shard_group(self._untuned.model, shard_group_of(trainer))
         if stage == "fit":
-            check_precision(trainer.precision)
-            check_overfit_batches(getattr(trainer, "overfit_batches", None))
-            check_supported(trainer.callbacks)  # type: ignore[attr-defined]
-            check_interval(trainer, steps_per_epoch(trainer, rows))
+            check_trainer(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             # known to ZOTrainer; a plain Trainer names its checkpoint only when it is loaded
@@ -239,7 +229,7 @@ class ZOModule(LightningModule):
             return
         adapt_rows(rows, self.parts, self.options)
         if self._start is not None and trainer.ckpt_path is None:
-            self._check_rows(self._start.note)
+            self._check_scored(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -308,14 +298,14 @@ class ZOModule(LightningModule):
             self._restore(start, for_training=True)
         self._start = None
 
-    def _check_rows(self, note: Mapping[str, Any]) -> None:
+    def _check_scored(self, note: Mapping[str, Any]) -> None:
         """Check that the rows have the tokenizer of a checkpoint that is scored; warn of other types, and of trained dev rows."""
         rows = self.rows
-        own = {name: getattr(self.options, name) for name in ("dtype", "quantization")}
-        if changes := differences({name: note[name] for name in own}, own):
-            warn(
-                f"the checkpoint was tuned with other options of the model ({changes}), so scores may differ from its run's"
-            )
+        types = ("dtype", "quantization")
+        saved = {f"model.{name}": note[name] for name in types}
+        own = {f"model.{name}": getattr(self.options, name) for name in types}
+        if changes := differences(saved, own):
+            warn(f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run")
         if rows.allow_changed_rows:
             return
         check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), note["data"])
@@ -532,17 +522,17 @@ class ZOModule(LightningModule):
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(rows, self.parts, self.options)
-            self._check_rows(note)
+            self._check_scored(note)
             return
         if (new_rate := self.prepared.new_rate) is not None:  # in place of the one that Lightning restores
             for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
                 group["lr"] = new_rate
         saved, own = note["settings"], agreed_settings(self.options, rows)
         if changes := changed_settings(saved, own):
-            rate = " (but not its rate, which becomes automatic or ceases to be)" if takes_new_rate(saved, own) else ""
+            rate = "; model.optimizer.lr is the new one" if takes_new_rate(saved, own) else ""
             warn(
                 f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
-                f"model.optimizer{rate} and model.lr_scheduler, which continue from the checkpoint"
+                f"model.optimizer and model.lr_scheduler, which continue from the checkpoint{rate}"
             )
 
     def _release(self) -> None:

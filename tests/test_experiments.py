@@ -301,7 +301,6 @@ def test_a_sensitivity_may_be_followed_by_trainings_of_any_length(options, capsy
     assert sorted(cell.partition("-steps-")[2] for cell in cells) == ends
 
 
-@pytest.mark.slow
 def test_layers_can_be_added_to_a_sweep(options, capsys):
     command = ["sweep", *options, "--steps=2", "--directions=0", "--output=added"]
     assert main([*command, "--layers=[1,2]"]) == 0
@@ -310,6 +309,7 @@ def test_layers_can_be_added_to_a_sweep(options, capsys):
     assert [row["layer"] for row in rows if row["loss"] is not None] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, capsys):
     command = ["sweep", *options, *SWEEP, ONLY]
     assert main(command) == 0

@@ -35,6 +35,7 @@ ROOMS = {
     "slzo.callbacks": "module",  # callbacks and module know each other
     "slzo.trainer_options": "trainer",
     "slzo.schedule": "module",
+    "slzo.trainer_checks": "module",
     "slzo.run_context": "module",
 }
 

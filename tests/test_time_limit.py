@@ -24,8 +24,8 @@ from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
-from slzo.schedule import check_interval
 from slzo.trainer import ZOTrainer
+from slzo.trainer_checks import check_interval
 from slzo.trainer_options import limit_defaults
 from slzo.training import timing
 from slzo.utils.errors import SlzoError

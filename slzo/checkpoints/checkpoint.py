@@ -111,7 +111,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_tuned(path: str | Path) -> dict[str, Tensor]:
-    """Read only the tuned tensors of a checkpoint of this run, which takes less memory; see :func:`read_checkpoint`."""
+    """Read only the tuned tensors of a checkpoint that this run has written: less memory than :func:`read_checkpoint`.
+
+    Raises:
+        SlzoError: The file is damaged, has no tensors, or holds weights that are not finite.
+    """
     if is_zipfile(path):
         found: dict[str, Tensor] = read_checkpoint(path).content["state_dict"]
         return found

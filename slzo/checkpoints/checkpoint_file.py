@@ -81,8 +81,12 @@ def read(path: str | Path, entry: str = "") -> Any:
     """
     with safe_open(path, framework="pt") as file:
         content = _metadata(file)
-        wanted = {name: sum_ for name, sum_ in content["tensors"].items() if not entry or name.startswith(f"{entry}.")}
-        tensors = {name: _tensor(file, name, expected) for name, expected in wanted.items()}
+        prefix = f"{entry}." if entry else ""
+        tensors = {
+            name: _tensor(file, name, expected)
+            for name, expected in content["tensors"].items()
+            if name.startswith(prefix)
+        }
     tree = content["tree"]
     return _decoded(tree[entry] if entry else tree, tensors)
 

@@ -1,7 +1,7 @@
 """The classes of estimator and optimizer from which their options start."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,9 +10,9 @@ from slzo.cli.given import loaded
 from slzo.cli.option_types import argument_types, classes_of, imported_class
 from slzo.module import ZOModule
 from slzo.utils.settings import Given
-from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
+from slzo.zo.estimators import Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, default_optimizer
-from slzo.zo.scopes import SCOPES
+from slzo.zo.scopes import Scope
 from slzo.zo.scopes.base import is_one_layer
 
 # Options of weight perturbations with their defaults; see StepOptions.has_weight_options.
@@ -30,20 +30,14 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
     default = default_estimator(_one_layer(given, options), of_weights)
-    named = _last_class("model.estimator", given, ESTIMATORS)
+    estimator = _last_class("model.estimator", given, Estimator) or default
     if any(name.startswith("model.estimator.") for name in options):
-        found["model.estimator"] = {"class_path": _path(_fitting(named, Estimator) or default)}
+        found["model.estimator"] = {"class_path": _path(estimator)}
     if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
-        usual = default_optimizer(getattr(named or default, "along_directions", True))
-        optimizer = _fitting(_last_class("model.optimizer", given, classes_of(Optimizer).values()), Optimizer) or usual
+        optimizer = _last_class("model.optimizer", given, Optimizer) or default_optimizer(estimator.along_directions)
         rate = {"lr": AUTO_LR} if "lr" in argument_types(optimizer) else {}
         found["model.optimizer"] = {"class_path": _path(optimizer), "init_args": rate}
     return found
-
-
-def _fitting(kind: Any, base: type) -> type | None:
-    """Return what an option names if it is a class that the option takes."""
-    return kind if isinstance(kind, type) and issubclass(kind, base) else None
 
 
 def _path(kind: type) -> str:
@@ -52,7 +46,7 @@ def _path(kind: type) -> str:
 
 def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
     """Return whether the given scope is within one layer, as far as its options tell."""
-    kind = _last_class("model.scope", given, SCOPES)
+    kind = _last_class("model.scope", given, Scope)
     if kind is None:
         return True
     parameter = inspect.signature(kind).parameters.get("layers")
@@ -60,9 +54,10 @@ def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
     return is_one_layer(options.get("model.scope.layers", usual))
 
 
-def _last_class(name: str, given: Sequence[Given], known: Iterable[type]) -> Any:
-    """Return the class that an option names last; ``None`` if there is none."""
+def _last_class(name: str, given: Sequence[Given], base: type) -> Any:
+    """Return the class that an option names last; ``None`` if it names none that it takes."""
     paths = [each.value for each in given if each.name == name]
     if not paths or not isinstance(loaded(paths[-1]), str):  # null takes a class back
         return None
-    return next((kind for kind in known if kind.__name__ == paths[-1]), None) or imported_class(paths[-1])
+    kind = classes_of(base).get(paths[-1]) or imported_class(paths[-1])
+    return kind if isinstance(kind, type) and issubclass(kind, base) else None

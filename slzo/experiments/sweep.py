@@ -37,9 +37,8 @@ def sweep_layers(
     run_cells(trials, store, plan)
     if is_worker():
         return
-    result = SweepResult.of(
-        store, _finished(store, plan, trials.parts.num_layers), profile, trials.rows.selection_metric.loss_name
-    )
+    finished = _finished(store, plan, trials.parts.num_layers)
+    result = SweepResult.of(store, finished, profile, trials.rows.selection_metric.loss_name)
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
     say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
 

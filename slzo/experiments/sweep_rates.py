@@ -101,14 +101,8 @@ def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple
 
     Another machine, or another number of threads, would measure slightly different ones, and train all cells again.
     """
-    lr, eps = trials.options.optimizer.lr, trials.options.step.eps
-    name = f"own-lr-{lr}-eps-{eps}"
-
-    def measure() -> dict[str, float | None]:
-        lr, eps = trials.own_step(layer)
-        return {"lr": lr, "eps": eps}
-
-    store.complete({name: measure})
+    name = f"own-lr-{trials.options.optimizer.lr}-eps-{trials.options.step.eps}"
+    store.complete({name: lambda: dict(zip(("lr", "eps"), trials.own_step(layer), strict=True))})
     found = store.result(name)
     return found["lr"], found["eps"]
 

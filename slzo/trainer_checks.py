@@ -1,0 +1,90 @@
+"""Refuses options and callbacks that do not work with slzo's steps, of any trainer."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from slzo.schedule import interval_of
+from slzo.utils.errors import SlzoError
+
+_REFUSED: Mapping[type[Callback], str] = MappingProxyType(
+    {
+        WeightAveraging: "leave it out; the best checkpoint is kept",
+        StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
+        LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
+        BatchSizeFinder: "leave it out; slzo plan estimates the memory",
+        GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
+    }
+)
+
+
+def check_trainer(trainer: Trainer, num_batches: int) -> None:
+    """Check the options and callbacks of a trainer before a fit whose epochs have ``num_batches`` batches.
+
+    Raises:
+        SlzoError: One of them does not work with slzo's steps.
+    """
+    check_precision(trainer.precision)
+    check_overfit_batches(getattr(trainer, "overfit_batches", None))
+    check_supported(trainer.callbacks)  # type: ignore[attr-defined]
+    check_interval(trainer, num_batches)
+
+
+def check_precision(precision: object) -> None:
+    """Refuse mixed and half precision of Lightning.
+
+    Raises:
+        SlzoError: ``trainer.precision`` is not full precision.
+    """
+    if precision not in (None, 32, "32", "32-true"):
+        raise SlzoError(
+            f"trainer.precision {precision!r}: the masters of the tuned layer stay in float32; leave it at 32-true; for a model "
+            "in half precision set model.dtype to bfloat16 or float16"
+        )
+
+
+def check_supported(callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks of Lightning that have no effect, or a wrong one, with slzo's steps.
+
+    Raises:
+        SlzoError: There is such a callback.
+    """
+    for callback in callbacks:
+        if advice := next((text for kind, text in _REFUSED.items() if isinstance(callback, kind)), None):
+            name = type(callback).__name__
+            raise SlzoError(f"trainer.callbacks {name}: does not work with slzo's steps; {advice}")
+
+
+def check_overfit_batches(overfit_batches: float | None) -> None:
+    """Refuse ``trainer.overfit_batches``: the batch of a step depends on its number.
+
+    Raises:
+        SlzoError: It is set.
+    """
+    if overfit_batches:
+        raise SlzoError(
+            f"trainer.overfit_batches {overfit_batches}: each step draws other rows; leave it out, and set data.num_train to a "
+            "few rows to train on the same ones"
+        )
+
+
+def check_interval(trainer: Trainer, num_batches: int) -> None:
+    """Refuse an interval between validations that is longer than an epoch, if validations are counted per epoch.
+
+    Raises:
+        SlzoError: The interval is longer than ``num_batches``.
+    """
+    every = interval_of(trainer)
+    if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > num_batches:
+        raise SlzoError(
+            f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most {num_batches}, or set "
+            "trainer.check_val_every_n_epoch to null to count steps across epochs"
+        )
