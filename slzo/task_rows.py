@@ -168,6 +168,7 @@ class TaskRows:
             if value is not None and value < least:
                 raise SlzoError(f"data.{name} {value}: must be at least {least}")
         self.splits: Splits | None = None
+        self._to_predict: Sequence[Example] = ()
         self._read_with: dict[str, Any] = {}
         self._rows: dict[str, list[Row]] = {}
 
@@ -271,6 +272,13 @@ class TaskRows:
             SlzoError: If a required split is missing or broken, or has too few rows for the demonstrations.
         """
         self._check_unchanged()
+        if stage == "predict" and self.predict_file is not None and not self._to_predict:
+            found = self._source.read_to_predict(self.predict_file)
+            self._to_predict = found.examples
+            self._read_with["predict_file"] = self.predict_file
+            if found.note:
+                say(found.note)
+            say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
@@ -287,7 +295,7 @@ class TaskRows:
             seed=self.seed,
             needs_train=needs_train,
         )
-        self._read_with = {name: getattr(self, name) for name in _FIXED}
+        self._read_with |= {name: getattr(self, name) for name in _FIXED}
         for note in self.splits.notes:
             say(note)
         remarks = [self._source.unused_warning(), one_class_warning(self.task, self.splits.train)]
@@ -338,11 +346,7 @@ class TaskRows:
     def _examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""
         if split == "predict" and self.predict_file is not None:
-            found = self._source.read_to_predict(self.predict_file)
-            if found.note:
-                say(found.note)
-            say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
-            return found.examples
+            return self._to_predict
         assert self.splits is not None
         return getattr(self.splits, "test" if split == "predict" else split)
 

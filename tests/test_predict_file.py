@@ -8,8 +8,10 @@ from helpers import error_line, page_code
 
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
+from slzo.task_rows import TaskRows
 from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask
+from slzo.utils.errors import SlzoError
 
 TEXTS = ["a fine film", "a bad film, a very bad one", "films"]
 
@@ -82,7 +84,8 @@ def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
         ('{"sentence": "a", "label": 7}', "mine.jsonl:1: field 'label' is 7; it must be one of the numbers 0, 1"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(sst2_options, tmp_path, capsys, content, message):
+def test_a_file_that_cannot_be_used_is_one_line(sst2_options, tmp_path, capsys, monkeypatch, content, message):
+    monkeypatch.setattr("slzo.module.load_parts", pytest.fail)  # it is read before the model is loaded
     if content is not None:
         (tmp_path / "mine.jsonl").write_text(content)
     assert message in error_line(capsys, "predict", *sst2_options, "--data.predict_file=mine.jsonl")
@@ -139,3 +142,17 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
     assert main(["predict", *options, *rows, "--output=untuned.jsonl"]) == 0
     untuned, tuned = ([line["scores"][0] for line in read(tmp_path / f"{name}.jsonl")] for name in ("untuned", "out"))
     assert untuned != pytest.approx(tuned, abs=1e-4)
+
+
+def test_another_file_needs_another_data_module(tmp_path, model_dir):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"sentence": name}))
+    rows = TaskRows("sst2", tokenizer=str(model_dir), predict_file=str(tmp_path / "a.jsonl"))
+    rows.setup("predict")
+    (row,) = rows.rows("predict")
+    assert row.example.prompt == "a It was"
+    rows.predict_file = str(tmp_path / "b.jsonl")
+    with pytest.raises(
+        SlzoError, match=r"data.predict_file .*b.jsonl: was .*a.jsonl when the rows were read; make a new"
+    ):
+        rows.setup("predict")

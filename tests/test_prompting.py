@@ -221,7 +221,7 @@ def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
 
     def written(*stop):
         out = StringIO()
-        write_continuation(model, tokenizer, ids, TextOptions(LENGTH, 0.0, 0), out, stop)
+        write_continuation(model, tokenizer, ids, TextOptions(LENGTH, 0.0, 0), out.write, stop)
         return out.getvalue()
 
     assert written() == f"{text}\n"

@@ -27,6 +27,7 @@ from slzo.rewards.runner import RewardRunner, read_functions
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.utils.errors import SlzoError
+from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objectives import AnswerLikelihood, Reward
 from slzo.zo.stepper import StepOptions, Stepper
@@ -339,6 +340,35 @@ def test_the_references_are_those_of_the_metric_or_the_field_of_rows_without_ans
     examples = [Example("a", "What?", (), (), answers, columns={"references": field}) for answers, field in given]
     found = answer_batch(["x"] * len(given), examples).columns["references"]
     assert found == [["y"], ["x", "4"], ["4"], [], [], []]
+
+
+def shorter(completions, limit=2):
+    return [float(len(text) < limit) for text in completions]
+
+
+class Longer:
+    def __call__(self, completions):
+        return [float(len(text)) for text in completions]
+
+
+def test_functions_in_place_of_their_names(folder):
+    weighted = {"function": shorter, "weight": 0.5, "arguments": {"limit": 3}}
+    objective = Reward([shorter, weighted, "mine.py:length", Longer()])
+    assert objective.runner.names == ("shorter", "shorter_1", "length", "Longer")
+    assert objective.runner.load()[0][0] == f"{__name__}.shorter"
+    found = objective.runner(answers("a", "bb"))
+    assert found.totals == pytest.approx((1 + 0.5 + 0.01 + 1, 0 + 0.5 + 0.02 + 2))
+    recorded = constructor_settings(objective, "data.objective")["functions"]
+    assert recorded[1] == {"function": f"{__name__}.shorter", "weight": 0.5, "arguments": {"limit": 3}}
+    assert RewardRunner(shorter).code_hash() != RewardRunner(lambda completions: [0.0]).code_hash()
+    assert RewardRunner(Longer()).code_hash() == RewardRunner("accuracy").code_hash()  # its code is not known
+
+
+def test_a_function_that_does_not_take_its_argument():
+    with pytest.raises(
+        SlzoError, match=r"data.reward '\S*\.shorter': takes no argument 'most'; choose from completions, limit"
+    ):
+        RewardRunner({"function": shorter, "arguments": {"most": 1}}).load()
 
 
 @pytest.mark.parametrize("in_process", [False, True])

@@ -1,6 +1,6 @@
 """``slzo generate``."""
 
-import sys
+from functools import partial
 
 from slzo.prompting.choice import probabilities
 from slzo.prompting.pair import load_pair
@@ -72,4 +72,4 @@ def generate(
                     shares = probabilities(model, pair.tokenizer, text, known)
                     say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
                 else:
-                    write_continuation(model, pair.tokenizer, ids, options, sys.stdout, pair.stop)
+                    write_continuation(model, pair.tokenizer, ids, options, partial(say, end=""), pair.stop)

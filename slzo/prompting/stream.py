@@ -1,9 +1,8 @@
 """Generate texts and write them token by token."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -45,11 +44,11 @@ class TextOptions:
 
 
 class _Stream(TextStreamer):
-    """Writes complete words to a given stream as soon as they are generated, up to the first stop text."""
+    """Writes complete words as soon as they are generated, up to the first stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object], stop: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._out, self._stop = out, stop
+        self._write, self._stop = write, stop
         self._text, self._written = "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -58,9 +57,7 @@ class _Stream(TextStreamer):
         found = min((self._text.find(stop) for stop in self._stop if stop in self._text), default=len(self._text))
         begun = 0 if stream_end else max((len(stop) - 1 for stop in self._stop), default=0)
         end = max(self._written, min(found, len(self._text) - begun))
-        with suppress(BrokenPipeError):  # nobody reads it any more, as in ``slzo generate ... | head``
-            self._out.write(self._text[self._written : end] + ("\n" if stream_end else ""))
-            self._out.flush()
+        self._write(self._text[self._written : end] + ("\n" if stream_end else ""))
         self._written = end
 
 
@@ -70,10 +67,10 @@ def write_continuation(
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     options: TextOptions,
-    out: TextIO,
+    write: Callable[[str], object],
     stop: Sequence[str] = (),
 ) -> None:
-    """Generate a continuation with transformers up to EOS or a text of ``stop``; write it to ``out`` meanwhile.
+    """Generate a continuation with transformers up to EOS or a text of ``stop``; ``write`` its parts meanwhile.
 
     Raises:
         SlzoError: Prompt and new tokens exceed the model's maximum length.
@@ -84,7 +81,7 @@ def write_continuation(
             f"the prompt has {len(ids)} tokens; with max_new_tokens {options.max_new_tokens} this exceeds the model's limit of "
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
-    stream, prompt = _Stream(tokenizer, out, stop), torch.tensor([list(ids)], device=model.device)
+    stream, prompt = _Stream(tokenizer, write, stop), torch.tensor([list(ids)], device=model.device)
     own = model.generation_config.eos_token_id
     ends = stop_tokens(tokenizer, stop).union([own] if isinstance(own, int) else own or ())
     sampling: dict[str, Any] = {"do_sample": False}

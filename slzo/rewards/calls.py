@@ -21,17 +21,24 @@ MAX_REWARD = 1e30
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One reward function of a config.
+    """One reward function of a config, or one that was given in Python.
 
     Attributes:
-        function: Name of a built-in function, import path (``package.module.function``), or ``file.py:function``.
+        function: Name of a built-in function, import path (``package.module.function``), or ``file.py:function``; of a given
+            function its module and name.
         weight: Weight of its value in the sum.
         arguments: Arguments in addition to prompts, completions and columns.
+        given: The function itself, if it was given in Python.
     """
 
     function: str
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    given: RewardFunction | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the entry of a config that names the function."""
+        return {"function": self.function, "weight": self.weight, "arguments": dict(self.arguments)}
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,18 @@ def split_name(name: str) -> tuple[str, str]:
     return where, attribute
 
 
-def code_file(name: str) -> Path | None:
-    """Return the file of a function; ``None`` if it is built in or has none."""
+def code_of(spec: RewardSpec) -> bytes:
+    """Return the file of a function, or the source code of one that was given; empty if it is built in or has none."""
+    if spec.given is not None:
+        try:
+            return inspect.getsource(spec.given).encode()
+        except (OSError, TypeError):  # an object with __call__, or a function of an interactive session
+            return b""
+    file = _code_file(spec.function)
+    return b"" if file is None else file.read_bytes()
+
+
+def _code_file(name: str) -> Path | None:
     if name in REWARDS:
         return None
     where, _ = split_name(name)
@@ -100,7 +117,7 @@ def load_function(spec: RewardSpec) -> RewardFunction:
     Raises:
         RewardFailure: There is no such function, it does not take them, or its file cannot be run.
     """
-    function = _find(spec.function)
+    function = _find(spec.function) if spec.given is None else spec.given
     accepted = _accepted(function, spec.arguments)
     if unknown := [name for name in spec.arguments if name not in accepted]:
         reason = f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}"

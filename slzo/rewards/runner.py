@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from slzo.rewards.calls import (
     LoadedFunctions,
     RewardFailure,
     RewardSpec,
-    code_file,
+    code_of,
     split_name,
 )
 from slzo.rewards.process import RewardProcess
@@ -26,8 +26,8 @@ from slzo.utils.errors import SlzoError
 # Answers of a batch at which a function may fail, before all are left out.
 _MOST_LEFT_OUT = 3
 
-RewardOption = str | dict[str, Any] | list[str | dict[str, Any]]
-"""Reward functions in a config: a name, a mapping with function, weight and arguments, or a list of these."""
+RewardOption = str | dict[str, Any] | list[str | dict[str, Any] | Callable] | Callable
+"""Reward functions: a name, a function, a mapping with function, weight and arguments, or a list of these."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class RewardRunner:
     Args:
         functions: See :data:`RewardOption`.
         timeout: Time limit of a call, in seconds, > 0.
-        in_process: Call the functions in this process: without a time limit, and a function that exits ends the run.
+        in_process: Call the functions in this process: without a time limit, and a function that exits ends the run. Functions
+            that are given as such, not by name, are always called in this process.
 
     Raises:
         SlzoError: An argument is invalid.
@@ -63,7 +64,13 @@ class RewardRunner:
             raise SlzoError(f"data.objective.timeout {timeout}: must be a number of seconds above 0")
         self.timeout = timeout
         self.names = _short_names([one.function for one in self.functions])
+        in_process = in_process or self.has_given
         self._caller = _ThisProcess(self.functions) if in_process else RewardProcess(self.functions, timeout)
+
+    @property
+    def has_given(self) -> bool:
+        """Whether one of the functions was given as such, not by name."""
+        return any(one.given is not None for one in self.functions)
 
     @property
     def best(self) -> float:
@@ -71,11 +78,10 @@ class RewardRunner:
         return sum(max(one.weight, 0.0) for one in self.functions)
 
     def code_hash(self) -> str:
-        """Return a hash of the files of the functions that are not built in."""
+        """Return a hash of the code of the functions that are not built in."""
         digest = hashlib.sha256()
         for one in self.functions:
-            file = code_file(one.function)
-            digest.update(b"" if file is None else file.read_bytes())
+            digest.update(code_of(one))
         return digest.hexdigest()[:12]
 
     def load(self) -> list[tuple[str, Sequence[str]]]:
@@ -167,30 +173,35 @@ class _ThisProcess:
 
 
 def read_functions(given: object) -> tuple[RewardSpec, ...]:
-    """Read the reward functions of a config, see :data:`RewardOption`.
+    """Read reward functions, see :data:`RewardOption`.
 
     Raises:
         SlzoError: The value is not of this form, or names an unknown function.
     """
-    entries = [given] if isinstance(given, str | Mapping) else given
+    entries = [given] if isinstance(given, str | Mapping) or callable(given) else given
     if not isinstance(entries, Sequence) or not entries:
         raise SlzoError(
-            f"data.reward {given!r}: name a function, as package.module.function or file.py:function, or a list of them"
+            f"data.reward {given!r}: name a function, as package.module.function or file.py:function, or a list of them; in "
+            "Python it may also be the function itself"
         )
-    return tuple(_read({"function": entry} if isinstance(entry, str) else entry) for entry in entries)
+    return tuple(_read(entry if isinstance(entry, Mapping) else {"function": entry}) for entry in entries)
 
 
-def _read(entry: object) -> RewardSpec:
-    known = ("function", "weight", "arguments")
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), str) or set(entry) - set(known):
+def _read(entry: Mapping[str, Any]) -> RewardSpec:
+    known, function = ("function", "weight", "arguments"), entry.get("function")
+    if not (isinstance(function, str) or callable(function)) or set(entry) - set(known):
         raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
-    name, weight, arguments = entry["function"], entry.get("weight", 1.0), entry.get("arguments") or {}
+    given = None if isinstance(function, str) else function
+    name = function if given is None else _name_of(given)
+    weight, arguments = entry.get("weight", 1.0), entry.get("arguments") or {}
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_REWARD:
         raise SlzoError(
             f"data.reward {name!r}: weight {weight!r} must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
         )
     if not isinstance(arguments, Mapping) or not all(isinstance(argument, str) for argument in arguments):
         raise SlzoError(f"data.reward {name!r}: arguments {arguments!r} must be a mapping of names to values")
+    if given is not None:
+        return RewardSpec(name, float(weight), dict(arguments), given)
     path, separator, _ = name.rpartition(":")
     if name not in REWARDS and not all(split_name(name)):
         raise SlzoError(
@@ -203,6 +214,12 @@ def _read(entry: object) -> RewardSpec:
         raise SlzoError(f"data.reward {name!r}: the file must end in .py")
     check_package(name)
     return RewardSpec(name, float(weight), dict(arguments))
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return module and name of a function, or those of the class of another callable object."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _short_names(names: Sequence[str]) -> tuple[str, ...]:

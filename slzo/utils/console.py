@@ -26,8 +26,8 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
-def say(text: str = "") -> None:
-    """Write one or more lines to standard output, from the first process of a run only.
+def say(text: str = "", end: str = "\n") -> None:
+    """Write text and ``end`` to standard output, from the first process of a run only.
 
     If nobody reads them any more, as in ``slzo fit ... | head`` or with a closed output, they are dropped. Characters that the
     output's encoding lacks are replaced.
@@ -36,7 +36,7 @@ def say(text: str = "") -> None:
     if is_first_process() and stream is not None:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         with suppress(BrokenPipeError):
-            stream.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
+            stream.write(f"{text}{end}".encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
 
 

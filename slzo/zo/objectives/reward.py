@@ -33,7 +33,8 @@ class Reward(Objective):
 
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
-            ({REWARDS}), package.module.function or file.py:function.
+            ({REWARDS}), package.module.function or file.py:function. In Python a
+            function may be given in place of its name; it is called in this process.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
             rows get the likeliest tokens, so answers far from these teach little.
@@ -72,7 +73,6 @@ class Reward(Objective):
             )
         if best is not None and not abs(best) <= MAX_REWARD:
             raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
-        self.functions = functions
         self.temperature, self.samples = temperature, samples
         usual = Objective.sampling
         self.sampling = AnswerSampling(
@@ -83,6 +83,8 @@ class Reward(Objective):
         self.timeout, self.in_process = timeout, in_process
         self.best = best
         self.runner = RewardRunner(functions, timeout, in_process)
+        # a checkpoint records names
+        self.functions = functions if not self.runner.has_given else [one.settings() for one in self.runner.functions]
         self.lowest = -(self.runner.best if best is None else best)
 
     def rewards_of(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardedAnswers:
