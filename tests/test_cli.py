@@ -376,8 +376,10 @@ def test_equal_prompts_have_no_standard_error(options, capsys):
 
 def test_every_layer_over_the_thresholds_is_told(options, capsys):
     rule = ["--profiler.rule=FirstOutlierLayer", "--profiler.rule.max_abs=0", "--profiler.rule.ratio=0"]
-    assert main(["profile", *options, *rule]) == 0
-    assert "All 4 layers are above the thresholds" in capsys.readouterr().out
+    assert main(["profile", *options, *rule, "--model.layer=1"]) == 0
+    printed = capsys.readouterr()
+    assert "All 4 layers are above the thresholds" in printed.out
+    assert "model.layer 1: is not used, since slzo profile chooses a layer by profiler.rule" in printed.err
 
 
 def test_what_export_refuses(options, capsys):

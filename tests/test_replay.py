@@ -119,12 +119,16 @@ def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys):
     assert forward_passes == [STEPS]
 
 
-def test_a_run_with_a_rollback_is_rebuilt(fit):
+def test_a_run_with_a_rollback_is_rebuilt(fit, capsys):
     wild = ["--model.optimizer.lr=0.1", "--model.optimizer.momentum=0.5", "--model.scope=AllParameters"]
     assert main([*fit, *wild]) == 0
     assert read_step_log(run_dir() / "zo_log").rollbacks
     assert main(["replay", "--run=runs/version_0", "--output=all.ckpt"]) == 0
     assert_same("all.ckpt", last_checkpoint())
+    advice = "to use it, give --config runs/version_0/config.yaml too"
+    assert advice in capsys.readouterr().out
+    assert main(["replay", "--run=runs/version_0"]) == 0
+    assert advice not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from slzo.fit import profile_and_choose
 from slzo.loggers import run_folder
 from slzo.report.profile_files import PICTURE, write_profile
 from slzo.run_context import run_context
-from slzo.utils.console import say
+from slzo.utils.console import say, warn
 
 
 def profile(app: App) -> None:
@@ -17,6 +17,8 @@ def profile(app: App) -> None:
     Args:
         app: Trainer, model and rows.
     """
+    if app.model.options.layer is not None:
+        warn(f"model.layer {app.model.options.layer}: is not used, since slzo profile chooses a layer by profiler.rule")
     with run_folder(app.trainer, set()):
         parts, rows = app.load()
         options, run = app.model.options, run_context(app.trainer, app.rows)

@@ -1,5 +1,6 @@
 """Rebuild the tuned weights of a run at any step from the losses in its log."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ def replay_run(
     note = {**start.note, **stepper.state_dict()}
     write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
     say(f"Checkpoint {path}, the tuned weights after {number} steps")
+    config = folder / CONFIG_FILE
+    if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():
+        say(f"Outside of the run's folder: to use it, give {shlex.join(['--config', str(config)])} too")
 
 
 def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
