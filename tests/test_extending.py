@@ -87,6 +87,16 @@ def test_rows_and_classes_of_ones_own_in_python(tmp_path, monkeypatch):
     assert names["model"].options.scope.describe().startswith("LoRA of rank 4")
 
 
+def test_the_rows_from_python_of_the_page_on_runs(model_dir):
+    names = {}
+    exec(page_code("docs/runs.md", "own_rows"), names)
+    rows = names["data"]
+    rows.follow_model(str(model_dir))
+    rows.setup("fit")
+    assert [len(rows.rows(split)) for split in ("train", "dev", "test")] == [30, 10, 1]
+    assert rows.rows("test")[0].example.prompt == "It is bad. It was"
+
+
 @pytest.mark.parametrize("name", ["zo_trainer", "plain_trainer"])
 def test_the_python_of_the_page_on_runs(name, model_dir, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -161,7 +161,7 @@ def test_wrong_ids(wrong):
 
 def test_rows_that_come_with_a_task(monkeypatch, tmp_path):
     rows = [{"id": "m1", "text": "fine", "label": 1}]
-    monkeypatch.setattr(MovieReviews, "shipped_rows", lambda self, split: rows if split == "test" else [])
+    monkeypatch.setattr(MovieReviews, "rows", lambda self, split: rows if split == "test" else [])
     assert [e.id for e in load("movie_reviews")] == ["m1"]
     assert "holds no rows" in error_of("movie_reviews", "train")
     write_lines(tmp_path / "movie_reviews" / "train.jsonl", [{"text": "bad", "label": 0}])

@@ -138,7 +138,7 @@ def test_contract(task):
     assert task.version >= 1
     assert set(task.fields) <= row.keys()
     assert task.metric == ("f1" if task.kind is Kind.GENERATION else "accuracy")
-    assert (task.hub is None) == (task.shipped_rows.__func__ is not Task.shipped_rows)
+    assert (task.hub is None) == (task.rows.__func__ is not Task.rows)
     assert task.default_num_dev == (100 if task.name in ("cb", "copa") else 500)
     assert task.grouped == (task.example(row, "7").group is not None)
     unread = {field: row[field] for field in (*task.fields, *(("idx",) if task.grouped else ()))}

@@ -133,10 +133,10 @@ class RowSource:
             path = _find_file(task, split, Path(self.data_dir).expanduser())
             return str(path), _hub_fields(task, read_file(path, bad), bad), None
         if self.hub_path is None:
-            shipped = task.shipped_rows(split)
-            if shipped is not None:
+            own = task.rows(split)
+            if own is not None:
                 origin = f"the rows of {task.name!r}"
-                return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1)), None
+                return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(own, start=1)), None
         source, (other, revision) = task.hub, split_revision(self.hub_path or "")
         if other and (source is None or other != source.path):
             source = HubSource(other)  # another data set has other configurations

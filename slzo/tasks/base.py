@@ -1,7 +1,7 @@
 """Base class of tasks: how a row becomes a prompt with candidates, and how the answers are scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -140,8 +140,8 @@ class Task(ABC):
             ValueError: If a field has a wrong type or a label does not match the candidates; the caller adds file and row.
         """
 
-    def shipped_rows(self, split: Split) -> Sequence[Fields] | None:
-        """Return the rows of a data set from a package; ``None`` if they are read from files or the Hub."""
+    def rows(self, split: Split) -> Iterable[Fields] | None:
+        """Return the rows of a split, such as a ``datasets.Dataset``; ``None`` if they are read from files or the Hub."""
         return None
 
 

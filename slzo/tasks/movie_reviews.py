@@ -41,7 +41,7 @@ class MovieReviews(Task):
         prompt = f"{text_field(row, 'text').strip()} It was"
         return Example(id, prompt, self.candidates, label_field(row, 2))
 
-    def shipped_rows(self, split: Split) -> Sequence[Fields]:
+    def rows(self, split: Split) -> Sequence[Fields]:
         """Return the rows of one split, downloaded on first use (13 MB) and then read from the cache.
 
         The split is fixed: a row is a test row (854), and not a training row (7,674), if the SHA-256 of its text, as a number, is
