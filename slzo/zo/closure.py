@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import live_vjp
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
 
@@ -34,10 +34,10 @@ class ClosureLoss(Loss):
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Direction]:
-        loss, pull_back = live_vjp(self.tuned, self.closure)
+        loss, pull_back = vjp(self.tuned, self.closure)
         gradient = pull_back(torch.ones_like(loss))
         if not gradient:
             raise SlzoError(
                 "the loss depends on no tuned tensor, so there is no gradient; tune tensors that the closure uses"
             )
-        return float(loss), self.tuned.with_zeros(self.tuned.pull_back(gradient))
+        return float(loss), self.tuned.with_zeros(gradient)

@@ -17,17 +17,9 @@ def vjp(tuned: TunedTensors, function: Callable[[], Tensor]) -> tuple[Tensor, Ca
         function: Returns a tensor that depends on the live tensors.
 
     Returns:
-        The tensor, detached; and a function from the gradient with respect to it, of its shape and dtype, to the gradient of each
-        master, float32. It can be called once.
+        The tensor, detached; and a function from the gradient with respect to it, of its shape and dtype, to the gradients of the
+        masters, float32, without those of unused tensors. It can be called once.
     """
-    output, pull_back = live_vjp(tuned, function)
-    return output, lambda gradient: tuned.with_zeros(tuned.pull_back(pull_back(gradient)))
-
-
-def live_vjp(
-    tuned: TunedTensors, function: Callable[[], Tensor]
-) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """Like :func:`vjp`, but the second function returns the gradients of the live tensors, without those of unused ones."""
     live = {name: tensor.live for name, tensor in tuned.items()}
     before = [tensor.requires_grad for tensor in live.values()]
     try:
@@ -44,6 +36,6 @@ def live_vjp(
         if not output.requires_grad:  # it depends on no live tensor
             return {}
         gradients = torch.autograd.grad(output, edges, gradient, allow_unused=True)
-        return {name: own for name, own in zip(live, gradients, strict=True) if own is not None}
+        return tuned.pull_back({name: own for name, own in zip(live, gradients, strict=True) if own is not None})
 
     return output.detach(), pull_back

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
-from slzo.zo.derivatives import live_vjp
+from slzo.zo.derivatives import vjp
 from slzo.zo.processes import Part, sum_tensors
 from slzo.zo.tuned import Direction, TunedTensors
 from slzo.zo.tuned_tensor import TunedTensor
@@ -148,13 +148,8 @@ def factored_vjp(
         with kept:
             return function()
 
-    output, pull_back = live_vjp(tuned, keeping)
-
-    def factored(gradient: Tensor) -> FactoredGradient:
-        whole = tuned.pull_back(pull_back(gradient))
-        return FactoredGradient(tuned, whole, kept.factors)
-
-    return output, factored
+    output, pull_back = vjp(tuned, keeping)
+    return output, lambda gradient: FactoredGradient(tuned, pull_back(gradient), kept.factors)
 
 
 class _KeptFactors(TorchFunctionMode):

@@ -99,7 +99,7 @@ class BatchLogitLoss(_SummedLoss):
             run = partial(forward.loss, piece, states, self.objective)
             found, pull_back = vjp(context.tuned, run)
             sums += found
-            for name, own in pull_back(of_total).items():
+            for name, own in context.tuned.with_zeros(pull_back(of_total)).items():
                 gradient[name] = gradient[name].add_(own) if name in gradient else own
         sums, *summed = sum_tensors(context.sum_rows, [sums, *gradient.values()])
         return _mean(sums, dict(zip(gradient, summed, strict=True)))
