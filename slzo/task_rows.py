@@ -392,10 +392,10 @@ class TaskRows:
         )
         return self._rows[split]
 
-    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> DataFingerprint:
+    def fingerprint(self, saved: Mapping[str, Any] | None) -> DataFingerprint:
         """Return the fingerprint of the tokenizer and of all rows of a fit.
 
-        ``saved`` is that of a checkpoint, to be checked unless ``allow_changed_rows`` is set.
+        ``saved`` is that of a checkpoint, to be checked unless ``allow_changed_rows`` is set; ``None`` without one.
 
         Raises:
             SlzoError: Rows or tokenizer are not those of the checkpoint.

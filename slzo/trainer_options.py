@@ -168,7 +168,7 @@ def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> No
             )
 
 
-def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool = False) -> None:
+def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool) -> None:
     """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist.
 
     ``metrics`` lists the metrics of the dev rows; with ``logs_more`` the module may log others.

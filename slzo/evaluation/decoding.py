@@ -182,7 +182,7 @@ class _Decoder:
     max_tokens: int
     varied: VariedLayers | None
     kept: CachedPrompts | None
-    entering: EnteringStates | None = None
+    entering: EnteringStates | None
     below: _Histories | None = field(init=False, default=None)
     points: dict[int, _Stage] = field(init=False, default_factory=dict)
     above: _Stage | None = field(init=False, default=None)

@@ -117,7 +117,7 @@ class Evaluator:
         self,
         rows: Sequence[Row],
         varied: VariedLayers,
-        sampling: Sampling | None = None,
+        sampling: Sampling | None,
         entering: EnteringStates | None = None,
     ) -> list[Answer]:
         """Generate answers to the rows at several points, all together; return those of one point after the other.
@@ -285,7 +285,7 @@ def score_rows(
     evaluator: Evaluator,
     batches: Iterable[EvalBatch],
     score: RunningScore,
-    keep_prefix: bool = False,
+    keep_prefix: bool,
     seen: Callable[[EvalBatch, Outcome], None] | None = None,
 ) -> dict[str, float]:
     """Return metrics and loss of the live weights on the rows of this process; ``score`` has fresh counters.

@@ -73,7 +73,7 @@ class LayerTrials(Trials):
 
     # ---- used by selection rules, see slzo.zo.trial.Trials ---------------------------------------------------------------
 
-    def planned_steps(self, layer: int, share: float = 0.0) -> int:
+    def planned_steps(self, layer: int, share: float) -> int:
         """See :meth:`slzo.zo.trial.Trials.planned_steps`."""
         if self.time is None:
             return self.steps

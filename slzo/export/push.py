@@ -23,7 +23,7 @@ def check_repository(repository: str | None, private: bool) -> None:
         raise SlzoError(f"push_to_hub {repository!r}: must be a Hub id like 'me/my-model'")
 
 
-def push(folder: Path, repository: str, private: bool = False) -> str:
+def push(folder: Path, repository: str, private: bool) -> str:
     """Create a repository if needed and upload a folder as one commit, with the token of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:

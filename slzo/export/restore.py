@@ -15,7 +15,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 
-def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
     """Load the base model of a checkpoint and write the tuned values into its live weights; its attention is not replaced.
 
     Raises:
@@ -26,7 +26,7 @@ def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Tuned
     return tuned_model
 
 
-def load_base(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+def load_base(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
     """Load the base model like :func:`load_tuned`, but leave its live weights untuned."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:

@@ -38,7 +38,7 @@ class DevicePlacement(Placement):
         model: The model; its layers are where ``places`` says, without values if on disk.
         places: Device of each layer.
         stored: Weights of the layers on disk, by their names in the model; read on access.
-        folder: Temporary folder to keep as long as the model.
+        folder: Temporary folder to keep as long as the model; ``None`` if there is none.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DevicePlacement(Placement):
         model: PreTrainedModel,
         places: LayerPlaces,
         stored: Mapping[str, Tensor],
-        folder: TemporaryDirectory[str] | None = None,
+        folder: TemporaryDirectory[str] | None,
     ) -> None:
         self.places = places
         self.offloads, self.elsewhere = bool(places.offloaded), places.describe() if places.elsewhere else ""

@@ -38,7 +38,7 @@ class FullPrecision:
 
     quantized: Mapping[str, nn.Module]
     source: str
-    dequantized: bool = False
+    dequantized: bool
 
     @classmethod
     @torch.no_grad()

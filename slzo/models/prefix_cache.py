@@ -95,7 +95,7 @@ class PrefixCache:
         batch: PackedBatch,
         run: Callable[[TokenBatch], Tensor],
         keep: bool,
-        max_tokens: int | None = None,
+        max_tokens: int | None,
     ) -> Tensor:
         """Return the states of a batch.
 

@@ -47,7 +47,7 @@ class ModelShape:
     linear: int
     layer_rest: int
     outside: int
-    key_values: int = 0
+    key_values: int
     stored_bytes: int | None = None
     stored_dtype: torch.dtype | None = None
     stored_method: str | None = None

@@ -19,7 +19,7 @@ LAYER = "decoder layer (from 0)"
 _DASHES = ("-", "--", ":", "-.")
 
 
-def new_figure(width: float, height: float, title: str = "", below: str = "") -> Figure:
+def new_figure(width: float, height: float, title: str, below: str = "") -> Figure:
     """Make an empty figure, size in inches, with a title and a smaller line below it.
 
     The margins are fixed: a layout engine would double the time to draw.

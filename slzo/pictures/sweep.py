@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sweep_picture(
-    rows: Sequence[Mapping[str, Any]], title: str = "", below: str = "", loss: str = "dev loss"
-) -> Figure:
+def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str, below: str, loss: str) -> Figure:
     """Draw sensitivity, outlier ratio and gain by layer with standard errors, and mark the chosen layer.
 
     Args:
@@ -53,8 +51,8 @@ def sweep_picture(
 
 def sweep_curves_picture(
     curves: Mapping[int, Sequence[Mapping[str, Any]]],
-    title: str = "",
-    chosen: int | None = None,
+    title: str,
+    chosen: int | None,
     loss: str = "dev loss",
 ) -> Figure:
     """Draw the dev loss of each trained layer over steps and over seconds; the chosen layer's lines are thicker.

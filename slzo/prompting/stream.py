@@ -68,7 +68,7 @@ def write_continuation(
     ids: Sequence[int],
     options: TextOptions,
     write: Callable[[str], object],
-    stop: Sequence[str] = (),
+    stop: Sequence[str],
 ) -> None:
     """Generate a continuation with transformers up to EOS or a text of ``stop``; ``write`` its parts meanwhile.
 

@@ -33,7 +33,7 @@ _CLOSE = 1.1
 
 
 def plan_memory(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int
 ) -> tuple[MemoryPlan | None, TrainingOptions]:
     """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
 

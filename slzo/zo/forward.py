@@ -93,7 +93,7 @@ class SuffixForward:
         return self.cache.get_or_compute(batch, lambda part: self.parts.run(part, 0, self.span.start), keep, max_tokens)
 
     @torch.no_grad()
-    def compute_prefix(self, batch: PackedBatch, max_tokens: int | None = None) -> Tensor | None:
+    def compute_prefix(self, batch: PackedBatch, max_tokens: int | None) -> Tensor | None:
         """Like :meth:`prefix`, without the cache, for batches whose tokens are new in each step."""
         if self.span.start == 0:
             return None

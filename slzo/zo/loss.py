@@ -46,9 +46,9 @@ class LossContext:
     tuned: TunedTensors
     sum_rows: Callable[[Tensor], Tensor]
     rows: Part
-    evaluator: Evaluator | None = None
-    seed: int = 0
-    step: int = 0
+    evaluator: Evaluator | None
+    seed: int
+    step: int
 
 
 @dataclass

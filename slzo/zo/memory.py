@@ -62,7 +62,7 @@ class MemoryPlan:
 
     parts: Mapping[str, int]
     loading: int
-    mapped: int = 0
+    mapped: int
 
     @property
     def total(self) -> int:

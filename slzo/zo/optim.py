@@ -92,7 +92,7 @@ class OptimizerChoice:
     lr: float
     settings: dict[str, Any]
     state_copies: float
-    normalizes: bool | None = None
+    normalizes: bool | None
 
     @property
     def automatic(self) -> bool:
@@ -138,12 +138,12 @@ class OptimizerChoice:
             set_rate(optimizer, lr)
         return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
 
-    def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None = None) -> None:
+    def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
 
         Args:
             num_steps: Steps of the run.
-            state: State of the scheduler in the checkpoint that the run continues.
+            state: State of the scheduler in the checkpoint that the run continues; ``None`` for a new run.
 
         Raises:
             SlzoError: The scheduler ends earlier.

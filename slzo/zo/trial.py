@@ -135,7 +135,7 @@ class Trials(Protocol):
     num_train: int
     num_dev: int
 
-    def planned_steps(self, layer: int, share: float = 0.0) -> int:
+    def planned_steps(self, layer: int, share: float) -> int:
         """Return the number of steps of the main training in a layer.
 
         If trainer.max_time limits it, the number is measured.

@@ -138,7 +138,7 @@ class Subspace(TunedTensor):
     basis: Tensor
     base: Tensor
 
-    def __init__(self, live: Tensor, basis: Tensor, transposed: bool | Tensor = False) -> None:
+    def __init__(self, live: Tensor, basis: Tensor, transposed: bool | Tensor) -> None:
         self.transposed = bool(transposed)
         if live.dim() != 2 or basis.dim() != 2 or basis.shape[0] != live.shape[1 - int(self.transposed)]:
             raise ValueError(f"its basis of shape {list(basis.shape)} does not match the weight")
