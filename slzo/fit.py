@@ -39,7 +39,6 @@ from slzo.training.build import (
     load_parts,
     make_stepper,
     restore,
-    restore_values,
     restored_rate,
     tune,
     uses_auto,
@@ -183,7 +182,8 @@ def _restored_model(
     if tuned is None:
         tuned = restore(parts, checkpoint, options, for_training=True)
     else:
-        restore_values(tuned, checkpoint)
+        tuned.check(note)
+        tuned.tensors.load(checkpoint.content["state_dict"])
     return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
 
 

@@ -56,23 +56,17 @@ class ModelParts:
             transformers' attention interface are always padded.
         onednn: Run linear layers through oneDNN while autograd is off (see :mod:`slzo.models.linear`); ``None`` decides by timing
             both.
-        virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
     Attributes:
+        virtual_tokens: Keys and values that every sequence sees before its tokens, see :meth:`rebuilt`; at first ``None``.
         limits: What the model can do; at first everything.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        packed: bool = True,
-        onednn: bool | None = None,
-        virtual_tokens: VirtualTokens | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> None:
         self.model = model
-        self.virtual_tokens = virtual_tokens
+        self.virtual_tokens: VirtualTokens | None = None
         self.limits = Limits()
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)

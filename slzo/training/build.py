@@ -116,16 +116,6 @@ def restore(
     return model
 
 
-def restore_values(model: TunedModel, checkpoint: Checkpoint) -> None:
-    """Set the tuned tensors of a model to those of a checkpoint.
-
-    Raises:
-        SlzoError: They differ in more than their values.
-    """
-    model.check(checkpoint.note)
-    model.tensors.load(checkpoint.content["state_dict"])
-
-
 def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
     """Check that the options name no other layer than a checkpoint.
 
