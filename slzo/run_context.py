@@ -50,7 +50,7 @@ def num_dev_rows(trainer: Trainer, rows: TaskRows) -> int:
 def _scored_rows(trainer: Trainer, rows: TaskRows) -> list[list[Row]]:
     """Return the dev rows that a validation scores in this process, batch by batch."""
     batches, limit = rows.eval_plan("dev").batches, trainer.limit_val_batches
-    return batches[: limit if limit is None or isinstance(limit, int) else int(len(batches) * limit)]
+    return batches[: limit if isinstance(limit, int) else int(len(batches) * limit)]
 
 
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
@@ -94,6 +94,4 @@ def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
 def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
     """Return the steps of an epoch, with ``trainer.limit_train_batches``."""
     limit, batches = trainer.limit_train_batches, len(rows.sampler())
-    if limit is None:
-        return batches
     return min(batches, limit if isinstance(limit, int) else int(batches * limit))
