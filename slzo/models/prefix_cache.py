@@ -47,7 +47,6 @@ class PrefixCache:
             check_cache_folder(directory)
         self.primary = primary
         self.num_bytes = 0
-        self._full = False
         self._states: dict[int, Tensor] = {}
         self._plan: dict[int, Block] | None = None
         self._planned = 0
@@ -77,8 +76,8 @@ class PrefixCache:
             self._clear()
 
     def wants(self, key: int) -> bool:
-        """Whether the states of an example are stored, or will be when they are computed."""
-        return key in self or (not self._full and self._limit > 0 if self._plan is None else key in self._plan)
+        """Whether the states of an example are to be stored; without a plan those of any, as far as they fit."""
+        return self._limit > 0 if self._plan is None else key in self._plan
 
     @property
     def missing_bytes(self) -> int:
@@ -143,11 +142,7 @@ class PrefixCache:
         """Store hidden states (T, hidden) as far as they fit; an example is given by its key and its number of packed tokens."""
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.nbytes
-            planned = self._plan is None or key in self._plan
-            if not planned or key in self._states:
-                continue
-            if self.num_bytes + size > self._limit:
-                self._full = True
+            if key in self or not self.wants(key) or self.num_bytes + size > self._limit:
                 continue
             storage = self._allocate(states.numel(), states.dtype, pinned=states.is_cuda)
             self._states[key] = storage.copy_(states.detach().flatten()).view(states.shape)
@@ -156,7 +151,7 @@ class PrefixCache:
     def _clear(self) -> None:
         """Remove all states."""
         self._states.clear()
-        self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
+        self._block, self._used, self.num_bytes = None, 0, 0
 
     def reset(self) -> None:
         """Remove all states and the plan, whose keys are valid for one data module only."""
