@@ -1,7 +1,6 @@
 """Refuses options and callbacks that do not work with slzo's steps, of any trainer."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -15,15 +14,13 @@ from lightning.pytorch.callbacks import (
 from slzo.schedule import interval_of
 from slzo.utils.errors import SlzoError
 
-_REFUSED: Mapping[type[Callback], str] = MappingProxyType(
-    {
-        WeightAveraging: "leave it out; the best checkpoint is kept",
-        StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
-        LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
-        BatchSizeFinder: "leave it out; slzo plan estimates the memory",
-        GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
-    }
-)
+_REFUSED: Mapping[type[Callback], str] = {
+    WeightAveraging: "leave it out; the best checkpoint is kept",
+    StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
+    LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
+    BatchSizeFinder: "leave it out; slzo plan estimates the memory",
+    GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
+}
 
 
 def check_trainer(trainer: Trainer, num_batches: int) -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ from slzo.trainer_checks import check_overfit_batches, check_precision, check_su
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_local
 
-TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "max_steps": 1000,
-        "val_check_interval": 100,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 10,
-        "enable_model_summary": False,
-    }
-)
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "max_steps": 1000,
+    "val_check_interval": 100,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
 

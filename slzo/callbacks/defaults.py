@@ -1,7 +1,6 @@
 """The callbacks of every training, in the order in which they run."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -16,17 +15,15 @@ from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.time_limit import TimeLimit
 
-DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
-    {
-        "profiler": OutlierProfiler,  # writes the profile before the others print
-        "guard": LossGuard,  # rolls back before a state is saved
-        "watch": StepWatch,
-        "answers": AnswerLog,
-        "record": RunRecord,  # reads the counts of the callbacks above
-        "checkpoint": BestCheckpoint,  # Lightning runs checkpoints last
-        "last_checkpoint": LastCheckpoint,  # saves the state of all others
-    }
-)
+DEFAULTS: Mapping[str, type[Callback]] = {
+    "profiler": OutlierProfiler,  # writes the profile before the others print
+    "guard": LossGuard,  # rolls back before a state is saved
+    "watch": StepWatch,
+    "answers": AnswerLog,
+    "record": RunRecord,  # reads the counts of the callbacks above
+    "checkpoint": BestCheckpoint,  # Lightning runs checkpoints last
+    "last_checkpoint": LastCheckpoint,  # saves the state of all others
+}
 """Classes by the name of their option group. The user's own callbacks run before ``record``, or after ``checkpoint`` if they
 save."""
 

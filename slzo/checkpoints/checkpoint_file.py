@@ -11,7 +11,6 @@ import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,21 +19,19 @@ from torch import Tensor
 
 from slzo.utils.errors import SlzoError
 
-_TYPES = MappingProxyType(
-    {
-        torch.complex64: "C64",
-        torch.float64: "F64",
-        torch.int64: "I64",
-        torch.float32: "F32",
-        torch.int32: "I32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-)
+_TYPES: Mapping[torch.dtype, str] = {
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class DamagedError(ValueError):

@@ -7,7 +7,6 @@ and data, and ``app`` holds the objects made from them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -64,4 +63,4 @@ _ALL = (
         words="runs",
     ),
 )
-COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})
+COMMANDS: Mapping[str, Command] = {command.name: command for command in _ALL}

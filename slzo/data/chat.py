@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -17,19 +16,17 @@ from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import RowError, SlzoError, one_line
 
 DEFAULT_TEMPLATE = "plain"
-TEMPLATES: Mapping[str, str] = MappingProxyType(
-    {
-        "plain": (
-            "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
-            "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-        ),
-        "chatml": (
-            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-        ),
-    }
-)
+TEMPLATES: Mapping[str, str] = {
+    "plain": (
+        "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
+        "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
 """Templates by name, for tokenizers without one: ``plain`` puts the role before each message."""
 
 

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from slzo.tasks.fields import Fields
 from slzo.utils.console import warn
@@ -206,7 +205,9 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
         yield f"{path} row {number}", row
 
 
-READERS: Mapping[str, Callable[[Path, BadRows], Iterator[PlacedRow]]] = MappingProxyType(
-    {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
-)
+READERS: Mapping[str, Callable[[Path, BadRows], Iterator[PlacedRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
 """Readers by file extension."""

@@ -6,21 +6,21 @@ spans of the official file ("The table" for "the table"); the conversion does no
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from slzo.tasks.fields import Fields
 from slzo.utils.errors import shown
 
-FOLDERS: Mapping[str, str] = MappingProxyType(
-    {name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")}
-)
+FOLDERS: Mapping[str, str] = {
+    name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
+}
 """Names of the tasks' folders in the download."""
 
 _BOOLEAN_TASKS = frozenset({"boolq", "wic", "wsc"})
-_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"rte": ("entailment", "not_entailment"), "cb": ("entailment", "contradiction", "neutral")}
-)
+_LABELS: Mapping[str, tuple[str, ...]] = {
+    "rte": ("entailment", "not_entailment"),
+    "cb": ("entailment", "contradiction", "neutral"),
+}
 
 
 def hub_rows(task: str, row: Fields) -> Iterator[Fields]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import base_model as base_name
@@ -21,7 +20,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_writable, replacing, write_json
 from slzo.zo.tuned_model import TunedModel
 
-FORMATS: Mapping[str, ExportFormat] = MappingProxyType({"adapter": ADAPTER, "merged": MERGED, "delta": DELTA})
+FORMATS: Mapping[str, ExportFormat] = {"adapter": ADAPTER, "merged": MERGED, "delta": DELTA}
 """Export formats by name."""
 
 FACTS_FILE = "slzo.json"

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -45,14 +44,12 @@ class Preset:
         return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), self.kind)())
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "int8": Preset("torchao", 8.0, "Int8WeightOnlyConfig"),
-        "fp8": Preset("torchao", 8.0, "Float8WeightOnlyConfig"),
-        "nf4": Preset("bitsandbytes", 4.5, "nf4"),
-        "fp4": Preset("bitsandbytes", 4.5, "fp4"),
-    }
-)
+PRESETS: Mapping[str, Preset] = {
+    "int8": Preset("torchao", 8.0, "Int8WeightOnlyConfig"),
+    "fp8": Preset("torchao", 8.0, "Float8WeightOnlyConfig"),
+    "nf4": Preset("bitsandbytes", 4.5, "nf4"),
+    "fp4": Preset("bitsandbytes", 4.5, "fp4"),
+}
 _PACKAGES = frozenset(preset.package for preset in PRESETS.values())
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 from slzo.rewards.builtin.accuracy import accuracy
 from slzo.rewards.builtin.exact_match import exact_match
@@ -18,7 +17,7 @@ RewardFunction = Callable[..., Sequence[float]]
 """``f(prompts, completions, **columns)`` returns one number per completion. It gets only the arguments that it declares."""
 
 _ALL: tuple[RewardFunction, ...] = (accuracy, exact_match, json_valid, number_match, regex, rouge, token_f1)
-REWARDS: Mapping[str, RewardFunction] = MappingProxyType({function.__name__: function for function in _ALL})
+REWARDS: Mapping[str, RewardFunction] = {function.__name__: function for function in _ALL}
 
 PERPLEXITY = "perplexity"
 """The only metric that needs no generated answers."""
@@ -31,9 +30,9 @@ def _is_metric(function: RewardFunction) -> bool:
     return all(each.name in given or each.default is not each.empty for each in parameters)
 
 
-_METRICS: Mapping[str, RewardFunction] = MappingProxyType(
-    {"f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _is_metric(function)}
-)
+_METRICS: Mapping[str, RewardFunction] = {
+    "f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _is_metric(function)
+}
 
 
 def check_package(name: str) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from slzo.tasks.base import Task
 from slzo.tasks.boolq import BoolQ
@@ -24,7 +23,7 @@ from slzo.utils.class_paths import import_failure, required_arguments
 from slzo.utils.errors import SlzoError, did_you_mean
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
-TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
+TASKS: Mapping[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 def get_task(name: str) -> Task:

@@ -30,21 +30,19 @@ CODE_OPTIONS = frozenset(
     }
 )
 """The options that take a class, a function, or the name of one."""
-GROUPS: Mapping[str, str] = types.MappingProxyType(
-    {
-        "trainer": "length, validations, devices",
-        "model": "what is tuned and how",
-        "data": "task, rows, batches",
-        "profiler": "how the layer is found",
-        "checkpoint": "which state is the best",
-        "last_checkpoint": "the state to continue from",
-        "guard": "rolls back when the dev loss spikes",
-        "watch": "warns of steps that make no progress",
-        "record": "scores before and after, files of the run",
-        "answers": "generated answers in TensorBoard",
-        "model.engine": "speed and memory",
-    }
-)
+GROUPS: Mapping[str, str] = {
+    "trainer": "length, validations, devices",
+    "model": "what is tuned and how",
+    "data": "task, rows, batches",
+    "profiler": "how the layer is found",
+    "checkpoint": "which state is the best",
+    "last_checkpoint": "the state to continue from",
+    "guard": "rolls back when the dev loss spikes",
+    "watch": "warns of steps that make no progress",
+    "record": "scores before and after, files of the run",
+    "answers": "generated answers in TensorBoard",
+    "model.engine": "speed and memory",
+}
 """The groups of options with their titles, in the order of the help; a text in their place is the path of another file."""
 TRUST = "trust_remote_code"
 
