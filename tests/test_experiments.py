@@ -23,7 +23,7 @@ from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
-from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
+from slzo.experiments.sweep_rates import RateResult, check_rates, rates_to_try, recommend
 from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves, seed_curves
 from slzo.models.logits import needed_logits
 from slzo.training.build import make_stepper, tune
@@ -610,14 +610,14 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
         raise AssertionError
 
     for lrs in (None, "auto"):
-        plan = plan_rates(lrs, None, 40, [0], lambda: (3e-4, 1e-3))
-        assert len(plan.lrs) == 7
-        assert plan.lrs[3] == pytest.approx(3e-4)
-        assert plan.lrs[-1] / plan.lrs[0] == pytest.approx(1000)
-        assert plan.eps == (1e-3,)
-    assert plan_rates([1e-3], [1e-2], 4, [0], fails).eps == (1e-2,)
-    assert plan_rates([1e-3], None, 4, [0], lambda: (1.0, 2e-2)).eps == (2e-2,)
-    assert plan_rates(None, [1e-2], 4, [0], lambda: (5.0, 1.0)).lrs[3] == 5.0
+        rates, sizes = rates_to_try(lrs, None, lambda: (3e-4, 1e-3))
+        assert len(rates) == 7
+        assert rates[3] == pytest.approx(3e-4)
+        assert rates[-1] / rates[0] == pytest.approx(1000)
+        assert sizes == [1e-3]
+    assert rates_to_try([1e-3, 1e-4, 1e-3], [1e-2], fails) == ([1e-4, 1e-3], [1e-2])
+    assert rates_to_try([1e-3], None, lambda: (1.0, 2e-2)) == ([1e-3], [2e-2])
+    assert rates_to_try(None, [1e-2], lambda: (5.0, 1.0))[0][3] == 5.0
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):

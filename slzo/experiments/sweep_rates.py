@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -17,23 +17,6 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
 from slzo.zo.trial import Trial
-
-
-@dataclass(frozen=True)
-class RatePlan:
-    """Options of a learning-rate search.
-
-    Attributes:
-        lrs: Learning rates, in rising order.
-        eps: Sizes of the perturbation, in rising order; ``None`` for an estimator without one.
-        steps: Steps of each trial.
-        seeds: Seeds; each pair of learning rate and eps is tried with each.
-    """
-
-    lrs: tuple[float, ...]
-    eps: tuple[float | None, ...]
-    steps: int
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,9 +59,13 @@ def sweep_rates(
     settings = sweep_settings(trials) | {"steps": steps, "layer": layer}
     own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
     store = CellStore(output or f"{sweep_folder(trials)}-rates", settings | own)
-    plan = plan_rates(lrs, eps, steps, seeds, partial(_own_step, trials, store, layer))
+
+    def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
+        return asdict(trials.run(layer, steps=steps, seed=seed, lr=lr, eps=eps))
+
+    rates, sizes = rates_to_try(lrs, eps, partial(_own_step, trials, store, layer))
     loss = trials.rows.selection_metric.loss_name
-    tried, before = search(trials, store, plan, layer, loss)
+    tried, before = search(store, train, rates, sizes, dict.fromkeys(seeds), loss)
     if is_worker():
         return
     best, words = recommend(tried, before, loss)
@@ -126,26 +113,26 @@ def check_rates(
         raise SlzoError("seeds []: give at least one seed")
 
 
-def plan_rates(
-    lrs: Rates,
-    eps: Sequence[float] | None,
-    steps: int,
-    seeds: Sequence[int],
-    own: Callable[[], tuple[float, float | None]],
-) -> RatePlan:
-    """Return the rates and sizes to try.
+def rates_to_try(
+    lrs: Rates, eps: Sequence[float] | None, own: Callable[[], tuple[float, float | None]]
+) -> tuple[Collection[float], Collection[float | None]]:
+    """Return the learning rates and the sizes of the perturbation to try, in rising order.
 
     The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
     """
     lrs = None if lrs == "auto" else lrs
     own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
     rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
-    sizes = (own_eps,) if eps is None else tuple(sorted(set(eps)))
-    return RatePlan(tuple(sorted(set(rates))), sizes, steps, tuple(dict.fromkeys(seeds)))
+    return sorted(set(rates)), [own_eps] if eps is None else sorted(set(eps))
 
 
 def search(
-    trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None, what: str
+    store: CellStore,
+    train: Callable[[float | None, float, int], dict[str, Any]],
+    rates: Collection[float],
+    sizes: Collection[float | None],
+    seeds: Collection[int],
+    what: str,
 ) -> tuple[list[RateResult], float]:
     """Run the trials that are not finished, smallest eps and learning rate first; ``what`` is what the loss is called.
 
@@ -153,17 +140,14 @@ def search(
         The result of each pair, and the dev loss before training.
     """
 
-    def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
-        return asdict(trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps))
-
     def name_of(eps: float | None, lr: float, seed: int) -> str:
         return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"
 
-    cells = product(plan.eps, plan.lrs, plan.seeds)
+    cells = product(sizes, rates, seeds)
     complete_cells(store, {name_of(*cell): partial(train, *cell) for cell in cells}, what)
     found = []
-    for eps, lr in product(plan.eps, plan.lrs):
-        done = [Trial.from_dict(store.result(name_of(eps, lr, seed))) for seed in plan.seeds]
+    for eps, lr in product(sizes, rates):
+        done = [Trial.from_dict(store.result(name_of(eps, lr, seed))) for seed in seeds]
         diverged = next((trial.diverged for trial in done if trial.diverged), "")
         loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)
