@@ -49,7 +49,8 @@ def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
         "os.environ['OMP_NUM_THREADS'] + ' ' + os.environ['CUDA_VISIBLE_DEVICES'])"
     )
     threads = torch.get_num_threads()
-    with workers(3, [sys.executable, "-c", f"{program}; time.sleep(600)"]):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", f"{program}; time.sleep(600)"])
+    with workers(3):
         assert torch.get_num_threads() == 1
         deadline = time.monotonic() + 60
         expected = {"1": "1 5", "2": "1 2"}  # threads, and a card of those that this process has
@@ -57,7 +58,8 @@ def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert torch.get_num_threads() == threads
-    with workers(2, [sys.executable, "-c", "raise SystemExit(3)"]):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "raise SystemExit(3)"])
+    with workers(2):
         time.sleep(1)
     assert "worker 1 ended early with status 3" in capsys.readouterr().err
     with pytest.raises(SlzoError, match="workers 4: each worker needs a core of its own, and there are 3"), workers(4):

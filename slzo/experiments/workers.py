@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from slzo.utils.errors import SlzoError
 
 
 @contextmanager
-def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]:
+def workers(number: int) -> Iterator[None]:
     """Run the command of this process in more processes for a ``with`` block, which does the same work itself.
 
     The processor's cores are divided evenly, and so are the GPUs. The block must divide its work with
@@ -25,7 +25,6 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
 
     Args:
         number: Number of processes, this one included.
-        command: Program and arguments; by default those of this process.
 
     Raises:
         SlzoError: ``number`` is not positive, or larger than the number of cores.
@@ -51,8 +50,8 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
         variables = {WORKER: str(worker), "OMP_NUM_THREADS": str(threads)}
         if len(cards) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = cards[worker % len(cards)]
-        program = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
-        started.append(subprocess.Popen(program, env={**os.environ, **variables}, stdout=subprocess.DEVNULL))
+        command = [sys.executable, *sys.orig_argv[1:]]
+        started.append(subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     finished = False
