@@ -1,40 +1,101 @@
 """Layers that processes share: the same values and results, half of the memory, and any number of runs on each process."""
 
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+import torch
+from torch import distributed
+
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import pack
+from slzo.models.engine import Engine
+from slzo.models.load import load_model
+from slzo.models.logits import needed_logits
+from slzo.models.parts import ModelParts
+from slzo.models.placement import placement_of
+from slzo.models.shard_group import ShardGroup
+from slzo.models.sharded import load_sharded
+from slzo.models.startup_check import split_and_verify
+from slzo.utils.process_group import leave_process_group
+
+CPU = torch.device("cpu")
+LAYER = 2
 
 
-def on_ranks(number, *arguments):
-    """What each process of ``sharded_rank.py`` saw."""
+def on_ranks(number, folder):
+    """What each of some processes saw. They are forked, since the imports take longer than the rest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).parent / "sharded_rank.py"
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            env={**os.environ, **settings, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(number)
-    ]
+    context = multiprocessing.get_context("fork")
+    with context.Pool(number) as pool:  # its processes end with the block, also one that waits for another
+        return pool.map_async(partial(in_group, number, port, str(folder)), range(number), chunksize=1).get(timeout=120)
+
+
+def in_group(number, port, folder, rank):
+    """Join the other processes, each of which has taken another rank, since none returns without the others."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "RANK": str(rank)}
+    distributed.init_process_group("gloo")
     try:
-        done = [rank.communicate(timeout=120) for rank in ranks]
-    finally:  # a process that waits for another would wait for half an hour
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, done, strict=True):
-        assert rank.returncode == 0, errors[-3000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in done]
+        return seen(folder)
+    finally:
+        leave_process_group()
+
+
+def seen(folder):
+    """Compare a divided model with a plain one, while the processes run different layers in different numbers."""
+    rank, found = distributed.get_rank(), {}
+    group = ShardGroup(CPU)
+    whole = load_model(folder)
+    model = load_sharded(folder, "float32", False, group, CPU)
+    found["share"] = placement_of(model).share
+    found["absent"] = all(p.is_meta for p in model.model.layers.parameters())
+    parts, plain = split_and_verify(model, onednn=Engine().onednn), ModelParts(whole, onednn=False)
+    rows = [[5, 9, 3, 7, 8][: 3 + rank], [11, 4, 6, 2]]
+    batch = pack([EncodedExample(number, (EncodedSequence(tuple(row), 1),), ()) for number, row in enumerate(rows)])
+    expected = needed_logits(plain, batch)
+    worst = 0.0
+    for number in range(1 + 3 * rank):  # rank 0 is done after one pass
+        start = number % 3
+        hidden = plain.run(batch, 0, start) if start else None
+        worst = max(worst, float((needed_logits(parts, batch, start, hidden) - expected).abs().max()))
+    group.barrier()
+    found["error"] = worst
+    start, gathered = plain.num_layers - 2, []
+    for _ in range(3):
+        needed_logits(parts, batch, start, plain.run(batch, 0, start))
+        gathered.append(group.num_bytes)
+    group.barrier()
+    found["last layers stay"] = gathered[1:] == gathered[:1] * 2
+    same = [torch.equal(value, whole.get_parameter(name)) for name, value in placement_of(model).values(model)]
+    found["values"] = all(same) and len(same) == len(list(whole.parameters()))
+    found |= loaded_again(model, whole)
+    found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
+    group.barrier()
+    return found
+
+
+def loaded_again(model, whole):
+    """Load a layer, put it back unchanged, load it again, change it, and put it back."""
+    placement, layer = placement_of(model), model.model.layers[LAYER]
+    placement.load_layers([LAYER])
+    own = dict(layer.named_parameters())
+    loaded = all(torch.equal(own[name], value) for name, value in whole.model.layers[LAYER].named_parameters())
+    placement.return_layers([LAYER])
+    returned = all(p.is_meta for p in layer.parameters())
+    placement.load_layers([LAYER])
+    with torch.no_grad():
+        first = next(layer.parameters())
+        first.add_(1)
+        placement.return_layers([LAYER])
+        kept = next(layer.parameters()) is first
+        first.sub_(1)
+        first.copy_(next(whole.model.layers[LAYER].parameters()))
+    placement.return_layers([LAYER])
+    return {"loaded": loaded, "returned": returned, "kept if changed": kept}
 
 
 def test_processes_share_layers_whatever_each_of_them_runs(model_dir):
