@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ class RewardSpec:
     """
 
     function: str
-    weight: float = 1.0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    given: RewardFunction | None = None
+    weight: float
+    arguments: Mapping[str, Any]
+    given: RewardFunction | None
 
     def settings(self) -> dict[str, Any]:
         """Return the entry of a config that names the function."""

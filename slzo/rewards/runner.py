@@ -213,7 +213,7 @@ def _read(entry: Mapping[str, Any]) -> RewardSpec:
     if separator and not path.endswith(".py") and "/" in path:
         raise SlzoError(f"data.reward {name!r}: the file must end in .py")
     check_package(name)
-    return RewardSpec(name, float(weight), dict(arguments))
+    return RewardSpec(name, float(weight), dict(arguments), None)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

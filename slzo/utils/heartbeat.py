@@ -30,9 +30,7 @@ class Heartbeat:
         interval: Seconds between two beats.
     """
 
-    def __init__(
-        self, store: TCPStore, rank: int, number: int, lost: Callable[[int], None], interval: float = BEAT_S
-    ) -> None:
+    def __init__(self, store: TCPStore, rank: int, number: int, lost: Callable[[int], None], interval: float) -> None:
         self._store, self._rank, self._lost, self._interval = store, rank, lost, interval
         self._others = [other for other in range(number) if other != rank]
         self._counts = self._read()
