@@ -110,9 +110,10 @@ class ZOTrainer(Trainer):
                 this trainer had another model or other rows.
         """
         model = _checked(model)
-        if not is_quick(self) and self.limit_test_batches not in (None, 1.0):
+        limit = self.limit_test_batches
+        if not is_quick(self) and (isinstance(limit, int) or limit != 1.0):  # 1 is one batch, 1.0 all of them
             raise SlzoError(
-                f"trainer.limit_test_batches {self.limit_test_batches}: fit scores all held-out rows; leave it out, and set "
+                f"trainer.limit_test_batches {limit}: fit scores all held-out rows; leave it out, and set "
                 "data.num_test to the number of rows"
             )
         for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):

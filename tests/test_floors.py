@@ -67,8 +67,15 @@ def imports_of(path):
     return found
 
 
-IMPORTS = {name: imports_of(path) for name, path in FILES.items()}
-PAIRS = [(name, other) for name, imported in IMPORTS.items() for other in sorted(imported)]
+@pytest.fixture(scope="module")
+def imports():
+    """The imported modules of each file."""
+    return {name: imports_of(path) for name, path in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def pairs(imports):
+    return [(name, other) for name, imported in imports.items() for other in sorted(imported)]
 
 
 def test_every_room_is_on_a_floor():
@@ -77,20 +84,20 @@ def test_every_room_is_on_a_floor():
     assert len(FLOORS) <= 14
 
 
-def test_imports_go_down_only():
-    rooms = [(name, other, room_of(name), room_of(other)) for name, other in PAIRS if other in FILES]
+def test_imports_go_down_only(pairs):
+    rooms = [(name, other, room_of(name), room_of(other)) for name, other in pairs if other in FILES]
     assert len(rooms) > 500
     assert not [f"{name} -> {other}" for name, other, a, b in rooms if a != b and LEVEL[b] <= LEVEL[a]]
 
 
-def test_no_circle_between_files():
-    graph = {name: {other for other in imported if other in FILES} for name, imported in IMPORTS.items()}
+def test_no_circle_between_files(imports):
+    graph = {name: {other for other in imported if other in FILES} for name, imported in imports.items()}
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_few_rooms_know_lightning():
-    found = {name: other for name, other in PAIRS if other.split(".")[0] in LIGHTNING}
+def test_few_rooms_know_lightning(pairs):
+    found = {name: other for name, other in pairs if other.split(".")[0] in LIGHTNING}
     assert {room_of(name) for name in found} == WITH_LIGHTNING, found

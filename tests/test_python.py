@@ -291,8 +291,8 @@ def test_rows_that_were_read_cannot_be_changed(name, model_dir, data_dir):
             "trainer.strategy 'DDPStrategy': it copies this",
         ),
         (
-            {"callbacks": [BestCheckpoint(dirpath="x")], "limit_test_batches": 2},
-            "trainer.limit_test_batches 2: fit scores",
+            {"callbacks": [BestCheckpoint(dirpath="x")], "limit_test_batches": 1},
+            "trainer.limit_test_batches 1: fit scores",
         ),
     ],
 )

@@ -47,7 +47,7 @@ METHODS = {
     "RandomLayers": ["--model.scope=RandomLayers"],
     "SmallestWeights": ["--model.scope=SmallestWeights"],
 }
-USUAL = ("auto", "LoRA")
+USUAL = ("auto",)
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ def test_first_passes_show_what_a_new_row_costs(options, monkeypatch):
     assert times.after > 2.0
 
 
+@pytest.mark.slow
 def test_only_the_dev_batches_that_are_scored_are_planned(options, monkeypatch):
     """16 dev rows in batches of about one row; scoring a batch takes 1 s."""
     found, measure = [], timing.measure_times
