@@ -227,7 +227,7 @@ class TaskRows:
             return
         cuts = length < self.max_length
         if cuts:
-            say(f"Prompts are cut to {length} tokens, the longest that {name} takes.")
+            say(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
         encoder.limit(length, num_embeddings, cuts)
         self._rows.clear()
 
@@ -378,6 +378,8 @@ class TaskRows:
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
+        if is_train:
+            objective.check_examples([example for _, example in kept])
         self._rows[split] = encode_rows(
             kept,
             self.encoder,

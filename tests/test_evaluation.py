@@ -401,7 +401,11 @@ def test_class_weights_are_those_of_torch():
     total, weight = CandidateCrossEntropy([1.0, 3.0]).losses_from_scores(scores, batch).sum()
     expected = torch.nn.functional.cross_entropy(scores.view(4, 2), gold, torch.tensor([1.0, 3.0]), ignore_index=-1)
     assert float(total / weight) == pytest.approx(float(expected), rel=1e-6)
-    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give one weight for each"):
-        CandidateCrossEntropy([1.0]).losses_from_scores(scores, batch)
+    row = Example("r1", "p", (" a", " b"), (0,))
+    CandidateCrossEntropy([1.0, 3.0]).check_examples([row])
+    with pytest.raises(
+        SlzoError, match=r"class_weights \[1.0\]: example 'r1' has 2 candidates; give one weight for each"
+    ):
+        CandidateCrossEntropy([1.0]).check_examples([row])
     with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
         CandidateCrossEntropy([0.0, 1.0])

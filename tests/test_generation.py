@@ -123,7 +123,10 @@ def test_answer_text_is_cut_at_a_newline_inside_a_token_and_stripped():
     tokenizer = make_tokenizer()
     assert answer_text(tokenizer, tokenizer(" great movie \nBad").input_ids) == "great movie"
     assert answer_text(tokenizer, []) == ""
-    assert stop_tokens(tokenizer) == {tokenizer.eos_token_id, *tokenizer("\n").input_ids}
+    model, ends = tiny_model(), {tokenizer.eos_token_id, *tokenizer("\n").input_ids}
+    for own, more in ((None, set()), (9, {9}), ([8, 9], {8, 9})):
+        model.generation_config.eos_token_id = own
+        assert stop_tokens(tokenizer, model) == ends | more
     ended = ends_with(_Joined(), ("\n", "<end>"))
     assert [ended(ids) for ids in ([1, 1], [1, 2])] == [False, True]
     assert ends_with(_Joined(), ("<end>",)) is None

@@ -109,7 +109,7 @@ def test_built_in_rewards(name, texts, given, expected):
 
 
 def test_the_last_number_of_a_text():
-    assert [last_number(text) for text in ("-3.5 and .5", "x", "1e3", "a-2")] == [0.5, None, 1000, -2]
+    assert [last_number(text) for text in ("-3.5 and .5", "x", "1e3", "top-10")] == [0.5, None, 1000, 10]
     assert [last_number(text) for text in ("2010-2015", "5-3", "5 - -3", "=-4")] == [2015, 3, -3, -4]
 
 

@@ -309,3 +309,13 @@ def test_a_metric_that_a_task_does_not_have_is_refused():
 
     with pytest.raises(SlzoError, match="metric 'accuracy' is not one of its metrics, f1, exact_match; set metric"):
         TaskRows(Answers())
+
+
+def test_spaces_between_a_prompt_and_its_candidates(capsys):
+    with pytest.raises(SlzoError, match="spaces at its end are removed, and candidate 'good' has none; begin each"):
+        TemplateTask("{t} It was ", [" bad", "good"])
+    for prompt, candidates in (("{t}", ["a", "b"]), ("{t} It was ", [" bad", " good"]), ("{t}答:", ["是", "否"])):
+        TemplateTask(prompt, candidates)
+    assert capsys.readouterr().err == ""
+    TemplateTask("{t} It was", ["bad", "good"])
+    assert "'bad' follows '{t} It was' without a space; begin each candidate with a space" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain
     def run_plain() -> list[Any]:
         if not generates:
             return [plain_scores(plain, row) for row in rows]
-        stops = stop_tokens(evaluator.tokenizer)
+        stops = stop_tokens(evaluator.tokenizer, evaluator.parts.model)
         return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
 
     evaluator(plan.pack(rows[:4]), log_likelihoods=False)  # warm up before timing

@@ -154,7 +154,7 @@ class Evaluator:
         decoded = generate(
             self.parts,
             [row.prompt for row in rows],
-            stop_tokens(tokenizer, stop),
+            stop_tokens(tokenizer, self.parts.model, stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
             ended=ends_with(tokenizer, stop),

@@ -24,7 +24,10 @@ Ended = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Where an answer ends: at EOS, before one of the texts of ``stop``, or after ``max_new_tokens`` tokens, >= 1."""
+    """Where an answer ends: at EOS, before one of the texts of ``stop``, or after ``max_new_tokens`` tokens, >= 1.
+
+    EOS are the end tokens of the tokenizer and of the model's generation config.
+    """
 
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -45,10 +48,12 @@ class Answer:
     tokens: tuple[int, ...] = ()
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ("\n",)) -> set[int]:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, stop: Sequence[str] = ("\n",)) -> set[int]:
     """Return the tokens that end an answer: EOS, and each stop text that is a single token."""
+    config = model.generation_config
+    own = None if config is None else config.eos_token_id  # such as <end_of_turn>, besides the tokenizer's
     tokens = (tokenizer.eos_token_id, *(_single_token(tokenizer, text) for text in stop))
-    return {token for token in tokens if token is not None}
+    return {token for token in tokens if token is not None}.union([own] if isinstance(own, int) else own or ())
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str] = ("\n",)) -> str:

@@ -17,12 +17,13 @@ def probabilities(
 ) -> list[float]:
     """Return the probability of each candidate, as in prediction files: a softmax of the mean log-likelihoods of its tokens.
 
-    A prompt that is longer than the model allows is cut on the left, after a warning.
+    Spaces at its ends are removed, as in training. A prompt that is longer than the model allows is cut on the left, after a
+    warning.
 
     Raises:
         SlzoError: The prompt is empty, or a candidate has no tokens of its own.
     """
-    example = Example("prompt", prompt, tuple(candidates))
+    example = Example("prompt", prompt.strip(" "), tuple(candidates))
     scores = []
     longest = max_positions(model)
     encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)

@@ -47,7 +47,7 @@ class Pair:
     stop: tuple[str, ...]
 
     def tokens_of(self, prompt: Example) -> tuple[int, ...]:
-        """Return the tokens of a prompt as in training, but never cut.
+        """Return the tokens of a prompt as in training, without spaces at its ends, but never cut.
 
         For a model of conversations these are its messages in the chat template. Without messages, the text is the user's turn.
 
@@ -56,7 +56,9 @@ class Pair:
         """
         if not prompt.prompt.strip():
             raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
-        if self.chat is not None and not prompt.messages:
+        if self.chat is None:
+            prompt = replace(prompt, prompt=prompt.prompt.strip(" "))
+        elif not prompt.messages:
             prompt = replace(prompt, messages=self.chat.with_system((Message("user", prompt.prompt),)))
         return self._encoder.encode_prompt(prompt, max_new_tokens=0)
 

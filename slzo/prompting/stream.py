@@ -82,8 +82,7 @@ def write_continuation(
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
     stream, prompt = _Stream(tokenizer, write, stop), torch.tensor([list(ids)], device=model.device)
-    own = model.generation_config.eos_token_id
-    ends = stop_tokens(tokenizer, stop).union([own] if isinstance(own, int) else own or ())
+    ends = stop_tokens(tokenizer, model, stop)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}

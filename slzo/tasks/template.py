@@ -12,6 +12,7 @@ from string import Formatter
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, is_missing
+from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError, shown
 
 
@@ -21,7 +22,8 @@ class TemplateTask(Task):
     Answers are generated if an option for generation is given. A reward does not need an answer in the row.
 
     Args:
-        prompt: Text of one or more lines with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces.
+        prompt: Text of one or more lines with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces. Spaces at
+            both ends are removed.
         candidates: Answer texts, with a leading space if they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
@@ -96,6 +98,7 @@ class TemplateTask(Task):
             self.metric = self.metrics[0] if self.metrics else "reward"
             self.no_label = {} if answer_field is None else {answer_field: ()}
         else:
+            _check_spaces(prompt, self.candidates)
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
             self.no_label = {label_field: ""}
@@ -156,6 +159,21 @@ def _fields_of(prompt: str) -> tuple[str, ...]:
     if not fields:
         raise SlzoError(f"data.task.prompt {prompt!r}: names no field of the row; {allowed}")
     return tuple(fields)
+
+
+def _check_spaces(prompt: str, candidates: Sequence[str]) -> None:
+    """Refuse a space between prompt and candidate that is part of the prompt, and warn if there is none."""
+    glued = next((text for text in candidates if text and not text[0].isspace()), None)
+    if glued is None:
+        return
+    advice = f"begin each candidate with a space, as in {' ' + glued!r}"
+    if prompt.endswith(" "):
+        raise SlzoError(
+            f"data.task.prompt {prompt!r}: spaces at its end are removed, and candidate {glued!r} has none; {advice}"
+        )
+    last = prompt[-1:]
+    if last.isascii() and (last.isalnum() or last in ".,:;?!") and glued[0].isascii() and glued[0].isalnum():
+        warn(f"data.task.candidates {list(candidates)}: {glued!r} follows {prompt[-10:]!r} without a space; {advice}")
 
 
 def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) -> dict[str, int]:

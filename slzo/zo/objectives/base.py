@@ -46,6 +46,13 @@ class Objective(ABC):
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         """Return the loss of a batch as a function of the tuned tensors."""
 
+    def check_examples(self, examples: Sequence[Example]) -> None:  # noqa: B027  most accept all rows
+        """Check the training rows before the model is loaded; by default all are accepted.
+
+        Raises:
+            SlzoError: The objective cannot be computed for a row.
+        """
+
     def describe(self) -> str:
         """Describe the objective in a few words. Equal objectives have equal descriptions."""
         return type(self).__name__

@@ -1,6 +1,7 @@
 """Cross-entropy over the candidates' scores."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from slzo.batches.losses import RowLosses, by_example
 from slzo.batches.packing import PackedBatch
+from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives.base import CandidateObjective
 
@@ -31,17 +33,19 @@ class CandidateCrossEntropy(CandidateObjective):
     def losses_from_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
         table, labelled = by_example(scores, batch), batch.gold >= 0
         gold = batch.gold.expand(table.shape[:-1])
-        weights = None if self.class_weights is None else self._weights(table, batch)
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)
         losses = F.cross_entropy(table.flatten(0, -2), gold.flatten(), weights, reduction="none", ignore_index=-1)
         of_row = labelled.to(table.dtype) if weights is None else weights[batch.gold.clamp(min=0)] * labelled
         return RowLosses(losses.view_as(gold), of_row)
 
-    def _weights(self, table: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the class weights, shape (most candidates,), on the device of the scores."""
-        assert self.class_weights is not None
-        if len(self.class_weights) != batch.most_candidates:
-            raise SlzoError(
-                f"data.objective.class_weights {self.class_weights}: the task has {batch.most_candidates} candidates; give "
-                "one weight for each"
-            )
-        return torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        if self.class_weights is None:
+            return
+        for example in examples:
+            if len(example.candidates) != len(self.class_weights):
+                raise SlzoError(
+                    f"data.objective.class_weights {self.class_weights}: {example.location} has {len(example.candidates)} "
+                    "candidates; give one weight for each"
+                )
