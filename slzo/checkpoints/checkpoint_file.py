@@ -14,11 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import safe_open
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import library_disk_errors
+
+_TYPES: Mapping[torch.dtype, str] = {
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class DamagedError(ValueError):
@@ -28,6 +41,8 @@ class DamagedError(ValueError):
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, text, ``True``, ``False`` and ``None``.
 
+    Tensors are written one by one, since the writer of safetensors before 0.8 would first copy all of them.
+
     Raises:
         SlzoError: The content holds a value of another type.
         OSError: The file cannot be written.
@@ -36,9 +51,20 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     tree = _encoded(dict(content), (), tensors)
     sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     text = json.dumps({"tree": tree, "tensors": sums}, allow_nan=False)
-    with library_disk_errors():
-        specs = {name: _spec(tensor) for name, tensor in tensors.items()}
-        serialize_file(specs, path, {"content": text, "crc32": str(zlib.crc32(text.encode()))})
+    header: dict[str, Any] = {"__metadata__": {"content": text, "crc32": str(zlib.crc32(text.encode()))}}
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned to its item size
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    with path.open("wb") as file:
+        file.write(len(start).to_bytes(8, "little"))
+        file.write(start)
+        for name in order:
+            file.write(_bytes(tensors[name]))
 
 
 def read(path: str | Path, entry: str = "") -> Any:
@@ -79,16 +105,14 @@ def _tensor(file: Any, name: str, expected: int) -> Tensor:
     return tensor
 
 
-def _spec(tensor: Tensor) -> TensorSpec:
-    """Describe a contiguous tensor on the CPU, which must outlive the description."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorSpec(dtype=dtype, shape=tensor.shape, data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the values of a contiguous tensor on the CPU without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of dtype, shape and values of a contiguous tensor on the CPU."""
-    values = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return zlib.crc32(values, zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))
+    """Return the CRC-32 of dtype, shape and values."""
+    return zlib.crc32(_bytes(tensor), zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))
 
 
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -97,13 +121,11 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
         name = ".".join(path)
         while name in tensors:  # keys with dots
             name += "'"
-        try:
-            tensors[name] = value.detach().cpu().contiguous()
-            _spec(tensors[name])
-        except (RuntimeError, SafetensorError) as error:
+        if value.layout is not torch.strided or value.dtype not in _TYPES:
             raise SlzoError(
                 f"checkpoint: {name} is a tensor of {value.layout}, {value.dtype}, which the file format does not support"
-            ) from error
+            )
+        tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
     if value is None or type(value) in (bool, int, str):
         return value
