@@ -90,7 +90,8 @@ class TaskRows:
             candidates, or the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated
             answers), which has no gradient; zeroth-order steps need none.
         reward: Rewards of generated answers, one or several. Built-in ones ({REWARDS}),
-            package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
+            package.module.function or file.py:function, in Python also a function, or a mapping with function, weight and
+            arguments. Without an objective,
             training maximizes their weighted sum; with one, they are only reported.
         allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
@@ -168,7 +169,6 @@ class TaskRows:
             if value is not None and value < least:
                 raise SlzoError(f"data.{name} {value}: must be at least {least}")
         self.splits: Splits | None = None
-        self._to_predict: Sequence[Example] = ()
         self._read_with: dict[str, Any] = {}
         self._rows: dict[str, list[Row]] = {}
 
@@ -272,13 +272,8 @@ class TaskRows:
             SlzoError: If a required split is missing or broken, or has too few rows for the demonstrations.
         """
         self._check_unchanged()
-        if stage == "predict" and self.predict_file is not None and not self._to_predict:
-            found = self._source.read_to_predict(self.predict_file)
-            self._to_predict = found.examples
-            self._read_with["predict_file"] = self.predict_file
-            if found.note:
-                say(found.note)
-            say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
+        if stage == "predict" and self.predict_file is not None:
+            _ = self._to_predict  # before the model is loaded
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
@@ -342,6 +337,17 @@ class TaskRows:
         return RowSource(
             self.task, self.data_dir, self.hub_path, self.hub_config, self.reward is not None, self.skip_bad_rows
         )
+
+    @cached_property
+    def _to_predict(self) -> Sequence[Example]:
+        """The rows of ``predict_file``."""
+        assert self.predict_file is not None
+        self._read_with["predict_file"] = self.predict_file
+        found = self._source.read_to_predict(self.predict_file)
+        if found.note:
+            say(found.note)
+        say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
+        return found.examples
 
     def _examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""

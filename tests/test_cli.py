@@ -379,7 +379,7 @@ def test_every_layer_over_the_thresholds_is_told(options, capsys):
     assert main(["profile", *options, *rule, "--model.layer=1"]) == 0
     printed = capsys.readouterr()
     assert "All 4 layers are above the thresholds" in printed.out
-    assert "model.layer 1: is not used, since slzo profile chooses a layer by profiler.rule" in printed.err
+    assert "model.layer 1: is not used, because slzo profile chooses a layer by profiler.rule" in printed.err
 
 
 def test_what_export_refuses(options, capsys):

@@ -392,7 +392,7 @@ def test_the_objective_must_be_known():
         TaskRows("sst2", objective="accuracy")
 
 
-def test_class_weights_are_those_of_torch():
+def test_class_weights_are_those_of_torch(options, capsys, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(8, generator=generator)
     gold = torch.tensor([0, 1, -1, 1])
@@ -407,5 +407,9 @@ def test_class_weights_are_those_of_torch():
         SlzoError, match=r"class_weights \[1.0\]: example 'r1' has 2 candidates; give one weight for each"
     ):
         CandidateCrossEntropy([1.0]).check_examples([row])
+    monkeypatch.setattr("slzo.fit.load_parts", pytest.fail)  # the rows are checked before the model is loaded
+    weights = "--data.objective.class_weights=[1,2,3]"
+    line = error_line(capsys, "fit", *options, "--data.objective=CandidateCrossEntropy", weights)
+    assert "class_weights [1.0, 2.0, 3.0]: example 'train-" in line
     with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
         CandidateCrossEntropy([0.0, 1.0])

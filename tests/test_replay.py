@@ -125,8 +125,9 @@ def test_a_run_with_a_rollback_is_rebuilt(fit, capsys):
     assert read_step_log(run_dir() / "zo_log").rollbacks
     assert main(["replay", "--run=runs/version_0", "--output=all.ckpt"]) == 0
     assert_same("all.ckpt", last_checkpoint())
-    advice = "to use it, give --config runs/version_0/config.yaml too"
+    advice = "for test and predict, give --config runs/version_0/config.yaml too"
     assert advice in capsys.readouterr().out
+    assert main(["test", "--ckpt_path=all.ckpt", "--config=runs/version_0/config.yaml"]) == 0
     assert main(["replay", "--run=runs/version_0"]) == 0
     assert advice not in capsys.readouterr().out
 

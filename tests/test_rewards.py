@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,18 +16,22 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, TrainBatch
+from slzo.datamodule import TaskDataModule
 from slzo.evaluation.decoding import generate
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text
 from slzo.evaluation.rewarding import answer_batch
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import Limits, ModelParts
+from slzo.module import ZOModule
 from slzo.rewards.builtin.number_match import last_number
 from slzo.rewards.calls import AnswerBatch
 from slzo.rewards.registry import REWARDS, check_package
 from slzo.rewards.runner import RewardRunner, read_functions
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
+from slzo.tasks.template import TemplateTask
+from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Point
@@ -110,7 +116,14 @@ def test_built_in_rewards(name, texts, given, expected):
 
 def test_the_last_number_of_a_text():
     assert [last_number(text) for text in ("-3.5 and .5", "x", "1e3", "top-10")] == [0.5, None, 1000, 10]
-    assert [last_number(text) for text in ("2010-2015", "5-3", "5 - -3", "=-4")] == [2015, 3, -3, -4]
+    assert [last_number(text) for text in ("2010-2015", "5-3", "5 - -3", "=-4", "答案是-4", "_-4_")] == [
+        2015,
+        3,
+        -3,
+        -4,
+        -4,
+        -4,
+    ]
 
 
 def test_rewards_have_names_of_their_own(tmp_path):
@@ -346,6 +359,10 @@ def shorter(completions, limit=2):
     return [float(len(text) < limit) for text in completions]
 
 
+def characters(completions):
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
 class Longer:
     def __call__(self, completions):
         return [float(len(text)) for text in completions]
@@ -360,8 +377,13 @@ def test_functions_in_place_of_their_names(folder):
     assert found.totals == pytest.approx((1 + 0.5 + 0.01 + 1, 0 + 0.5 + 0.02 + 2))
     recorded = constructor_settings(objective, "data.objective")["functions"]
     assert recorded[1] == {"function": f"{__name__}.shorter", "weight": 0.5, "arguments": {"limit": 3}}
-    assert RewardRunner(shorter).code_hash() != RewardRunner(lambda completions: [0.0]).code_hash()
-    assert RewardRunner(Longer()).code_hash() == RewardRunner("accuracy").code_hash()  # its code is not known
+    assert RewardRunner(partial(shorter, limit=5)).names == ("shorter",)
+
+
+@pytest.mark.parametrize("wrong", [3, int])
+def test_what_is_no_function(wrong):
+    with pytest.raises(SlzoError, match=f"^data.reward {re.escape(repr(wrong))}: .*function"):
+        RewardRunner([wrong])
 
 
 def test_a_function_that_does_not_take_its_argument():
@@ -477,6 +499,9 @@ def test_stop_texts_of_several_tokens_end_an_answer():
     (answer,) = evaluator.answers([row])
     assert answer.text == text[: text.index(stop)].strip() == answer_text(tokenizer, long, (stop,))
     assert answer.num_tokens < 12
+    parts.model.generation_config.eos_token_id = [2, long[3]]  # the model's own end tokens, besides the tokenizer's
+    (answer,) = Evaluator(parts, tokenizer, AnswerLikelihood(), decoding=Decoding((), 12)).answers([row])
+    assert answer.tokens == tuple(long[: long.index(long[3]) + 1])
 
 
 def batch_of(numbers=range(5)):
@@ -590,6 +615,25 @@ def test_a_resume_on_rewards_is_exact(reward_options, sampling):
         assert main([*options, *more]) == 0
     one, early, other = (tuned(last_checkpoint(number)) for number in range(3))
     assert any(not torch.equal(one[name], early[name]) for name in one)
+    assert same_tensors(one, other)
+
+
+def test_a_run_on_a_function_is_continued(folder, model_dir, capsys):
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"film {number}"}) + "\n" for number in range(24)))
+
+    def fit(steps, **more):
+        task = TemplateTask("{text}", train_file="rows.jsonl", max_new_tokens=4)
+        rows = TaskDataModule(task, reward=characters, num_train=12, num_dev=4, batch_size=4)
+        trainer = ZOTrainer(max_steps=steps, val_check_interval=1, accelerator="cpu", enable_progress_bar=False)
+        trainer.fit(ZOModule(str(model_dir), 1, estimator=SPSA(), eps=0.3, seed=0), datamodule=rows, **more)
+
+    fit(3)
+    fit(1)
+    capsys.readouterr()
+    fit(3, ckpt_path="last")
+    assert "options differ" not in capsys.readouterr().err
+    one, early, other = (tuned(last_checkpoint(number)) for number in range(3))
+    assert not same_tensors(one, early)
     assert same_tensors(one, other)
 
 

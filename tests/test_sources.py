@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -360,3 +361,22 @@ def test_errors_of_the_hub_are_one_line(monkeypatch):
 def test_hub_rows_are_numbered(monkeypatch):
     fake_hub(monkeypatch, lambda *args, split: [*SST2, {"sentence": "x", "label": 7}])
     assert error_of("sst2", "train").startswith("nyu-mll/glue (sst2) split 'train' row 4: field 'label' is 7")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([{"t": "a"}, ("b",)], "returned the row ('b',)"),
+        (3, "raised TypeError"),
+        (ZeroDivisionError, "raised ZeroDivisionError"),
+    ],
+)
+def test_rows_of_a_task_that_are_no_mappings(given, problem):
+    class Own(TemplateTask):
+        def rows(self, split):
+            if given is ZeroDivisionError:
+                raise given
+            return given
+
+    with pytest.raises(SlzoError, match=rf"^data.task .*Own: rows.'train'. {re.escape(problem)}"):
+        RowSource(Own("{t} is", [" bad", " good"])).read("train")

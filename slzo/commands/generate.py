@@ -31,7 +31,7 @@ def generate(
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
             runs.
-        prompt: The text to continue, as it ends before the answer.
+        prompt: The text to continue, as it ends before the answer. Spaces at its ends are removed, as in training.
         prompts: File with prompts: one per line, or JSON Lines with the field prompt, and messages for a conversation, such as
             slzo predict writes.
         max_new_tokens: Length of each text, in tokens.

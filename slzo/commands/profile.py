@@ -18,7 +18,9 @@ def profile(app: App) -> None:
         app: Trainer, model and rows.
     """
     if app.model.options.layer is not None:
-        warn(f"model.layer {app.model.options.layer}: is not used, since slzo profile chooses a layer by profiler.rule")
+        warn(
+            f"model.layer {app.model.options.layer}: is not used, because slzo profile chooses a layer by profiler.rule"
+        )
     with run_folder(app.trainer, set()):
         parts, rows = app.load()
         options, run = app.model.options, run_context(app.trainer, app.rows)

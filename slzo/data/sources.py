@@ -12,7 +12,7 @@ from typing import Any
 from slzo.data.files import READERS, BadRows, PlacedRow, read_file
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
-from slzo.tasks.base import Example, HubSource, Split, Task, example_of
+from slzo.tasks.base import Example, HubSource, Split, Task, example_of, rows_of
 from slzo.tasks.fields import Fields, is_missing
 from slzo.utils.console import warn
 from slzo.utils.errors import RowError, SlzoError, shown
@@ -133,7 +133,7 @@ class RowSource:
             path = _find_file(task, split, Path(self.data_dir).expanduser())
             return str(path), _hub_fields(task, read_file(path, bad), bad), None
         if self.hub_path is None:
-            own = task.rows(split)
+            own = rows_of(task, split)
             if own is not None:
                 origin = f"the rows of {task.name!r}"
                 return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(own, start=1)), None

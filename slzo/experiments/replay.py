@@ -83,7 +83,9 @@ def replay_run(
     say(f"Checkpoint {path}, the tuned weights after {number} steps")
     config = folder / CONFIG_FILE
     if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():
-        say(f"Outside of the run's folder: to use it, give {shlex.join(['--config', str(config)])} too")
+        say(
+            f"It is outside of the run's folder: for test and predict, give {shlex.join(['--config', str(config)])} too"
+        )
 
 
 def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:

@@ -77,7 +77,7 @@ class PrefixCache:
 
     def wants(self, key: int) -> bool:
         """Whether the states of an example are to be stored; without a plan those of any, as far as they fit."""
-        return self._limit > 0 if self._plan is None else key in self._plan
+        return self.num_bytes < self._limit if self._plan is None else key in self._plan
 
     @property
     def missing_bytes(self) -> int:

@@ -88,18 +88,8 @@ def split_name(name: str) -> tuple[str, str]:
     return where, attribute
 
 
-def code_of(spec: RewardSpec) -> bytes:
-    """Return the file of a function, or the source code of one that was given; empty if it is built in or has none."""
-    if spec.given is not None:
-        try:
-            return inspect.getsource(spec.given).encode()
-        except (OSError, TypeError):  # an object with __call__, or a function of an interactive session
-            return b""
-    file = _code_file(spec.function)
-    return b"" if file is None else file.read_bytes()
-
-
-def _code_file(name: str) -> Path | None:
+def code_file(name: str) -> Path | None:
+    """Return the file of a function; ``None`` if it is built in or has none."""
     if name in REWARDS:
         return None
     where, _ = split_name(name)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from slzo.rewards.calls import (
@@ -15,7 +15,7 @@ from slzo.rewards.calls import (
     LoadedFunctions,
     RewardFailure,
     RewardSpec,
-    code_of,
+    code_file,
     split_name,
 )
 from slzo.rewards.process import RewardProcess
@@ -51,8 +51,8 @@ class RewardRunner:
     Args:
         functions: See :data:`RewardOption`.
         timeout: Time limit of a call, in seconds, > 0.
-        in_process: Call the functions in this process: without a time limit, and a function that exits ends the run. Functions
-            that are given as such, not by name, are always called in this process.
+        in_process: Call the functions in this process: without a time limit, and a function that exits ends the run. All of them
+            are called in this process if one is given as such, not by name.
 
     Raises:
         SlzoError: An argument is invalid.
@@ -78,10 +78,11 @@ class RewardRunner:
         return sum(max(one.weight, 0.0) for one in self.functions)
 
     def code_hash(self) -> str:
-        """Return a hash of the code of the functions that are not built in."""
+        """Return a hash of the files of the functions that are not built in, as far as they are known by name."""
         digest = hashlib.sha256()
         for one in self.functions:
-            digest.update(code_of(one))
+            file = None if one.given is not None else code_file(one.function)
+            digest.update(b"" if file is None else file.read_bytes())
         return digest.hexdigest()[:12]
 
     def load(self) -> list[tuple[str, Sequence[str]]]:
@@ -184,15 +185,19 @@ def read_functions(given: object) -> tuple[RewardSpec, ...]:
             f"data.reward {given!r}: name a function, as package.module.function or file.py:function, or a list of them; in "
             "Python it may also be the function itself"
         )
-    return tuple(_read(entry if isinstance(entry, Mapping) else {"function": entry}) for entry in entries)
+    return tuple(map(_read, entries))
 
 
-def _read(entry: Mapping[str, Any]) -> RewardSpec:
+def _read(given_entry: object) -> RewardSpec:
+    entry = given_entry if isinstance(given_entry, Mapping) else {"function": given_entry}
     known, function = ("function", "weight", "arguments"), entry.get("function")
-    if not (isinstance(function, str) or callable(function)) or set(entry) - set(known):
-        raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
-    given = None if isinstance(function, str) else function
-    name = function if given is None else _name_of(given)
+    is_function = callable(function) and not isinstance(function, type)
+    if not (isinstance(function, str) or is_function) or set(entry) - set(known):
+        raise SlzoError(
+            f"data.reward {given_entry!r}: give a name, or a mapping with {', '.join(known)}; in Python also a function"
+        )
+    given: Any = None if isinstance(function, str) else function
+    name = str(function) if given is None else _name_of(given)
     weight, arguments = entry.get("weight", 1.0), entry.get("arguments") or {}
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_REWARD:
         raise SlzoError(
@@ -217,7 +222,9 @@ def _read(entry: Mapping[str, Any]) -> RewardSpec:
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    """Return module and name of a function, or those of the class of another callable object."""
+    """Return module and name of a function, also of a partial one, or those of the class of another callable object."""
+    if isinstance(function, partial):
+        return _name_of(function.func)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -141,7 +141,11 @@ class Task(ABC):
         """
 
     def rows(self, split: Split) -> Iterable[Fields] | None:
-        """Return the rows of a split, such as a ``datasets.Dataset``; ``None`` if they are read from files or the Hub."""
+        """Return the rows of the split ``"train"`` or ``"test"``, such as a ``datasets.Dataset``.
+
+        They are used where no file, ``data_dir`` or ``hub_path`` is given. ``None``, the default: read the task's data set of the
+        Hub.
+        """
         return None
 
 
@@ -152,6 +156,29 @@ def check_name(name: str) -> None:
             f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
             "a leading dot"
         )
+
+
+def rows_of(task: Task, split: Split) -> list[Fields] | None:
+    """Return what :meth:`Task.rows` returns, as a list.
+
+    Raises:
+        SlzoError: The method raises an error, or a row is not a mapping.
+    """
+    try:
+        rows = task.rows(split)
+        found = None if rows is None else list(rows)
+    except SlzoError:
+        raise
+    except Exception as error:  # the user's class may raise anything
+        raise SlzoError(
+            f"data.task {type(task).__qualname__}: rows({split!r}) raised {format_error(error)}{format_place(error)}"
+        ) from error
+    wrong = next((row for row in found or () if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise broken_contract(
+            "data.task", task, f"rows({split!r}) returned the row {shown(wrong)}", "mappings of fields"
+        )
+    return found
 
 
 def example_of(task: Task, row: Fields, id: str) -> Example:

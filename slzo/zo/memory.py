@@ -21,8 +21,8 @@ _INNER_COPIES, _HIDDEN_COPIES = 4, 8
 # With the hidden width: states and normalized states, queries and attention output. Measured: 30 kB a token with SmolLM2, 75 kB
 # with Qwen2.5-Coder-0.5B and 53 kB with Gemma 3, which has more norms; this gives 33, 80 and 42 kB.
 _KEPT_INNER, _KEPT_HIDDEN = 3, 6
-# float32 copies of the largest tuned tensor that writing it takes, see TunedTensor.applied
-_TENSOR_COPIES = 3
+# float32 copies of the largest tuned tensor that TunedTensor.applied takes
+_ROUNDING_COPIES = 3
 # float32 logits, their exponentials, and the logits before they were converted
 _LOGIT_COPIES = 3
 # float32 states of a position that finding and measuring the directions of 8 tokens takes, see head_directions.py
@@ -202,9 +202,9 @@ def tuning_bytes(
     largest = max(master.numel() for master in tensors.masters)
     return {
         "masters": masters,
-        "best masters": masters,  # to roll back to; at the end the last ones, in place of directions and gradient
+        "best masters": masters if tensors.may_be_copied else 0,  # for a rollback
         "directions and gradient": held,
         "base weights, bases and masks": sum(buffer.nbytes for buffer in tensors.buffers()),
         f"{optimizer.name} state": int(masters * optimizer.state_copies),
-        "copies of a tensor": _TENSOR_COPIES * 4 * largest,
+        "rounding": _ROUNDING_COPIES * 4 * largest if rounded else 0,
     }

@@ -34,7 +34,7 @@ class Reward(Objective):
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
             ({REWARDS}), package.module.function or file.py:function. In Python a
-            function may be given in place of its name; it is called in this process.
+            function may be given in place of its name; then all are called in this process, without a time limit.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
             rows get the likeliest tokens, so answers far from these teach little.
