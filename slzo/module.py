@@ -387,6 +387,14 @@ class ZOModule(LightningModule):
             set_rate(optimizer, stepper.rate.rate(optimizer, stepper.estimator, stepper.options.num_queries))
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_train_start(self) -> None:
+        """Refuse another optimizer from a subclass: rates and records are those of the ``optimizer`` option."""
+        own, chosen = type(cast("Any", self.optimizers()).optimizer).__name__, self.prepared.options.optimizer.name
+        if own != chosen:
+            raise SlzoError(
+                f"configure_optimizers: returned {own}, but model.optimizer is {chosen}; give it as ZOModule(optimizer=...)"
+            )
+
     # ---- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:

@@ -301,6 +301,17 @@ def test_options_that_a_run_cannot_have(options, message, model_dir, data_dir):
         ZOTrainer(**{**QUIET, **options}).fit(ZOModule(str(model_dir)), datamodule=rows(data_dir))
 
 
+def test_a_subclass_with_another_optimizer_is_refused(model_dir, data_dir):
+    class Own(ZOModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.masters, lr=10.0)
+
+    with pytest.raises(
+        SlzoError, match=r"^configure_optimizers: returned SGD, but model.optimizer is AdamW; give it as"
+    ):
+        ZOTrainer(max_steps=1, **QUIET).fit(Own(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
+
+
 @pytest.mark.parametrize("option", ["save_last", "save_on_train_epoch_end"])
 def test_the_best_checkpoint_writes_no_other_state(option):
     with pytest.raises(SlzoError, match=f"^checkpoint.{option}: "):

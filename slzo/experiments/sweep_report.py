@@ -38,7 +38,8 @@ class LayerResult:
         gain: ``loss_before - loss``.
         metric: Dev metric with the same weights.
         metric_se: Standard error of the metric over seeds.
-        mean_abs_projected_grad: Mean magnitude of the projected gradients in training.
+        mean_abs_projected_grad: Mean magnitude of the projected gradients in training; with output perturbation and Backprop
+            the mean norm of the gradient.
         seconds: Training time in seconds, without scoring.
         diverged: Number of trainings that diverged.
         dominant: Whether the profile's rule chose the layer.
@@ -169,7 +170,7 @@ class SweepResult:
     def table(self) -> str:
         """Return the results as a table."""
         head = self.loss if len(self.loss) <= 10 else "distance"
-        lines = [f"layer  sensitivity (se)      outlier ratio  {head:>10s}    metric  |proj. grad|"]
+        lines = [f"layer  sensitivity (se)      outlier ratio  {head:>10s}    metric    |gradient|"]
         for row in self.rows:
             trained = "         -         -             -"
             if row.loss is not None:
