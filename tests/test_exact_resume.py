@@ -55,11 +55,7 @@ REFUSED += [
 ]
 ALL = [case for case in product(SCOPES, ESTIMATORS, EPOCHS, STOPS) if case[:2] not in REFUSED]
 FIRST = ("LayerScope", "SPSA", "epoch 3", "SIGINT")
-USUAL = {
-    FIRST,
-    ("ActivationSubspace", "Adam", "epoch 3", "max_steps"),
-    ("LoRA", "LayerOutputPerturbation", "epoch 3", "SIGTERM"),
-}
+USUAL = {FIRST, ("LoRA", "LayerOutputPerturbation", "epoch 3", "SIGTERM")}
 
 
 def mark(case):

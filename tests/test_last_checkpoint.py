@@ -62,7 +62,8 @@ def test_a_run_resumed_between_validations_logs_and_validates_as_if_never_stoppe
         assert events_of(number) == {name: values for name, values in later.items() if values}, step
 
 
-@pytest.mark.parametrize("epochs", [pytest.param((1, 2), marks=pytest.mark.slow), (1, 1, 3)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [(1, 2), (1, 1, 3)], ids=str)
 def test_a_last_validation_outside_of_the_schedule_does_not_count_in_a_longer_run(options, epochs):
     """An epoch has five steps, and the schedule validates every second one."""
     options = [*options, "--trainer.max_steps=-1", "--trainer.log_every_n_steps=1", "--record.test_before=false"]

@@ -63,6 +63,7 @@ def test_the_package_is_imported_without_torch():
         _ = slzo.ZOModul
 
 
+@pytest.mark.slow
 def test_the_module_is_imported_without_packages_that_few_runs_need():
     """Lightning imports some of them itself where they are installed."""
     lazy = "accelerate bitsandbytes datasets gguf peft pyarrow tensorboard torchao transformers.modeling_utils"

@@ -28,12 +28,9 @@ def test_a_few_steps_of_the_quickstart(capsys):
     assert "28 of 30" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "rule", "layer"),
-    [
-        ("movie_reviews", "FirstOutlierLayer", 11),
-        pytest.param("rte", "OutlierRemovingLayer", 28, marks=pytest.mark.slow),
-    ],
+    ("task", "rule", "layer"), [("movie_reviews", "FirstOutlierLayer", 11), ("rte", "OutlierRemovingLayer", 28)]
 )
 def test_the_profile_of_a_task_finds_the_layer_of_each_rule(task, rule, layer):
     """More prompts in test_outlier_removing.py."""

@@ -637,7 +637,8 @@ def test_a_run_on_a_function_is_continued(folder, model_dir, capsys):
     assert same_tensors(one, other)
 
 
-@pytest.mark.parametrize("in_process", [pytest.param("true", marks=pytest.mark.slow), "false"])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_process", ["true", "false"])
 def test_an_interrupt_inside_a_reward_is_one_of_the_run(reward_options, folder, in_process, capfd):
     """As after Ctrl-C: status 130, and the resumed run equals one without it."""
     options = ["fit", *reward_options, "--data.objective=Reward", f"--data.objective.in_process={in_process}"]
