@@ -31,7 +31,6 @@ from slzo.export.exported import Exported
 from slzo.loggers import FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import ZOTrainer
 from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
 from slzo.training.build import adapt_rows, load_parts
