@@ -26,11 +26,11 @@ from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
 from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
+from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
-from slzo.models.startup_check import split_and_verify
 from slzo.run_context import run_context, steps_per_epoch
 from slzo.schedule import callback_of, folder_of, interval_of
 from slzo.strategy import shard_group_of
@@ -145,7 +145,8 @@ class ZOModule(LightningModule):
         )
         # First the model is loaded (_load_parts), then tensors are tuned: new ones by _prepare, those of a checkpoint by _restore
         self._untuned: ModelParts | None = None
-        self._is_given = False  # the untuned model comes from use() and cannot be loaded again
+        self._given: PreTrainedModel | None = None  # loaded by the user, or that of an exported folder
+        self._given_is_tuned = False
         self.tuned_model: TunedModel | None = None
         self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
@@ -166,6 +167,27 @@ class ZOModule(LightningModule):
                 **flat_settings("engine", asdict(self.options.engine)),
             }
         )
+
+    @classmethod
+    def from_model(cls, model: "PreTrainedModel", **options: Any) -> Self:
+        """Tune a model that is already loaded, in place.
+
+        Checkpoints name the folder or Hub id that it comes from (``model.name_or_path``), and other commands load it from there.
+        They refuse it if its weights were changed after loading; call ``save_pretrained`` and load it from that folder then.
+
+        Args:
+            model: Model that ``from_pretrained`` of transformers returned, neither quantized nor divided over devices.
+            options: Options of :class:`ZOModule`, without model, dtype, quantization, device_map and offload_folder.
+
+        Raises:
+            SlzoError: The model or an option cannot be used.
+        """
+        own = ("model", "dtype", "quantization", "device_map", "offload_folder")
+        if wrong := [name for name in own if name in options]:
+            raise SlzoError(f"from_model: {wrong[0]} does not apply to a loaded model; leave it out")
+        module = cls(model=name_of_loaded(model), dtype=cast("DType", str(model.dtype)), **options)
+        module._given = model
+        return module
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -233,16 +255,9 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
-    def use(self, model: "PreTrainedModel", device: torch.device) -> None:
-        """Use a model that is already loaded, such as that of an exported folder, in place of ``model`` of the options.
-
-        Raises:
-            SlzoError: The model cannot be run in parts.
-        """
-        engine = self.options.engine
-        moved: Any = model.to(device)  # type: ignore[arg-type]
-        self._untuned, self._is_given = split_and_verify(moved, engine.packed, engine.onednn), True
-        self.model = self._untuned.model
+    def use_tuned(self, model: "PreTrainedModel") -> None:
+        """Score a tuned model that is already loaded, such as an exported one, in place of ``model`` of the options."""
+        self._given, self._given_is_tuned = model, True
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
@@ -253,7 +268,8 @@ class ZOModule(LightningModule):
         start = {**versions(), **agreed_settings(self.options, rows), **limits}
         check_agreement(start, "start all with the same command and in the same environment")
         try:
-            prepared = prepare(self.options, rows, run, self._untuned, self.tuned_model)
+            loaded = self._untuned if self._given is None else self._load_parts()
+            prepared = prepare(self.options, rows, run, loaded, self.tuned_model)
         except BaseException:
             if self.tuned_model is None:
                 self._drop_parts()  # their weights and modules may have changed
@@ -274,7 +290,7 @@ class ZOModule(LightningModule):
         if self._untuned is None:
             root = self.trainer.strategy.root_device
             broadcast = self.trainer.strategy.broadcast
-            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer), broadcast))
+            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer), broadcast, self._given))
         assert self._untuned is not None
         return self._untuned
 
@@ -344,13 +360,13 @@ class ZOModule(LightningModule):
 
     def _drop_parts(self) -> None:
         """Drop the untuned model, so that it is loaded again when it is needed."""
-        if not self._is_given:
+        if self._given is None:
             self._untuned = self.model = None
 
     @property
     def is_tuned(self) -> bool:
         """Whether it scores a tuned model."""
-        return self.tuned_model is not None or self._start is not None or self._is_given
+        return self.tuned_model is not None or self._start is not None or self._given_is_tuned
 
     @property
     def parts(self) -> ModelParts:

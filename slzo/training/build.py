@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -29,14 +29,18 @@ from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_parts(
     options: TrainingOptions,
     device: torch.device,
     shard_group: ShardGroup | None = None,
     broadcast: Callable[[bool], bool] = identity,
+    loaded: "PreTrainedModel | None" = None,
 ) -> ModelParts:
-    """Load the model on a device and split it into parts; nothing is tuned yet.
+    """Load the model on a device, or move a loaded one there, and split it into parts; nothing is tuned yet.
 
     With ``shard_group`` these processes divide the layers among them. ``broadcast`` returns the value of the first process, which
     decides for all whether oneDNN is used.
@@ -47,7 +51,13 @@ def load_parts(
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
-    if shard_group is not None:
+    if loaded is not None:
+        if shard_group is not None:
+            raise SlzoError(
+                "trainer.strategy: a loaded model cannot be divided over processes; give ZOModule its name instead"
+            )
+        model = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    elif shard_group is not None:
         model = load_sharded(*common, shard_group, device)
     elif options.device_map is not None:
         model = load_with_device_map(*common, options.device_map, device)
