@@ -39,7 +39,7 @@ def falling(*magnitudes, error=None):
     ],
 )
 def test_the_layer_after_the_largest_fall(magnitudes, layer, fall):
-    reason = f"largest fall of max |h| over the layer before, by {fall}"
+    reason = f"max |h| falls most across it, by {fall}"
     assert choose(RULE, falling(*magnitudes)) == Choice(layer, reason, "outlier-removing layer")
 
 

@@ -169,6 +169,8 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
     lines = [
         "# Model types",
         "",
+        "Look up the `model_type` of your model's config.json:",
+        "",
         "| result | model types | meaning |",
         "|---|---:|---|",
         f"| packed | {counts['packed']} | The model runs without padding. |",

@@ -37,7 +37,7 @@ _TEXTS = {
     "trainer.accelerator": "cpu, gpu, auto and others.",
     "trainer.strategy": "auto, ddp, sharded and others.",
     "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
-    "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which its steps are planned.",
+    "trainer.max_time": "Time limit of the whole fit, DD:HH:MM:SS; the number of steps is planned for it.",
     "trainer.val_check_interval": "Steps between two validations.",
 }
 """Short help texts that replace those of the classes."""

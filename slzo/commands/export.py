@@ -19,8 +19,8 @@ def export(
 
     Args:
         output: Folder to write.
-        ckpt_path: Checkpoint to export, which names its base model: a file, the folder of a run (its best one), or ``last``
-            or ``best`` of the newest run in runs.
+        ckpt_path: Checkpoint to export: a file, the folder of a run (its best one), or ``last`` or ``best`` of the newest run in
+            runs.
         format: {FORMATS}; by default adapter if the tuned change has a low rank, otherwise merged.
         base_model: Hub id of the base model for the adapter and the card, if slzo does not know it.
         push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, such as me/my-model.

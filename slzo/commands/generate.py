@@ -31,14 +31,14 @@ def generate(
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
             runs.
-        prompt: The text to continue, as it ends before the answer. Spaces at its ends are removed, as in training.
+        prompt: The text to continue, up to where the answer begins. Spaces at its ends are removed, as in training.
         prompts: File with prompts: one per line, or JSON Lines with the field prompt, and messages for a conversation, such as
             slzo predict writes.
         max_new_tokens: Length of each text, in tokens.
         temperature: 0 takes the most likely token each time; above 0 tokens are drawn.
         seed: Seed of the drawn tokens.
         untuned: Show the untuned model too.
-        candidates: Answers to compare, as they follow the prompt, such as [" yes", " no"]. Left out, those of the task that the
+        candidates: Answers to compare, each with its leading space, such as [" yes", " no"]. Left out, those of the task that the
             model was tuned on, if all of its rows have the same; [] for a text.
         base: Base model of an exported folder, if the one that it names cannot be loaded.
         trust_remote_code: Run model code that comes with a Hub repository.

@@ -40,11 +40,13 @@ _ALL = (
     Command("test", "score held-out rows"),
     Command("predict", "write predictions of held-out rows as JSON Lines"),
     Command("plan", "estimate the memory that fit would take, without loading the model"),
-    Command("profile", "find the dominant layer without tuning it; print, draw and save the outlier profile"),
+    Command("profile", "find the dominant layer without tuning it, and save the outlier profile"),
+    Command("sweep", "train every layer, or one layer with several learning rates, and compare", resumes=True),
     Command(
-        "sweep", "train every layer, or with several learning rates, for the same steps, and compare", resumes=True
+        "replay",
+        "rebuild the tuned weights of any step from the log of a run with weight perturbation",
+        reads_rows=False,
     ),
-    Command("replay", "rebuild the tuned weights of a run at any step from its log", reads_rows=False),
     Command(
         "export",
         "write the tuned model as an adapter, a delta or a Hugging Face folder, with a model card",

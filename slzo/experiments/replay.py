@@ -48,7 +48,7 @@ def replay_run(
     """
     folder = Path(run).expanduser()
     if not run or not folder.is_dir():
-        raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
+        raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, runs/version_N")
     if not any((folder / name).exists() for name in (CONFIG_FILE, NAME)):
         raise SlzoError(f"run {run!r}: not the folder of a run; give one such as runs/version_0")
     options.check_objective(rows.objective)

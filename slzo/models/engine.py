@@ -14,7 +14,7 @@ class Engine:
 
     Args:
         packed: Run batches without padding.
-        paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
+        paired: Run both points of a query as one batch above the tuned layer; left out, for small batches only.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
         onednn: Run float32 linear layers on the CPU through oneDNN where no derivative is needed; left out, a short timing

@@ -56,7 +56,7 @@ def format_profile(profile: OutlierProfile) -> str:
         if profile.dominant_layer is None
         else f"Dominant layer {profile.dominant_layer}: {profile.rule}"
     )
-    lines.append(f"{found} ({profile.num_sequences} sequences, {profile.num_forward_passes} batched forward passes)")
+    lines.append(f"{found} ({profile.num_sequences} sequences)")
     if profile.margin is not None:
         lines.append(_how_clear(profile.margin, profile.margin_reason))
     return "\n".join([*lines, *profile.notes])

@@ -95,7 +95,7 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
         SlzoError: The folder is not that of a run, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, such as runs/version_0")
+        raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, runs/version_N")
     summary, environment = read_json(folder / SUMMARY_FILE, _REMOVE), read_json(folder / ENVIRONMENT_FILE, _REMOVE)
     profile, config = read_json(folder / PROFILE_FILE, _REMOVE), _config(folder)
     if not (summary or environment or profile or config):

@@ -24,7 +24,7 @@ class MaxRatioJump(SelectionRule):
         jumps = [layer.ratio / max(ratio, 1.0) for layer, ratio in zip(layers, before, strict=True)]
         best = max(range(len(layers)), key=jumps.__getitem__)
         margin = smallest(_margin(layers, jumps, best, other) for other in range(len(layers)) if other != best)
-        return Choice(best, "largest growth of max/median over the layer before", margin=margin)
+        return Choice(best, "max/median grows most across it", margin=margin)
 
 
 def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, other: int) -> Margin | None:

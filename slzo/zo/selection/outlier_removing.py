@@ -24,7 +24,7 @@ class OutlierRemovingLayer(SelectionRule):
             return Choice(layers[-1].index, "the last layer, as none lowers the largest magnitude")
         best = max(range(len(falls)), key=falls.__getitem__)
         margin = smallest(_margin(layers, falls, best, other) for other in range(len(falls)) if other != best)
-        reason = f"largest fall of max |h| over the layer before, by {format_figure(falls[best])}"
+        reason = f"max |h| falls most across it, by {format_figure(falls[best])}"
         return Choice(layers[best + 1].index, reason, "outlier-removing layer", margin)
 
 
