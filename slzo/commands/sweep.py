@@ -48,7 +48,7 @@ def sweep(
         eps: Perturbation sizes to compare; by default the configured one. Without lrs each is tried with seven rates.
         steps: Steps of each training; 0 only measures the sensitivity of the layers.
         seeds: Seeds of each layer or rate; by default that of seed_everything.
-        directions: Maximum number of random directions per layer for the sensitivity, 20 or more; by default 20. 0 skips it.
+        directions: Maximum number of random directions per layer for the sensitivity, 20 or more, or 0 to skip it; by default 20.
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
         workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
