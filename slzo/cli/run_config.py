@@ -20,7 +20,7 @@ from slzo.utils.run_layout import CONFIG_FILE
 def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     """Return the options, preceded by the config of the run that the checkpoint or the replayed run folder belongs to.
 
-    The options of an exported folder come first, also next to a config.
+    The options of an exported folder come first, also next to a config; if it is a whole model, a config cannot name another.
 
     ``last`` and ``best`` become the path of the checkpoint. If only a config names the logger's folder, the trainer finds them.
 
@@ -29,7 +29,10 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     """
     checkpoints, has_config = option_values(args, "--ckpt_path"), bool(option_values(args, "--config"))
     if checkpoints and command.reads_run_config and (exported := Exported.at(checkpoints[-1])) is not None:
-        return [*_of_export(exported, args, has_config), *args]
+        # a whole model has its own tokenizer, whichever model a config names
+        own_model = exported.is_whole and not option_values(args, "--model.model")
+        last = [f"--model.model={exported.folder}"] if own_model else []
+        return [*_of_export(exported, args, has_config), *args, *last]
     if has_config:
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
