@@ -275,8 +275,7 @@ def score_test_rows(
     known then. ``when`` is part of the printed line. With ``keep_prefix`` the states that enter the tuned layer are cached, as
     the rows are scored again.
     """
-    assert rows.splits is not None
-    say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
+    say(f"Scoring {len(rows.rows('test'))} held-out rows {when} ...")
     has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
         rows.evaluator(prepared.model),
@@ -353,8 +352,9 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     """Collect the facts for the summary and its advice."""
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
-    assert rows.splits is not None
-    test, is_classified = rows.splits.test, metric.metric == "accuracy"
+    # not those of the splits: rows that cannot be encoded may have been left out
+    train, test = ([row.example for row in rows.rows(split)] for split in ("train", "test"))
+    is_classified = metric.metric == "accuracy"
     stepper = prepared.stepper
     device = model.parts.model.device
     # before the reference, which loads another library
@@ -362,7 +362,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     words = first = None
     writes = rows.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
-        words = bag_of_words(rows.splits.train, test)
+        words = bag_of_words(train, test)
     if writes and placement_of(prepared.model.parts.model).is_here:
         first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     figures = {

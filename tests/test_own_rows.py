@@ -175,6 +175,29 @@ def test_rows_that_are_too_long_are_left_out_too(tmp_path, capsys):
     assert "Left out 1 of 10 rows of the train split that cannot be used" in capsys.readouterr().out
 
 
+def test_held_out_rows_that_are_too_long_are_not_counted(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", rows_of(12))
+    write(tmp_path / "test.jsonl", [*rows_of(4, 20), {"text": "long", "label": 1, "key": 1}])
+    (tmp_path / "own_task.py").write_text(
+        "from slzo.tasks import Example\nfrom slzo.tasks.template import TemplateTask\n"
+        "class Task(TemplateTask):\n    def example(self, row, id):\n"
+        "        longer = ' good' * (100 if row['text'] == 'long' else 1)\n"
+        "        return Example(id, row['text'], (' bad', longer), (row['label'],))\n"
+    )
+    (tmp_path / "task.yaml").write_text(
+        "data: {task: {class_path: own_task.Task, init_args: {prompt: '{text}', candidates: [' bad', ' good'],"
+        " train_file: train.jsonl, test_file: test.jsonl}}}"
+    )
+    options = ["--config=task.yaml", f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu"]
+    rows = ["--data.batch_size=4", "--data.max_length=40", "--data.skip_bad_rows=true", "--record.test_before=false"]
+    steps = ["--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--trainer.max_steps=2"]
+    assert main(["fit", *options, *rows, *steps, "--record.reference=false"]) == 0
+    assert "Scoring 4 held-out rows after training" in capsys.readouterr().out
+    found = json.loads((run_dir() / "summary.json").read_text())
+    assert (found["num_rows"], found["majority_share"]) == (4, 0.5)
+
+
 def test_ids_reach_predictions_and_samples(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", rows_of(20))
