@@ -339,6 +339,34 @@ def test_numbers_among_the_labels_of_a_csv(tmp_path):
     assert {example.gold for part in parts_of(data) for example in part} == {(0,), (1,)}
 
 
+def test_labels_that_are_fractions(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"film {i},{0.5 + i % 2 / 2}\n" for i in range(8)))
+    rows = [{"text": f"film {i}", "label": 0.5 + i % 2 / 2} for i in range(8)]
+    for file in (str(path), write(tmp_path / "rows.jsonl", rows)):
+        for labels in ([0.5, 1.0], ["0.5", "1.0"], [0.5, 1]):
+            examples = RowSource(template(train_file=file, labels=labels)).read("train").examples
+            assert [example.gold for example in examples] == [(0,), (1,)] * 4
+    with pytest.raises(SlzoError, match=r"equal to a number that can be a label; give the rows' labels"):
+        TemplateTask("{text}", [" 1.0", " 2.0"])
+
+
+def test_labels_true_and_false_without_labels_in_the_config_are_explained(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": True}])
+    with pytest.raises(
+        SlzoError, match=r'is True; .* data\.task\.labels, as in \["false", "true"\]; data\.skip_bad_rows'
+    ):
+        RowSource(template(train_file=path)).read("train")
+    examples = RowSource(template(train_file=path, labels=["false", "true"])).read("train").examples
+    assert [example.gold for example in examples] == [(1,)]
+
+
+def test_a_prompt_of_a_conversation_that_is_a_number_is_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "2 + 2", "completion": 4}])
+    with pytest.raises(SlzoError, match=r"'completion' is 4; it must be text, or a list of turns"):
+        RowSource(ChatTask(train_file=path)).read("train")
+
+
 def test_rows_without_a_label_are_told(tmp_path, capsys):
     train, test = (write(tmp_path / f"{name}.jsonl", rows_of(8, first)) for name, first in (("train", 0), ("test", 8)))
     write(Path(test), [row | ({"label": -1} if i < 3 else {}) for i, row in enumerate(rows_of(8, 8))])

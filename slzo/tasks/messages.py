@@ -66,7 +66,10 @@ def read_messages(value: object, name: str) -> tuple[Message, ...]:
         ValueError: If the value has another form; the message names field and turn.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(f"field {name!r} is {shown(value)}; it must be a list of turns with role and content")
+        wanted = "a list of turns with role and content"
+        raise ValueError(
+            f"field {name!r} is {shown(value)}; it must be {wanted if name == 'messages' else f'text, or {wanted}'}"
+        )
     return tuple(_message(turn, f"{name!r}, turn {number}") for number, turn in enumerate(value, start=1))
 
 

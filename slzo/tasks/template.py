@@ -51,7 +51,7 @@ class TemplateTask(Task):
         prompt: str,
         candidates: list[str] | None = None,
         label_field: str = "label",
-        labels: list[str | int] | None = None,
+        labels: list[str | int | float] | None = None,
         answer_field: str | None = None,
         train_file: str | None = None,
         test_file: str | None = None,
@@ -132,14 +132,17 @@ class TemplateTask(Task):
     def _gold(self, label: object) -> tuple[int, ...]:
         if isinstance(label, float) and label.is_integer():  # Parquet files made with pandas
             label = int(label)
-        if isinstance(label, str | int):
+        if isinstance(label, str | int | float):
             text = json.dumps(label) if isinstance(label, bool) else str(label).strip()
-            for key in (text, text.removesuffix(".0"), str(label)):  # pandas writes 1.0 in columns with gaps
+            # pandas writes 1.0 in columns with gaps, and among the labels 0.5 and 1.0 the second one is read as 1
+            for key in (text, text.removesuffix(".0"), f"{text}.0", str(label)):
                 if key in self._index_of:
                     return (self._index_of[key],)
             if text in ("-1", "-1.0", ""):
                 return ()
-        raise ValueError(f"field {self.label_field!r} is {shown(label)}; it must be one of {', '.join(self._index_of)}")
+        hint = '; name true and false in data.task.labels, as in ["false", "true"]' if isinstance(label, bool) else ""
+        allowed = ", ".join(self._index_of)
+        raise ValueError(f"field {self.label_field!r} is {shown(label)}; it must be one of {allowed}{hint}")
 
 
 def _fields_of(prompt: str) -> tuple[str, ...]:
@@ -176,7 +179,7 @@ def _check_spaces(prompt: str, candidates: Sequence[str]) -> None:
         warn(f"data.task.candidates {list(candidates)}: {glued!r} follows {prompt[-10:]!r} without a space; {advice}")
 
 
-def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) -> dict[str, int]:
+def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] | None) -> dict[str, int]:
     if len(candidates) < 2:
         raise SlzoError(
             f"data.task.candidates {list(candidates)}: give at least two answer texts; for generated answers,"
@@ -195,7 +198,8 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) 
             )
         return {key: index for index, key in enumerate(keys)}
     numbers = [str(index) for index in range(len(candidates))]
-    if len(set(texts) | set(numbers)) < 2 * len(candidates) or "-1" in texts:
+    values = [text.removesuffix(".0") for text in texts]  # of numbers; a label 1.0 may mean the candidate or its number
+    if len({*texts, *numbers}) < 2 * len(candidates) or {*values} & {*numbers, "-1"}:
         raise SlzoError(
             f"data.task.candidates {list(candidates)}: equal apart from spaces, or equal to a number that can be a label;"
             " give the rows' labels in data.task.labels"
