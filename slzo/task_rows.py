@@ -236,6 +236,13 @@ class TaskRows:
         """Chat template if it is not the tokenizer's own, else ``None``; exported folders include it."""
         return None if self.encoder.note is None else self.encoder.template
 
+    @property
+    def prompt_length(self) -> int | None:
+        """Most tokens of a prompt before a generated answer, or of one with a candidate; ``None`` if none are left for it."""
+        answer = self.task.max_new_tokens if self.task.kind is Kind.GENERATION else 0
+        length = self.encoder.max_length - answer
+        return length if length > 0 else None
+
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
         return RunningScore(self.task, device, self.reward is not None)

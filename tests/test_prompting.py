@@ -37,8 +37,8 @@ SCOPES = {
 def tuned(options):
     """A short run that moved a scope far."""
 
-    def fit(scope):
-        more = [*SCOPES[scope], "--trainer.max_steps=2", "--record.test_before=false"]
+    def fit(scope, *given):
+        more = [*SCOPES[scope], "--trainer.max_steps=2", "--record.test_before=false", *given]
         assert main(["fit", *options, f"--model.scope={scope}", "--trainer.enable_progress_bar=false", *more]) == 0
         return str(last_checkpoint())
 
@@ -104,6 +104,45 @@ def test_a_long_prompt_is_cut_after_a_warning(tuned, capsys):
     assert "tokens that the model takes, and is cut on the left" in capsys.readouterr().err
     line = error_line(capsys, "generate", "--ckpt_path=last", "--prompt=x", '--candidates=[" yes"]')
     assert "candidates [' yes']: one answer alone has probability 1" in line
+
+
+def test_a_long_prompt_is_cut_as_in_prediction(tuned, capsys):
+    tuned("LayerScope", "--data.max_length=24")
+    assert main(["predict", "--ckpt_path=last", "--output=p.jsonl"]) == 0
+    lines = Path("p.jsonl").read_text().splitlines()
+    row = max(map(json.loads, lines), key=lambda row: len(row["prompt"]))
+    assert len(make_tokenizer()(row["prompt"]).input_ids) > 24
+    expected = ", ".join(
+        f"{name} {share:.3f}" for name, share in zip(("terrible", "great"), row["probabilities"], strict=True)
+    )
+    assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
+    for source in ("last", "merged"):
+        found = generated(capsys, f"--ckpt_path={source}", f"--prompt={row['prompt']}", "--untuned=false")
+        assert found["tuned"] == expected
+    main(["generate", "--ckpt_path=last", f"--prompt={row['prompt']}", "--untuned=false"])
+    assert "longer than the 24 tokens of its run (data.max_length), and is cut" in capsys.readouterr().err
+
+
+def test_a_long_prompt_of_a_text_is_cut_as_in_prediction(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": "so good a film " * (1 + i), "answer": "It was"} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        "data: {max_length: 40, num_dev: 0, batch_size: 2, task: {class_path: TemplateTask, init_args: {prompt: '{q}:',"
+        " answer_field: answer, max_new_tokens: 9, train_file: rows.jsonl, test_file: rows.jsonl}}}"
+    )
+    (tmp_path / "train.jsonl").write_text(json.dumps({"q": "a bad film", "answer": "It was"}) + "\n")
+    own = ["--config=task.yaml", "--data.task.train_file=train.jsonl", f"--model.model={model_dir}", "--model.layer=1"]
+    steps = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--record.test_before=false"]
+    assert main(["fit", *own, *steps]) == 0
+    assert main(["predict", "--ckpt_path=last", "--output=p.jsonl"]) == 0
+    predicted = [json.loads(line)["prediction"] for line in Path("p.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    told = ["--prompts=p.jsonl", "--max_new_tokens=9", "--untuned=false"]
+    assert main(["generate", "--ckpt_path=last", *told]) == 0
+    output = capsys.readouterr()
+    assert [block.split("\n\n")[0].strip() for block in output.out.split("--- tuned\n")[1:]] == predicted
+    assert "longer than the 31 tokens that its run leaves for it (data.max_length)" in output.err
 
 
 def test_a_file_of_prompts_and_a_run(tuned, capsys):
@@ -175,6 +214,14 @@ def test_prompts_of_a_file_and_the_line_of_a_wrong_one(tmp_path):
     rows.write_text('{"prompt": "One", "messages": [{"role": "user"}]}')
     with pytest.raises(SlzoError, match=r"rows\.jsonl:1: field 'messages', turn 1"):
         read_prompts(str(rows))
+
+
+def test_json_lines_are_rows_whatever_their_name(tmp_path):
+    for name in ("p.json", "p.ndjson", "p.out"):
+        (tmp_path / name).write_text('{"id": "1", "prompt": "One"}\n{"id": "2", "prompt": "Two"}\n')
+        assert [one.prompt for one in read_prompts(str(tmp_path / name))] == ["One", "Two"]
+    (tmp_path / "p.txt").write_text('{"a": 1}\n{"prompt": "Two"}\n')
+    assert [one.prompt for one in read_prompts(str(tmp_path / "p.txt"))] == ['{"a": 1}', '{"prompt": "Two"}']
 
 
 def test_prompts_with_other_line_separators_and_a_byte_order_mark(tmp_path):

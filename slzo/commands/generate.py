@@ -3,7 +3,7 @@
 from functools import partial
 
 from slzo.prompting.choice import probabilities
-from slzo.prompting.pair import load_pair
+from slzo.prompting.pair import check_prompt, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
 from slzo.tasks.base import Example
@@ -31,7 +31,8 @@ def generate(
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
             runs.
-        prompt: The text to continue, up to where the answer begins. Spaces at its ends are removed, as in training.
+        prompt: The text to continue, up to where the answer begins. Spaces at its ends are removed, and a long prompt is cut, as
+            in slzo predict.
         prompts: File with prompts: one per line, or JSON Lines with the field prompt, and messages for a conversation, such as
             slzo predict writes.
         max_new_tokens: Length of each text, in tokens.
@@ -64,12 +65,13 @@ def generate(
     for number, example in enumerate(asked):
         text = example.prompt
         say(f"\n{text}" if number else text)
-        ids = pair.tokens_of(example)
+        check_prompt(example)
+        ids = () if known else pair.tokens_of(example)
         for name, use in pair.models.items():
             say(f"--- {name}")
             with use() as model:
                 if known:
-                    shares = probabilities(model, pair.tokenizer, text, known)
+                    shares = probabilities(model, pair.tokenizer, text, known, pair.prompt_length)
                     say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
                 else:
                     write_continuation(model, pair.tokenizer, ids, options, partial(say, end=""), pair.stop)

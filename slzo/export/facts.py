@@ -16,6 +16,8 @@ from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
+_PROMPTING = ("chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -70,8 +72,8 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
-        # the template only if it is not the tokenizer's own
-        chat = {name: self.note.get(name) for name in ("chat", "system_prompt", "chat_template", "candidates", "stop")}
+        # for slzo generate; the template only if it is not the tokenizer's own
+        chat = {name: self.note.get(name) for name in _PROMPTING}
         return {
             "slzo": __version__,
             "format": self.format,

@@ -13,23 +13,29 @@ from slzo.utils.console import warn
 
 @torch.no_grad()
 def probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, candidates: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    candidates: Sequence[str],
+    max_length: int | None = None,
 ) -> list[float]:
     """Return the probability of each candidate, as in prediction files: a softmax of the mean log-likelihoods of its tokens.
 
-    Spaces at its ends are removed, as in training. A prompt that is longer than the model allows is cut on the left, after a
-    warning.
+    Spaces at its ends are removed, as in training. If a prompt with a candidate has more than ``max_length`` tokens, or more than
+    the model allows, it is cut on the left, after a warning.
 
     Raises:
         SlzoError: The prompt is empty, or a candidate has no tokens of its own.
     """
     example = Example("prompt", prompt.strip(" "), tuple(candidates))
     scores = []
-    longest = max_positions(model)
-    encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)
+    positions = max_positions(model)
+    known = [length for length in (positions, max_length) if length is not None]
+    encoder = Encoder(tokenizer, min(known)) if known else Encoder(tokenizer)
     encoded = encoder.encode(example, 0)
     if encoder.num_shortened:
-        warn(f"the prompt is longer than the {encoder.max_length} tokens that the model takes, and is cut on the left")
+        limit = "that the model takes" if encoder.max_length == positions else "of its run (data.max_length)"
+        warn(f"the prompt is longer than the {encoder.max_length} tokens {limit}, and is cut on the left")
     for sequence in encoded.sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
         answer = sequence.num_answer

@@ -20,6 +20,7 @@ from slzo.export.restore import load_base, tokenizer_of
 from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -38,6 +39,7 @@ class Pair:
         candidates: The answers that all rows of the task have; ``None`` if it has none.
         chat: Format of the conversations that it was tuned on; ``None`` for other texts.
         stop: Texts that end an answer besides the EOS token.
+        prompt_length: Most tokens of a prompt, see :attr:`slzo.task_rows.TaskRows.prompt_length`; ``None`` for no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,28 +47,42 @@ class Pair:
     candidates: tuple[str, ...] | None
     chat: ChatFormat | None
     stop: tuple[str, ...]
+    prompt_length: int | None = None
 
     def tokens_of(self, prompt: Example) -> tuple[int, ...]:
-        """Return the tokens of a prompt as in training, without spaces at its ends, but never cut.
+        """Return the tokens of a prompt as ``slzo predict`` does: without spaces at its ends, and cut if it is too long.
 
         For a model of conversations these are its messages in the chat template. Without messages, the text is the user's turn.
 
         Raises:
             SlzoError: The prompt is empty, or the template does not take it.
         """
-        if not prompt.prompt.strip():
-            raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
+        check_prompt(prompt)
         if self.chat is None:
             prompt = replace(prompt, prompt=prompt.prompt.strip(" "))
         elif not prompt.messages:
             prompt = replace(prompt, messages=self.chat.with_system((Message("user", prompt.prompt),)))
-        return self._encoder.encode_prompt(prompt, max_new_tokens=0)
+        self._encoder.num_shortened = 0
+        ids = self._encoder.encode_prompt(prompt, max_new_tokens=0)
+        if self._encoder.num_shortened:
+            warn(
+                f"the prompt is longer than the {self.prompt_length} tokens that its run leaves for it (data.max_length), and is"
+                " cut as in slzo predict"
+            )
+        return ids
 
     @cached_property
     def _encoder(self) -> Encoder:
+        length = sys.maxsize if self.prompt_length is None else self.prompt_length
         if self.chat is None:
-            return Encoder(self.tokenizer, sys.maxsize)
-        return ChatEncoder(self.tokenizer, sys.maxsize, self.chat)
+            return Encoder(self.tokenizer, length)
+        return ChatEncoder(self.tokenizer, length, self.chat)
+
+
+def check_prompt(prompt: Example) -> None:
+    """Raise SlzoError if a prompt is empty."""
+    if not prompt.prompt.strip():
+        raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
 
 
 def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust_remote_code: bool = False) -> Pair:
@@ -100,6 +116,7 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
         candidates=None if found is None else tuple(found),
         chat=ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None,
         stop=tuple(note.get("stop") or ()),
+        prompt_length=note.get("prompt_length"),
     )
 
 

@@ -9,8 +9,9 @@ from slzo.utils.errors import SlzoError
 
 
 def read_prompts(path: str) -> list[Example]:
-    """Read one prompt per line, or the rows of a ``.jsonl`` file, such as ``slzo predict`` writes.
+    """Read one prompt per line, or JSON Lines, such as ``slzo predict`` writes.
 
+    These are files that end in .jsonl, .ndjson or .json, and others in which each line is an object with the field ``prompt``.
     A row has the field ``prompt`` and, if it is a conversation, ``messages``: its turns before the answer.
 
     Returns:
@@ -27,8 +28,15 @@ def read_prompts(path: str) -> list[Example]:
     filled = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not filled:
         raise SlzoError(f"prompts {path!r}: is empty; write one prompt per line")
-    is_json = Path(path).suffix.lower() == ".jsonl"
+    is_json = Path(path).suffix.lower() in (".jsonl", ".ndjson", ".json") or all(_is_row(line) for _, line in filled)
     return [_read(line, place) if is_json else Example(place, line, ()) for place, line in filled]
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return isinstance(json_object(line).get("prompt"), str)
+    except ValueError:
+        return False
 
 
 def _read(line: str, place: str) -> Example:

@@ -67,6 +67,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "chat_template": rows.chat_template,
         "candidates": None if candidates is None else list(candidates),
         "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
+        "prompt_length": rows.prompt_length,
         "data": prepared.data.to_dict(),
         "settings": dict(prepared.settings),
         "environment": numerics(model.parts.model.device, rows.processes.world_size),
