@@ -145,7 +145,14 @@ def test_rows_that_cannot_be_used_are_left_out_and_listed(tmp_path):
     assert {int(prompt.split()[1]) for _, prompt in ids_and_prompts(data)} == set(range(12)) - BAD.keys()
     first, *lines = data.splits.notes[0].splitlines()
     assert first == f"Left out 4 of 12 rows of {path} that cannot be used (data.skip_bad_rows):"
-    assert [line.split(": ")[0] for line in lines] == [f"  {path}:9", f"  {path}:4", f"  {path}:6", "  ..."]
+    assert [line.split(": ")[0] for line in lines] == [f"  {path}:4", f"  {path}:6", f"  {path}:7", "  ..."]
+
+
+def test_a_bad_row_does_not_change_the_ids_of_those_before_it(tmp_path):
+    rows = [*({"text": f"film {i}"} for i in range(2)), b"\xff", {"text": "film 3"}, b"{", {"text": "film 5"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    found = RowSource(template(train_file=path), skip_bad_rows=True).read_to_predict(path).examples
+    assert [example.id for example in found] == ["0", "1", "3", "5"]
 
 
 def test_a_row_with_more_columns_or_a_repeated_id_is_left_out(tmp_path):

@@ -19,6 +19,8 @@ PlacedRow = tuple[str, Fields]
 
 _NUM_SHOWN = 3
 
+_NOT_UTF8 = "not valid UTF-8; save the file as UTF-8"
+
 
 class BadRows:
     """Rows that cannot be used: the first one raises an error, or all are left out.
@@ -72,16 +74,31 @@ def read_file(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     return reader(path, bad)
 
 
-def _read_lines(path: Path, bad: BadRows) -> list[tuple[int, str]]:
-    """Return the lines of a text file with their numbers, from 1."""
-    lines = []
+def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file with their numbers, from 1.
+
+    A line that is left out is added to ``bad`` in its turn, because the position of a row counts the bad ones before it.
+    """
     # not splitlines(): JSON strings may contain other line separators, such as U+2028
-    for number, line in enumerate(_read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-        try:
-            lines.append((number, line.decode("utf-8")))
-        except UnicodeDecodeError:
-            bad.add(RowError(f"{path}:{number}: not valid UTF-8; save the file as UTF-8"))
-    return lines
+    lines = _read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
+    broken = {
+        number: RowError(f"{path}:{number}: {_NOT_UTF8}") for number, line in enumerate(lines, 1) if not _is_utf8(line)
+    }
+    if broken and not bad.skip:  # before other errors: the whole file may have another encoding
+        bad.add(next(iter(broken.values())))
+    for number, line in enumerate(lines, start=1):
+        if number in broken:
+            bad.add(broken[number])
+        else:
+            yield number, line.decode("utf-8")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_bytes(path: Path) -> bytes:
