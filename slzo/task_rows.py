@@ -69,7 +69,7 @@ class TaskRows:
             files.
         tokenizer: Model whose tokenizer is used; by default the model that is trained or scored.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
-            fields (also .parquet and .csv), or the official SuperGLUE download.
+            fields (also .json, .parquet, .csv and .tsv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
         hub_config: Configuration of the Hub data set; by default the task's own, or none with another hub_path.
         predict_file: File with rows for predict, in place of the held-out ones; they need no labels.

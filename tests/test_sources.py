@@ -180,7 +180,10 @@ def test_template_files(tmp_path):
     for task, message in (
         (template(train_file=path), r"^data.task.test_file None: task 'custom' has no test rows; give a file"),
         (template(test_file=tmp_path / "gone.csv"), r"^data.task.test_file '.*gone.csv': no such file"),
-        (template(test_file=tmp_path / "my.xlsx"), r"my.xlsx: unknown kind of file; use .* .jsonl, .parquet, .csv"),
+        (
+            template(test_file=tmp_path / "my.xlsx"),
+            r"my.xlsx: unknown kind of file; use .* .jsonl, .parquet, .csv, .tsv, .json",
+        ),
     ):
         with pytest.raises(SlzoError, match=message):
             RowSource(task).read("test")
@@ -214,6 +217,27 @@ def test_csv_as_people_have_it(tmp_path, delimiter, encoding, capsys):
     assert capsys.readouterr().err.splitlines() == ([told] if encoding == "cp1252" else [])
 
 
+def test_json_files_and_tab_separated_ones_give_the_examples_of_json_lines(tmp_path):
+    (folder := tmp_path / "sst2").mkdir()
+    file = folder / "validation.jsonl"
+    lines = [json.dumps(row) for row in SST2]
+    file.write_text("\n".join(lines))
+    expected = load("sst2", data_dir=tmp_path)
+    for content in ("\n".join(lines), f"\ufeff [\n{','.join(lines)}]\n", json.dumps(SST2, indent=2)):
+        file = file.rename(folder / "validation.json")
+        file.write_text(content)
+        assert load("sst2", data_dir=tmp_path) == expected
+    with (tmp_path / "my.tsv").open("w", newline="") as table:
+        csv.writer(table, delimiter="\t").writerows([("a text, any; of, all", "label"), ("x, y", "good"), ("z", "bad")])
+    task = TemplateTask(
+        "say {a text, any; of, all}:", [" bad", " good"], labels=["bad", "good"], train_file=str(tmp_path / "my.tsv")
+    )
+    assert [(e.prompt, e.gold) for e in RowSource(task).read("train").examples] == [
+        ("say x, y:", (1,)),
+        ("say z:", (0,)),
+    ]
+
+
 GOOD = json.dumps(SST2[0])
 
 
@@ -221,7 +245,7 @@ GOOD = json.dumps(SST2[0])
     ("kind", "content", "message"),
     [
         ("jsonl", f"{GOOD}\n\n{{'a': 1}}\n", ":3: not JSON (Expecting property name"),
-        ("jsonl", f"{GOOD}\n[1]\n", ":2: a JSON list; each line must be an object"),
+        ("jsonl", f"{GOOD}\n[1]\n", ":2: a JSON list; each row must be an object"),
         ("jsonl", f"{GOOD}\n{'[' * 100_000}\n", ":2: not JSON (RecursionError)"),
         ("jsonl", f'{GOOD}\n{{"sentence": "x", "idx": 1}}\n', ":2: field 'label' is missing; task 'sst2' needs"),
         ("jsonl", '{"sentence": null, "label": 1}\n', ":1: field 'sentence' is missing; task 'sst2' needs it"),
@@ -234,6 +258,10 @@ GOOD = json.dumps(SST2[0])
         ("jsonl", '{"sentence": "\\ud800", "label": 1}\n', ":1: half of a surrogate pair"),
         ("jsonl", "", "validation.jsonl: holds no rows; task 'sst2' needs at least one"),
         ("jsonl", b"{}\n\xff\xfe\n", ":2: not valid UTF-8"),
+        ("json", f"[{GOOD}, 5]", " row 2: a JSON int; each row must be an object"),
+        ("json", f"[{GOOD}", ": not JSON (Expecting ',' delimiter"),
+        ("json", '[{"sentence": "\\ud800", "label": 1}]', " row 1: half of a surrogate pair"),
+        ("json", '{"data": [1]}', ":1: field 'sentence' is missing"),
         ("csv", "sentence,label\nx,1\ny,1,z\n", ":3: more columns than the first line has"),
         ("csv", "sentence,label\nx,1\ny\n", ":3: field 'label' is missing"),
         ("csv", 'sentence,label\n"x,1\n', ": not CSV (unexpected end of data)"),
@@ -319,7 +347,9 @@ def test_missing_folders_and_splits(tmp_path):
     write_lines(tmp_path / "RTE" / "val.jsonl", [{"premise": "a", "hypothesis": "b", "label": "entailment"}])
     assert len(load("rte", data_dir=tmp_path)) == 1
     line = error_of("rte", "train", data_dir=tmp_path)
-    assert "the train split of task 'rte' is missing; looked for train with .jsonl, .parquet, .csv in" in line
+    assert (
+        "the train split of task 'rte' is missing; looked for train with .jsonl, .parquet, .csv, .tsv, .json in" in line
+    )
     assert str(tmp_path / "rte") in line
     assert str(tmp_path / "RTE") in line
 

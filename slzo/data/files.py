@@ -1,4 +1,4 @@
-"""Readers of JSON Lines, CSV and Parquet files. Each row comes with its location."""
+"""Readers of JSON, JSON Lines, CSV and Parquet files. Each row comes with its location."""
 
 import codecs
 import csv
@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from slzo.tasks.fields import Fields
 from slzo.utils.console import warn
@@ -125,22 +126,46 @@ def json_object(line: str) -> Fields:
     """Parse the JSON object in a line; raise ValueError with the reason if there is none."""
     try:
         row = json.loads(line)
-        if re.search(r"\\u[dD][89a-fA-F]", line):
-            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno}); write one object per line") from None
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair; write complete characters") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({type(error).__name__}); write one object per line") from None
+    return _checked_object(row)
+
+
+def _checked_object(row: Any) -> Fields:
+    """Return a JSON value that is an object of complete characters; otherwise raise ValueError with the reason."""
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}; each line must be an object with the row's fields")
+        raise ValueError(f"a JSON {type(row).__name__}; each row must be an object with its fields")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair; write complete characters") from None
     return row
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    """Read the objects of an array, or JSON Lines if the file does not begin with one."""
+    data = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        yield from _read_jsonl(path, bad)
+        return
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SlzoError(f"{path}: not JSON ({one_line(error)}); write an array of objects, or JSON Lines") from None
+    for number, row in enumerate(rows, start=1):
+        try:
+            fields = _checked_object(row)
+        except ValueError as error:
+            bad.add(RowError(f"{path} row {number}: {error}"))
+        else:
+            yield f"{path} row {number}", fields
 
 
 def _read_csv(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     text = _read_csv_text(path)
-    delimiter = _delimiter(text)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
     # by default a cell may have 131,072 characters
     limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
@@ -226,5 +251,7 @@ READERS: Mapping[str, Callable[[Path, BadRows], Iterator[PlacedRow]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".json": _read_json,
 }
 """Readers by file extension."""

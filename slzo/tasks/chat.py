@@ -21,7 +21,7 @@ class ChatTask(Task):
     prompt; then the last user turn is cut at its beginning. The answer is never cut.
 
     Args:
-        train_file: JSON Lines, CSV or Parquet.
+        train_file: JSON Lines, JSON, CSV or Parquet.
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         system: System prompt of rows without one; left out, the template may add its own.

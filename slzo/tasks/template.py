@@ -35,7 +35,7 @@ class TemplateTask(Task):
         metrics: Generation: metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated
             answers f1, exact_match and other built-in rewards. Left out, f1 and exact_match; only the reward if the rows have
             no answers.
-        train_file: JSON Lines, CSV or Parquet.
+        train_file: JSON Lines, JSON, CSV or Parquet.
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         name: Name of the task in logs and file names.
