@@ -51,7 +51,6 @@ from slzo.training.resume import (
     check_environment,
     continued_settings,
     open_step_log,
-    takes_new_rate,
 )
 from slzo.training.run import Prepared, RunContext
 from slzo.training.timing import check_time, plan_time
@@ -116,7 +115,7 @@ def prepare(
         say(auto.describe(options.optimizer.automatic))
         evaluations = auto.evaluations
     check_time(rows, run.time, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.budget, run.scheduler_state)
+    time = plan_time(model, options, rows, run.time, run.scheduler_state)
     stepper = make_stepper(model, options, rows, auto=auto)
     if checkpoint is not None:
         stepper.load_state_dict(checkpoint.note)
@@ -134,7 +133,6 @@ def prepare(
         resumed=checkpoint is not None,
         time=time,
         tuned_before=tuned is not None,
-        new_rate=_new_rate(options, settings, checkpoint),
     )
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     if checkpoint is None:
@@ -153,13 +151,6 @@ def _continued(
     check_commit(note, options.model, folder)
     options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
     return options, continued_settings(note["settings"], settings)
-
-
-def _new_rate(options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint | None) -> float | None:
-    """Return the rate of a resumed run whose checkpoint has an automatic one; ``None`` if the rate continues."""
-    if checkpoint is None or options.optimizer.automatic or not takes_new_rate(checkpoint.note["settings"], settings):
-        return None
-    return options.optimizer.lr
 
 
 def _new_model(

@@ -11,10 +11,11 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
@@ -31,13 +32,13 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
-from slzo.run_context import run_context, steps_per_epoch
-from slzo.schedule import callback_of, folder_of, interval_of
 from slzo.strategy import shard_group_of
+from slzo.task_rows import TaskRows
 from slzo.trainer_checks import check_trainer
+from slzo.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
-from slzo.training.run import Prepared
+from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
@@ -263,7 +264,7 @@ class ZOModule(LightningModule):
         """Do everything before the first step; a model that is already tuned is tuned further."""
         trainer, rows = self.trainer, self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
-        run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
+        run = run_context(trainer, rows, folder if trainer.checkpoint_callbacks else None, checkpoint)
         limits = {"max_steps": run.max_steps, "val_check_interval": interval_of(trainer)}
         start = {**versions(), **agreed_settings(self.options, rows), **limits}
         check_agreement(start, "start all with the same command and in the same environment")
@@ -548,12 +549,13 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_scored(note)
             return
-        if (new_rate := self.prepared.new_rate) is not None:  # in place of the one that Lightning restores
-            for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
-                group["lr"] = new_rate
         saved, own = note["settings"], agreed_settings(self.options, rows)
+        new_rate = takes_new_rate(saved, own)
+        if new_rate and not self.options.optimizer.automatic:  # in place of the one that Lightning restores
+            for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
+                group["lr"] = self.options.optimizer.lr
         if changes := changed_settings(saved, own):
-            rate = "; model.optimizer.lr is the new one" if takes_new_rate(saved, own) else ""
+            rate = "; model.optimizer.lr is the new one" if new_rate else ""
             warn(
                 f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
                 f"model.optimizer and model.lr_scheduler, which continue from the checkpoint{rate}"
@@ -580,6 +582,26 @@ def zo_module(module: LightningModule) -> ZOModule:
             f"trainer.callbacks: those of slzo need a ZOModule, not a {type(module).__name__}; leave them out"
         )
     return module
+
+
+def run_context(
+    trainer: Trainer, rows: TaskRows, folder: Path | None = None, checkpoint: Checkpoint | None = None
+) -> RunContext:
+    """Return where and how long a trainer trains, with rows that are set up for ``fit``."""
+    profiler, limit = callback_of(trainer, OutlierProfiler), callback_of(trainer, TimeLimit)
+    done = None if checkpoint is None else checkpoint.step
+    return RunContext(
+        device=trainer.strategy.root_device,
+        max_steps=trainer.max_steps,
+        planned_steps=planned_steps(trainer, rows),
+        folder=folder,
+        checkpoint=checkpoint,
+        profiler=None if profiler is None else profiler.options,
+        steps_before=trainer.global_step if done is None else 0,
+        quick=is_quick(trainer),
+        time=None if limit is None or is_quick(trainer) else limit.budget(trainer, rows, done),
+        shard_group=shard_group_of(trainer),
+    )
 
 
 # types of the options that are used before TrainingOptions checks the rest

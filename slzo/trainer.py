@@ -20,7 +20,6 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import NAMES, RUNS, find_checkpoint
 from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
-from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.trainer_options import (
@@ -32,6 +31,7 @@ from slzo.trainer_options import (
     limit_defaults,
     take_time_limit,
 )
+from slzo.trainer_state import callback_of, folder_of, is_quick
 from slzo.training.resume import checkpoint_of_job
 from slzo.utils.console import say
 from slzo.utils.environment import command_line

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from slzo.schedule import interval_of
+from slzo.trainer_state import interval_of
 from slzo.utils.errors import SlzoError
 
 _REFUSED: Mapping[type[Callback], str] = {

@@ -34,9 +34,8 @@ ROOMS = {
     "slzo.commands.registry": "commands.registry",  # known before torch is loaded
     "slzo.callbacks": "module",  # callbacks and module know each other
     "slzo.trainer_options": "trainer",
-    "slzo.schedule": "module",
+    "slzo.trainer_state": "module",
     "slzo.trainer_checks": "module",
-    "slzo.run_context": "module",
 }
 
 

@@ -33,7 +33,7 @@ from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_che
 from slzo.export import export_checkpoint
 from slzo.fit import best_state
 from slzo.loggers import RunLogger
-from slzo.schedule import callback_of
+from slzo.trainer_state import callback_of
 from slzo.training.resume import changed_settings
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA

@@ -6,8 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.module import ZOModule, zo_module
-from slzo.run_context import dev_batches, num_dev_rows
-from slzo.schedule import is_quick, validation_due
+from slzo.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import Snapshot

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from slzo.report.profile_files import PICTURE, write_profile
-from slzo.schedule import folder_of
+from slzo.trainer_state import folder_of
 from slzo.training.profiling import ProfileOptions
 from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists

@@ -17,9 +17,8 @@ from slzo.module import ZOModule, zo_module
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
-from slzo.run_context import num_dev_rows, planned_steps
-from slzo.schedule import callback_of, folder_of, is_quick
 from slzo.task_rows import TaskRows
+from slzo.trainer_state import callback_of, folder_of, is_quick, num_dev_rows, planned_steps
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
 from slzo.utils.console import say

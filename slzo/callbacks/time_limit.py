@@ -1,13 +1,15 @@
 """Ends a training within trainer.max_time."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.schedule import interval_of, validation_due
+from slzo.task_rows import TaskRows
+from slzo.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
 from slzo.utils.console import say
-from slzo.zo.time_plan import TimePlan
+from slzo.zo.time_plan import Passes, TimeBudget, TimePlan
 
 _MARGIN = 1.1
 _MAX_SLOWDOWN = 2.0
@@ -42,17 +44,32 @@ class TimeLimit(Callback):
         """Start the clock."""
         self._ends = time.monotonic() + self.seconds
 
-    @property
-    def ends(self) -> float:
-        """When the time is over, on the clock of :func:`time.monotonic`; counted from now if no fit has begun."""
-        return time.monotonic() + self.seconds if self._ends is None else self._ends
-
     def given(self, trainer: Trainer) -> tuple[int, int | float]:
         """Return ``max_steps`` and ``val_check_interval`` as they were given to the trainer."""
         if self._given is not None:
             return self._given
         interval = interval_of(trainer)
         return trainer.max_steps, 1.0 if interval is None else interval
+
+    def budget(self, trainer: Trainer, rows: TaskRows, done: int | None) -> TimeBudget:
+        """Return the time of a run and its other limits. ``done`` are the steps of the checkpoint that it continues, if any."""
+        max_steps, interval = self.given(trainer)
+        every = interval if isinstance(interval, int) else max(1.0, interval * steps_per_epoch(trainer, rows))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        passes = sum((own for each in callbacks if isinstance(own := getattr(each, "passes", None), Passes)), Passes())
+        if done is not None:  # it has the scores before its first step
+            passes = replace(passes, dev_before=0, test_before=0)
+        return TimeBudget(
+            self.seconds,
+            time.monotonic() + self.seconds if self._ends is None else self._ends,
+            max_steps=step_limit(trainer, rows, max_steps),
+            done=trainer.global_step if done is None else done,
+            every=every * (trainer.check_val_every_n_epoch or 1),
+            every_seconds=self.every_seconds,
+            sets_interval=trainer.check_val_every_n_epoch is None,
+            dev_batches=len(scored_rows(trainer, rows)),
+            passes=passes,
+        )
 
     def apply(self, trainer: Trainer, plan: TimePlan | None) -> None:
         """Let the trainer take the steps and validations of a plan."""

@@ -6,8 +6,8 @@ from slzo.callbacks.outlier_profiler import log_picture
 from slzo.cli.app import App
 from slzo.fit import profile_and_choose
 from slzo.loggers import run_folder
+from slzo.module import run_context
 from slzo.report.profile_files import PICTURE, write_profile
-from slzo.run_context import run_context
 from slzo.utils.console import say, warn
 
 

@@ -9,8 +9,8 @@ from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import check_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
+from slzo.module import run_context
 from slzo.report.profile_files import format_profile
-from slzo.run_context import run_context
 from slzo.task_rows import TaskRows
 from slzo.training.profiling import choose, profile_model, with_choice
 from slzo.training.run import RunContext

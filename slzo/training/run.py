@@ -1,7 +1,7 @@
 """The parts of a training run: where it runs, and what its steps need."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,6 @@ class RunContext:
     shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
 
     @property
-    def budget(self) -> TimeBudget | None:
-        """The time limit; a continued run has its first steps and the scores before them."""
-        if self.time is None or self.checkpoint is None:
-            return self.time
-        passes = replace(self.time.passes, dev_before=0, test_before=0)
-        return replace(self.time, done=self.checkpoint.step, passes=passes)
-
-    @property
     def scheduler_state(self) -> Mapping[str, Any] | None:
         """State of the learning-rate scheduler in the continued checkpoint; ``None`` if there is none."""
         return None if self.checkpoint is None else self.checkpoint.scheduler_state
@@ -66,7 +58,6 @@ class Prepared:
     resumed: bool  # whether a checkpoint is continued
     time: TimePlan | None  # None if the time is not limited
     tuned_before: bool  # whether the first masters are not those of the base model
-    new_rate: float | None  # of a resumed run, in place of the checkpoint's automatic one; None if the rate continues
 
     @property
     def layer_reason(self) -> str:

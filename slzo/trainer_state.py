@@ -1,10 +1,16 @@
-"""Says when Lightning validates, where a run is written, and which callbacks it has, from its trainer's public attributes."""
+"""What a Lightning trainer says of its run, by its public attributes: callbacks, folder, validations and limits."""
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from lightning.pytorch import Callback, Trainer
+
+from slzo.data.batch import EvalBatch, Row
+from slzo.task_rows import TaskRows
+from slzo.utils.process_group import gather_from_processes
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
@@ -55,3 +61,40 @@ def is_last_step(trainer: Trainer) -> bool:
         return True
     epochs = trainer.max_epochs
     return epochs is not None and trainer.current_epoch + 1 == epochs and trainer.is_last_batch
+
+
+def dev_batches(trainer: Trainer, rows: TaskRows) -> Iterator[EvalBatch]:
+    """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
+    return islice(rows.eval_batches("dev"), len(scored_rows(trainer, rows)))
+
+
+def num_dev_rows(trainer: Trainer, rows: TaskRows) -> int:
+    """Return how many dev rows a validation scores, with ``trainer.limit_val_batches``. A collective call."""
+    return sum(gather_from_processes([sum(map(len, scored_rows(trainer, rows)))]))
+
+
+def scored_rows(trainer: Trainer, rows: TaskRows) -> list[list[Row]]:
+    """Return the dev rows that a validation scores in this process, batch by batch."""
+    batches, limit = rows.eval_plan("dev").batches, trainer.limit_val_batches
+    return batches[: limit if isinstance(limit, int) else int(len(batches) * limit)]
+
+
+def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
+    """Return the expected number of training steps; the steps of one epoch if no limit is set."""
+    limit = step_limit(trainer, rows, trainer.max_steps)
+    return limit if limit > 0 else steps_per_epoch(trainer, rows)
+
+
+def step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
+    """Return the number of steps that ``max_steps`` and ``trainer.max_epochs`` allow; -1 for no limit."""
+    epochs = trainer.max_epochs or -1
+    limits = [max_steps] if max_steps > 0 else []
+    if epochs > 0:
+        limits.append(epochs * steps_per_epoch(trainer, rows))
+    return min(limits, default=-1)
+
+
+def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
+    """Return the steps of an epoch, with ``trainer.limit_train_batches``."""
+    limit, batches = trainer.limit_train_batches, len(rows.sampler())
+    return min(batches, limit if isinstance(limit, int) else int(batches * limit))
