@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Self
 
 import torch
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
-from slzo.models.shape import ModelShape, model_shape
+from slzo.models.shape import model_shape
 from slzo.task_rows import TaskRows
 from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
 from slzo.utils.console import say
@@ -115,79 +115,56 @@ def memory_inputs(
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
     """
-    sizes, layers = _Sizes.of(options, rows, max_steps, device, num_shards), [options.layer]
+    inputs_of, num_layers = _inputs_by_layer(options, rows, max_steps, device, num_shards)
+    layers = [options.layer]
     if options.layer is None and options.scope.needs_layer:
-        layers = [sizes.parts.num_layers // 2, max(0, sizes.parts.num_layers - 2)]
-    return max(map(sizes.inputs, layers), key=lambda inputs: inputs.plan().total)
+        layers = [num_layers // 2, max(0, num_layers - 2)]
+    return max(map(inputs_of, layers), key=lambda inputs: inputs.plan().total)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a plan depends on besides the layer.
+def _inputs_by_layer(
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
+) -> tuple[Callable[[int | None], MemoryInputs], int]:
+    """Read the model's config and pack the rows; for the arguments see :func:`memory_inputs`.
 
-    Attributes:
-        options: Options of the training.
-        parts: The model, without values.
-        shape: Its shape.
-        work: The largest passes.
-        device: Device of the run.
-        directions: Number of processes that divide the points of a step.
-        num_shards: Number of processes that divide the layers.
+    Returns:
+        The function from the tuned layer, ``None`` for a scope without one, to the inputs of its plan; and the number of layers.
     """
+    shape, skeleton = model_shape(options.model, options.trust_remote_code)
+    skeleton.to(getattr(torch, options.dtype))
+    parts = ModelParts(skeleton, packed=False, onednn=False)
+    work = _workload(options, rows, max_steps, shape.vocabulary)
+    engine, estimator, queries = options.engine, options.estimator, options.step.num_queries
+    together = num_shards > 1 or options.device_map is not None  # see TunedModel.queries_at_once
+    at_once = queries if together else rows.processes.directions * engine.queries_at_once
 
-    options: TrainingOptions
-    parts: ModelParts
-    shape: ModelShape
-    work: Workload
-    device: torch.device
-    directions: int
-    num_shards: int
-
-    @classmethod
-    def of(
-        cls, options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
-    ) -> Self:
-        """Read the model's config and pack the rows; for the arguments see :func:`memory_inputs`."""
-        shape, skeleton = model_shape(options.model, options.trust_remote_code)
-        skeleton.to(getattr(torch, options.dtype))
-        parts = ModelParts(skeleton, packed=False, onednn=False)
-        work = _workload(options, rows, max_steps, shape.vocabulary)
-        return cls(options, parts, shape, work, device, rows.processes.directions, num_shards)
-
-    def inputs(self, layer: int | None) -> MemoryInputs:
-        """Return the inputs of a plan that tunes a layer; ``None`` for a scope without one."""
-        options, engine, num_layers = self.options, self.options.engine, self.parts.num_layers
-        context = ScopeContext(self.parts, layer)
+    def inputs_of(layer: int | None) -> MemoryInputs:
+        context = ScopeContext(parts, layer)
         layers = options.scope.changed_layers(context)
         start = min(layers, default=0)
-        estimator, queries = options.estimator, options.step.num_queries
-        together = self.num_shards > 1 or options.device_map is not None  # see TunedModel.queries_at_once
         inputs = MemoryInputs(
-            self.shape,
+            shape,
             getattr(torch, options.dtype),
             options.quantization,
-            tuning_bytes(
-                _tensors(options.scope, context, layers),
-                queries,
-                queries if together else self.directions * engine.queries_at_once,
-                options.optimizer,
-            ),
+            tuning_bytes(_tensors(options.scope, context, layers), queries, at_once, options.optimizer),
             len(layers),
             start,
-            self.work,
+            work,
             int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
-            on_cpu=self.device.type == "cpu",
-            differentiated=num_layers - start if estimator.differentiates else int(estimator.perturbs_output),
+            on_cpu=device.type == "cpu",
+            differentiated=parts.num_layers - start if estimator.differentiates else int(estimator.perturbs_output),
             records=estimator.perturbs_output,
         )
-        if self.num_shards > 1:
-            where = f"layers divided over {self.num_shards} processes"
-            return replace(inputs, num_shards=self.num_shards, where=where)
+        if num_shards > 1:
+            where = f"layers divided over {num_shards} processes"
+            return replace(inputs, num_shards=num_shards, where=where)
         if options.device_map is None:
             return inputs
         map_with_room = replace(options.device_map, reserved=inputs.non_weight_bytes)
-        places = map_with_room.places(self.parts.model, self.device)
+        places = map_with_room.places(parts.model, device)
         return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
+
+    return inputs_of, parts.num_layers
 
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
@@ -266,14 +243,14 @@ def format_first_order(
     changed = first_order(options, rows)
     if changed is None:
         return ""
-    both = [_Sizes.of(each, rows, max_steps, device) for each in (options, changed)]
+    (own_of, num_layers), (other_of, _) = (_inputs_by_layer(o, rows, max_steps, device) for o in (options, changed))
     layers: list[int | None] = [options.layer]
     if options.layer is None and options.scope.needs_layer:
-        last = both[0].parts.num_layers - 1
+        last = num_layers - 1
         layers = [*sorted({0, last // 2, max(0, last - 1)})]
     lines = [f"Peak       {'this run':>12s} first order (--model.estimator Backprop --model.optimizer AdamW)"]
     for layer in layers:
-        own, other = (sizes.inputs(layer).plan() for sizes in both)
+        own, other = own_of(layer).plan(), other_of(layer).plan()
         fits = "" if free is None or other.needed <= free else f", more than the {_gib(free)} that are free"
         close = ", nearly the same: use it if the rows have labels" if other.total <= _CLOSE * own.total else ""
         name = "tuned" if layer is None else f"layer {layer}"
