@@ -110,19 +110,25 @@ class CandidateObjective(LogitObjective):
 
 
 class AnswerObjective(Objective):
-    """A loss of generated answers, computed from their texts."""
+    """A loss of generated answers, computed from their texts.
+
+    Attributes:
+        at_points: How answers are sampled at points around the masters; by default the likeliest tokens.
+    """
 
     only_gold = True
     generates = True
+    at_points: AnswerSampling = AnswerSampling(1, 0.0)
 
     @abstractmethod
     def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self._losses_of)
+        return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self._losses_of)
 
     def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
+        """Return the loss of each answer, and a report."""
         losses = self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
         try:
             numbers = [float(loss) for loss in losses]

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from slzo.data.batch import Row, TrainBatch
+from slzo.data.batch import Row
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import answer_batch
 from slzo.rewards.calls import MAX_REWARD
@@ -13,14 +13,13 @@ from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Loss, LossReport
-from slzo.zo.loss import BatchAnswerLoss, LossContext
-from slzo.zo.objectives.base import Objective
+from slzo.zo.estimators.base import LossReport
+from slzo.zo.objectives.base import AnswerObjective
 from slzo.zo.policy_gradient import AnswerSampling
 
 
 @with_lists(REWARDS=sorted(REWARDS))
-class Reward(Objective):
+class Reward(AnswerObjective):
     """Minus the mean reward of generated answers. Python functions compute the reward; it needs no derivative.
 
     The default estimator samples several answers to each row and follows the policy gradient: it makes the answers more likely
@@ -49,8 +48,6 @@ class Reward(Objective):
         SlzoError: An argument is wrong.
     """
 
-    only_gold = True
-    generates = True
     needs_label = False
     selected_by = "reward"
 
@@ -74,7 +71,7 @@ class Reward(Objective):
         if best is not None and not abs(best) <= MAX_REWARD:
             raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
         self.temperature, self.samples = temperature, samples
-        usual = Objective.sampling
+        usual = AnswerObjective.sampling
         self.sampling = AnswerSampling(
             usual.samples if samples is None else samples, usual.temperature if temperature is None else temperature
         )
@@ -91,8 +88,8 @@ class Reward(Objective):
         """Return the rewards of one answer per example, for evaluation."""
         return self.runner(answer_batch(answers, examples))
 
-    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self._losses_of)
+    def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
+        return [-total for total in self.rewards_of(answers, examples).totals]
 
     def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
         """Return minus the reward of each answer, and a report on the rewards over rows, points and samples."""
