@@ -201,7 +201,7 @@ class LayerTrials(Trials):
         if not uses_auto(self.options):
             return choice.lr, eps
         with self.tuned(layer) as model:
-            measured = self._rate(layer, model, eps, self.options.noise_seed)
+            measured = self._rate(layer, model, self.options)
             optimizer = choice.make(model.tensors.masters)
             rate = choice.lr
             if choice.automatic:
@@ -250,11 +250,13 @@ class LayerTrials(Trials):
 
         ``lr`` and ``eps`` replace those of the options.
         """
-        options = self._options(seed, eps)
+        step = self.options.step if eps is None else replace(self.options.step, eps=eps)
+        # the trial itself ends at an infinite loss
+        options = replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
         sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
         if sets_rate or (options.step.eps is None and options.estimator.uses_points):
-            auto = self._rate(layer, model, eps, seed)
+            auto = self._rate(layer, model, options)
         used = 0.0 if auto is None else time.perf_counter() - started
         stepper = make_stepper(model, options, self.rows, auto=auto, sets_rate=sets_rate)
         optimizer, scheduler = options.optimizer.build(model.tensors.masters, lr)
@@ -264,17 +266,12 @@ class LayerTrials(Trials):
         """Return the seed of the batches: with the noise seed of the options, the rows' own seed, as in ``fit``."""
         return self.rows.seed or 0 if seed == self.options.noise_seed else seed
 
-    def _rate(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoRate:
+    def _rate(self, layer: int | None, model: TunedModel, options: TrainingOptions) -> AutoRate:
         """Return the rate of ``auto``; a step size that was measured in the layer with this eps and seed is used again."""
-        options = self._options(seed, eps)
-        if layer in self._measured and options.step == self.options.step and seed == self.options.noise_seed:
+        own, seed = self.options, options.noise_seed
+        if layer in self._measured and (options.step, seed) == (own.step, own.noise_seed):
             return replace(self._measured[layer], evaluations=0)
         return auto_rate(make_stepper(model, options, self.rows), self.rows, self._row_seed(seed))
-
-    def _options(self, seed: int, eps: float | None) -> TrainingOptions:
-        """Return the options of a training, which goes on after any number of infinite losses; ``eps`` replaces their own."""
-        step = self.options.step if eps is None else replace(self.options.step, eps=eps)
-        return replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
 
     def _score(
         self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: float = 0, seconds: float = 0.0

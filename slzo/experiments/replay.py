@@ -2,10 +2,8 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.find import REPLAYED
@@ -19,8 +17,7 @@ from slzo.utils.files import output_file
 from slzo.utils.run_layout import CONFIG_FILE
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
-from slzo.zo.stepper import Snapshot, Stepper
-from slzo.zo.tuned_model import TunedModel
+from slzo.zo.stepper import Stepper
 
 
 def replay_run(
@@ -76,9 +73,18 @@ def replay_run(
             f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
         )
     parts = load_parts(options, device)
-    stepper = _stepper(restore(parts, start, options, for_training=True), options, rows, start.note, log)
-    masters = _take_steps(stepper, options, log, number)
-    note = {**start.note, **stepper.state_dict()}
+    stepper = Stepper(
+        restore(parts, start, options, for_training=True),
+        rows.objective,
+        options.estimator,
+        options.step,
+        seed=start.note["noise_seed"],
+        auto=restored_rate(start.note["auto_step"], options),
+        sets_rate=options.optimizer.automatic,
+        max_nonfinite=options.max_nonfinite,
+    )
+    _take_steps(stepper, options, log, number)
+    note, masters = {**start.note, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
     write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
     say(f"Checkpoint {path}, the tuned weights after {number} steps")
     config = folder / CONFIG_FILE
@@ -101,35 +107,15 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
     return available if requested is None else requested
 
 
-def _stepper(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog
-) -> Stepper:
-    stepper = Stepper(
-        model,
-        rows.objective,
-        options.estimator,
-        options.step,
-        seed=note["noise_seed"],
-        auto=restored_rate(note["auto_step"], options),
-        sets_rate=options.optimizer.automatic,
-        max_nonfinite=options.max_nonfinite,
-    )
-    stepper.known = dict(log.steps)
-    return stepper
-
-
-def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps: int) -> dict[str, Tensor]:
-    """Take steps and return a copy of the masters after them."""
-    tensors = stepper.model.tensors
-    optimizer, scheduler = options.optimizer.build(tensors.masters)
-    targets: dict[int, Snapshot] = {}
-    if 0 in log.rollbacks.values():
-        targets[0] = stepper.snapshot(0)
-    for step in range(steps):
-        stepper.step(None, step, optimizer, scheduler)
-        if step + 1 in log.rollbacks.values():
-            targets[step + 1] = stepper.snapshot(step + 1)
-        to = log.rollbacks.get(step + 1)
-        if to is not None:
-            stepper.rollback(targets.get(to), step + 1, optimizer, [] if scheduler is None else [scheduler])
-    return tensors.clone_masters()
+def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, number: int) -> None:
+    """Take the first steps of a log, and go back where it says so."""
+    stepper.known = log.steps
+    optimizer, scheduler = options.optimizer.build(stepper.model.tensors.masters)
+    rollbacks, targets = log.rollbacks, {}
+    for steps in range(number + 1):
+        if steps > 0:
+            stepper.step(None, steps - 1, optimizer, scheduler)
+        if steps in rollbacks.values():
+            targets[steps] = stepper.snapshot(steps)
+        if (to := rollbacks.get(steps)) is not None:
+            stepper.rollback(targets.get(to), steps, optimizer, [] if scheduler is None else [scheduler])

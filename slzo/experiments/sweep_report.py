@@ -17,7 +17,7 @@ from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
 from slzo.utils.sampling_error import standard_error
-from slzo.zo.profile import OutlierProfile
+from slzo.zo.profile import LayerStatistics, OutlierProfile
 from slzo.zo.selection.base import CLEAR, in_errors
 from slzo.zo.trial import Score, Trial
 
@@ -83,7 +83,15 @@ class SweepResult:
     @classmethod
     def of(cls, store: CellStore, plan: SweepPlan, profile: OutlierProfile, loss: str) -> Self:
         """Collect the results from finished cells."""
-        return cls(layer_results(store, plan, profile), plan, seed_curves(store, plan), profile.title, loss)
+        trials: dict[int, list[Trial]] = {}
+        for layer, seed in plan.trainings:
+            trials.setdefault(layer, []).append(Trial.from_dict(store.result(plan.training_cell(layer, seed))))
+        curves = {layer: [trial.scores for trial in own if not trial.diverged] for layer, own in trials.items()}
+        rows = []
+        for measured in profile.layers:
+            found = store.result(plan.sensitivity_cell(measured.index)) if plan.directions else {}
+            rows.append(_layer_result(measured, found, trials.get(measured.index, []), profile.dominant_layer))
+        return cls(rows, plan, {layer: own for layer, own in curves.items() if own}, profile.title, loss)
 
     @property
     def dominant(self) -> int | None:
@@ -211,37 +219,29 @@ class SweepResult:
             save(sweep_curves_picture(curves, title, self.dominant, self.loss), folder, "sweep_curves")
 
 
-def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) -> list[LayerResult]:
-    """Collect the figures of each layer from finished cells."""
-    rows = []
-    for measured in profile.layers:
-        layer = measured.index
-        found = store.result(plan.sensitivity_cell(layer)) if plan.directions else {}
-        names = [plan.training_cell(*training) for training in plan.trainings if training[0] == layer]
-        trials = [Trial.from_dict(store.result(name)) for name in names]
-        good = [trial for trial in trials if not trial.diverged]
-        loss = [trial.lowest.loss for trial in good]
-        metric = [trial.lowest.metric for trial in good]
-        rows.append(
-            LayerResult(
-                layer=layer,
-                sensitivity=found.get("mean"),
-                sensitivity_se=found.get("standard_error"),
-                outlier_ratio=measured.ratio,
-                seeds=len(trials),
-                loss_before=trials[0].scores[0].loss if trials else None,
-                loss=_mean(loss),
-                loss_se=standard_error(loss),
-                gain=_mean([trial.scores[0].loss - trial.lowest.loss for trial in good]),
-                metric=_mean(metric),
-                metric_se=standard_error(metric),
-                mean_abs_projected_grad=_mean([trial.mean_abs_slope for trial in good]),
-                seconds=_mean([trial.scores[-1].seconds for trial in good]),
-                diverged=len(trials) - len(good),
-                dominant=layer == profile.dominant_layer,
-            )
-        )
-    return rows
+def _layer_result(
+    measured: LayerStatistics, sensitivity: Mapping[str, float], trials: Sequence[Trial], dominant: int | None
+) -> LayerResult:
+    good = [trial for trial in trials if not trial.diverged]
+    loss = [trial.lowest.loss for trial in good]
+    metric = [trial.lowest.metric for trial in good]
+    return LayerResult(
+        layer=measured.index,
+        sensitivity=sensitivity.get("mean"),
+        sensitivity_se=sensitivity.get("standard_error"),
+        outlier_ratio=measured.ratio,
+        seeds=len(trials),
+        loss_before=trials[0].scores[0].loss if trials else None,
+        loss=_mean(loss),
+        loss_se=standard_error(loss),
+        gain=_mean([trial.scores[0].loss - trial.lowest.loss for trial in good]),
+        metric=_mean(metric),
+        metric_se=standard_error(metric),
+        mean_abs_projected_grad=_mean([trial.mean_abs_slope for trial in good]),
+        seconds=_mean([trial.scores[-1].seconds for trial in good]),
+        diverged=len(trials) - len(good),
+        dominant=measured.index == dominant,
+    )
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -250,16 +250,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _measured(value: float, error: float | None) -> str:
     return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
-
-
-def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Score]]]:
-    """Return the dev scores during each training that did not diverge, by layer."""
-    found: dict[int, list[Sequence[Score]]] = {}
-    for layer, seed in plan.trainings:
-        trial = Trial.from_dict(store.result(plan.training_cell(layer, seed)))
-        if not trial.diverged:
-            found.setdefault(layer, []).append(trial.scores)
-    return found
 
 
 def layer_curves(curves: Mapping[int, Sequence[Sequence[Score]]]) -> dict[int, list[Score]]:
