@@ -32,7 +32,7 @@ from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
 from slzo.utils.docs import class_names, with_lists
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
@@ -165,9 +165,7 @@ class TaskRows:
         self.trust_remote_code = trust_remote_code
         check_kinds("data", _KINDS, vars(self))
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SlzoError(f"data.{name} {value}: must be at least {least}")
+            check_at_least(f"data.{name}", getattr(self, name), least)
         self.splits: Splits | None = None
         self._read_with: dict[str, Any] = {}
         self._rows: dict[str, list[Row]] = {}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20
@@ -37,8 +37,7 @@ class SweepPlan:
                 f"directions {self.directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} directions, or "
                 "0 to measure no sensitivity"
             )
-        if self.steps < 0:
-            raise SlzoError(f"steps {self.steps}: must be at least 0")
+        check_at_least("steps", self.steps, 0)
         if self.steps == 0 and self.directions == 0:
             raise SlzoError("steps 0, directions 0: leave nothing to do; give one of them")
         if self.seconds is not None and not 0 < self.seconds < math.inf:

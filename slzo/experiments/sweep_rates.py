@@ -13,7 +13,7 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells, sweep_folder, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import is_worker, say
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
 from slzo.zo.trial import Trial
@@ -65,9 +65,11 @@ def sweep_rates(
 
     rates, sizes = rates_to_try(lrs, eps, partial(_own_step, trials, store, layer))
     loss = trials.rows.selection_metric.loss_name
-    tried, before = search(store, train, rates, sizes, dict.fromkeys(seeds), loss)
+    cells = product(sizes, rates, dict.fromkeys(seeds))  # smallest eps and learning rate first
+    complete_cells(store, {_cell_name(*cell): partial(train, *cell) for cell in cells}, loss)
     if is_worker():
         return
+    tried, before = _results(store, rates, sizes, seeds, loss)
     best, words = recommend(tried, before, loss)
     content = {
         "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},
@@ -107,8 +109,7 @@ def check_rates(
     for name, values in (("lrs", None if lrs == "auto" else lrs), ("eps", eps)):
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
-    if steps < 1:
-        raise SlzoError(f"steps {steps}: must be at least 1; 40 is enough to compare rates")
+    check_at_least("steps", steps, advice="40 is enough to compare rates")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
 
@@ -126,28 +127,17 @@ def rates_to_try(
     return sorted(set(rates)), [own_eps] if eps is None else sorted(set(eps))
 
 
-def search(
-    store: CellStore,
-    train: Callable[[float | None, float, int], dict[str, Any]],
-    rates: Collection[float],
-    sizes: Collection[float | None],
-    seeds: Collection[int],
-    what: str,
+def _cell_name(eps: float | None, lr: float, seed: int) -> str:
+    return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"
+
+
+def _results(
+    store: CellStore, rates: Collection[float], sizes: Collection[float | None], seeds: Sequence[int], what: str
 ) -> tuple[list[RateResult], float]:
-    """Run the trials that are not finished, smallest eps and learning rate first; ``what`` is what the loss is called.
-
-    Returns:
-        The result of each pair, and the dev loss before training.
-    """
-
-    def name_of(eps: float | None, lr: float, seed: int) -> str:
-        return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"
-
-    cells = product(sizes, rates, seeds)
-    complete_cells(store, {name_of(*cell): partial(train, *cell) for cell in cells}, what)
+    """Print and return the result of each pair, and return the dev loss before training. ``what`` is what the loss is called."""
     found = []
     for eps, lr in product(sizes, rates):
-        done = [Trial.from_dict(store.result(name_of(eps, lr, seed))) for seed in seeds]
+        done = [Trial.from_dict(store.result(_cell_name(eps, lr, seed))) for seed in dict.fromkeys(seeds)]
         diverged = next((trial.diverged for trial in done if trial.diverged), "")
         loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)

@@ -13,6 +13,16 @@ class SlzoError(Exception):
     """
 
 
+def check_at_least(option: str, value: float | None, least: int = 1, advice: str = "") -> None:
+    """Check that a number is not too small; ``None`` is not checked.
+
+    Raises:
+        SlzoError: It is; ``advice`` ends the message.
+    """
+    if value is not None and value < least:
+        raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
+
+
 def one_line(error: BaseException, limit: int | None = 200) -> str:
     """Return the message of an error in one line, with at most ``limit`` characters, or its class if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

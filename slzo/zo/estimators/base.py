@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from slzo.utils.errors import SlzoError, broken_contract, shown
+from slzo.utils.errors import SlzoError, broken_contract, check_at_least, shown
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -184,9 +184,8 @@ class Request:
     queries_at_once: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_queries", "queries_at_once"):
-            if getattr(self, name) < 1:
-                raise SlzoError(f"{name} {getattr(self, name)}: must be at least 1")
+        check_at_least("num_queries", self.num_queries)
+        check_at_least("queries_at_once", self.queries_at_once)
 
     def queries_in_turn(self) -> Iterator[range]:
         """Iterate over the queries in groups that are evaluated together.

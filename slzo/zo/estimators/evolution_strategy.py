@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.estimators.base import Estimate, Estimator, Point, Request, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction
@@ -55,10 +55,7 @@ class EvolutionStrategy(Estimator):
     ) -> None:
         if shaping not in _SHAPINGS:
             raise SlzoError(f"model.estimator.shaping {shaping!r}: choose one of {', '.join(_SHAPINGS)}")
-        if direction_rank is not None and direction_rank < 1:
-            raise SlzoError(
-                f"model.estimator.direction_rank {direction_rank}: must be at least 1; leave it out for full rank"
-            )
+        check_at_least("model.estimator.direction_rank", direction_rank, advice="leave it out for full rank")
         self.shaping = shaping
         self.antithetic = antithetic
         self.direction_rank = direction_rank

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Request, estimate_from_gradient, rms
 from slzo.zo.noise import row_noise
 
@@ -78,12 +78,10 @@ class LayerOutputPerturbation(Estimator):
         scale: float = _SCALE,
         tokens: int | None = None,
     ) -> None:
-        if queries is not None and queries < 1:
-            raise SlzoError(f"model.estimator.queries {queries}: must be at least 1")
+        check_at_least("model.estimator.queries", queries)
         if not 0 < scale < math.inf:
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")
-        if tokens is not None and tokens < 0:
-            raise SlzoError(f"model.estimator.tokens {tokens}: must be at least 0; 0 for noise alone")
+        check_at_least("model.estimator.tokens", tokens, 0, "0 for noise alone")
         self.queries, self.scale, self.tokens = queries, scale, tokens
 
     def check(self, num_queries: int) -> None:

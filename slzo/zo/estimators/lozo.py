@@ -1,6 +1,6 @@
 """Two-point estimates along directions of low rank."""
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import check_at_least
 from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import low_rank
@@ -19,9 +19,8 @@ class LOZO(Estimator):
     """
 
     def __init__(self, rank: int = 2, interval: int = 50) -> None:
-        for name, value in (("rank", rank), ("interval", interval)):
-            if value < 1:
-                raise SlzoError(f"model.estimator.{name} {value}: must be at least 1")
+        check_at_least("model.estimator.rank", rank)
+        check_at_least("model.estimator.interval", interval)
         self.rank = rank
         self.interval = interval
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import targets
@@ -33,9 +33,8 @@ class ActivationSubspace(Scope):
     def __init__(
         self, rank: int = 16, num_sequences: int = 64, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
-        for name, value in (("rank", rank), ("num_sequences", num_sequences)):
-            if value < 1:
-                raise SlzoError(f"model.scope.{name} {value}: must be at least 1")
+        check_at_least("model.scope.rank", rank)
+        check_at_least("model.scope.num_sequences", num_sequences)
         self.rank = rank
         self.num_sequences = num_sequences
         self.target_modules = target_modules

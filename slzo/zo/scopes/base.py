@@ -18,8 +18,11 @@ Layers = list[int] | Literal["all"] | None
 
 def is_one_layer(layers: Any) -> bool:
     """Whether the layers of a scope are one layer."""
-    is_list = isinstance(layers, Collection) and not isinstance(layers, str)
-    return layers is None or (is_list and len(set(layers)) == 1)
+    return layers is None or (_is_list(layers) and len(set(layers)) == 1)
+
+
+def _is_list(layers: Any) -> bool:
+    return isinstance(layers, Collection) and not isinstance(layers, str)
 
 
 def check_layers(layers: Layers) -> Layers:
@@ -28,8 +31,11 @@ def check_layers(layers: Layers) -> Layers:
     Raises:
         SlzoError: They are not a list of numbers, all or ``None``.
     """
-    is_list = isinstance(layers, Collection) and not isinstance(layers, str)
-    if layers is not None and layers != "all" and not (is_list and all(isinstance(layer, int) for layer in layers)):
+    if (
+        layers is not None
+        and layers != "all"
+        and not (_is_list(layers) and all(isinstance(layer, int) for layer in layers))
+    ):
         raise SlzoError(
             f"model.scope.layers {layers!r}: give a list of numbers, such as [28], or all, or leave it out for the dominant layer"
         )

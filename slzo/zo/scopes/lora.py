@@ -1,7 +1,7 @@
 """Low-rank adapters, through peft."""
 
 from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import check_own_tensors, targets
 from slzo.zo.tuned import TunedTensors
@@ -24,8 +24,7 @@ class LoRA(Scope):
     def __init__(
         self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
-        if rank < 1:
-            raise SlzoError(f"model.scope.rank {rank}: must be at least 1; MeZO uses 8")
+        check_at_least("model.scope.rank", rank, advice="MeZO uses 8")
         if not 0 < alpha < float("inf"):
             raise SlzoError(f"model.scope.alpha {alpha}: must be a number above 0; with 0 nothing would be tuned")
         self.rank = rank

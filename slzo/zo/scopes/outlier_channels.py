@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import Linear, check_no_experts, linears, mlp_maps
@@ -27,8 +27,7 @@ class OutlierChannels(Scope):
     def __init__(self, percent: float = 1.0, complement: bool = False, num_sequences: int = 16) -> None:
         if not 0 < percent <= 100:
             raise SlzoError(f"model.scope.percent {percent}: must be above 0 and at most 100")
-        if num_sequences < 1:
-            raise SlzoError(f"model.scope.num_sequences {num_sequences}: must be at least 1")
+        check_at_least("model.scope.num_sequences", num_sequences)
         self.percent = percent
         self.complement = complement
         self.num_sequences = num_sequences

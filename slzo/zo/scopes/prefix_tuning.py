@@ -1,7 +1,7 @@
 """Prefix tuning: learned keys and values before every sequence, through peft."""
 
 from slzo.models.adapters.virtual_tokens import PrefixTokens, virtual_token_parameters
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import TunedTensors
 
@@ -20,8 +20,7 @@ class PrefixTuning(Scope):
     layers = "all"
 
     def __init__(self, num_tokens: int = 5) -> None:
-        if num_tokens < 1:
-            raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO uses 5")
+        check_at_least("model.scope.num_tokens", num_tokens, advice="MeZO uses 5")
         self.num_tokens = self.num_positions = num_tokens
 
     def changed_layers(self, context: ScopeContext) -> list[int]:
