@@ -86,10 +86,11 @@ def prepare(
     options.check_objective(rows.objective)
     settings = agreed_settings(options, rows)
     checkpoint, plan = run.checkpoint, None
+    schedule = None if checkpoint is None else checkpoint.scheduler_state
     if checkpoint is not None:
         options, settings = _continued(options, settings, checkpoint, loaded)
     if run.time is None:  # otherwise the plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, run.scheduler_state)
+        options.optimizer.check_schedule(run.planned_steps, schedule)
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
@@ -115,7 +116,7 @@ def prepare(
         say(auto.describe(options.optimizer.automatic))
         evaluations = auto.evaluations
     check_time(rows, run.time, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.time, run.scheduler_state)
+    time = plan_time(model, options, rows, run.time, schedule)
     stepper = make_stepper(model, options, rows, auto=auto)
     if checkpoint is not None:
         stepper.load_state_dict(checkpoint.note)

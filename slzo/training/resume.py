@@ -1,6 +1,5 @@
 """Resumes a run from a checkpoint and from the log of the steps after it."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -143,13 +142,12 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the options that steps depend on, as they are read back from JSON."""
     data = rows.step_settings()
     data["rows_per_step"] = data.pop("batch_size") * rows.processes.of_rows.total
-    found = {
+    return {
         "model": prepared.options.step_settings(prepared.stepper.seed, prepared.model.layer),
         "data": data,
         "train_rows": prepared.data.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
-    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def open_step_log(

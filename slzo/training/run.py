@@ -36,11 +36,6 @@ class RunContext:
     time: TimeBudget | None  # None if it is not limited
     shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
 
-    @property
-    def scheduler_state(self) -> Mapping[str, Any] | None:
-        """State of the learning-rate scheduler in the continued checkpoint; ``None`` if there is none."""
-        return None if self.checkpoint is None else self.checkpoint.scheduler_state
-
 
 @dataclass
 class Prepared:

@@ -3,7 +3,6 @@
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -80,13 +79,8 @@ class AutoRate(ABC):
 
     @property
     def means(self) -> dict[str, float]:
-        """What the rate follows, to be restored with earlier masters; empty by default."""
+        """The attributes that the rate follows, to be set again with earlier masters; none by default."""
         return {}
-
-    def restore_means(self, means: Mapping[str, float]) -> None:
-        """Restore what :attr:`means` returned."""
-        for name, value in means.items():
-            setattr(self, name, value)
 
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
