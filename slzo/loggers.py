@@ -126,7 +126,9 @@ def log_dir_of(trainer: Trainer) -> str | None:
 
 def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
     """Make and return the folder of a logger; ``None`` if it has none, if it is taken, or if another process makes it."""
-    if not isinstance(logger, TensorBoardLogger | CSVLogger) or not _makes_folders():
+    # before there is a process group, the trainer alone knows the number of its machine
+    makes_folders = is_first_process() and getattr(rank_zero_only, "rank", 0) == 0
+    if not isinstance(logger, TensorBoardLogger | CSVLogger) or not makes_folders:
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
     if isinstance(logger, _OwnFolder):
@@ -143,19 +145,12 @@ def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
     return folder
 
 
-def _makes_folders() -> bool:
-    """Whether this is the first process; before there is a process group, the trainer alone knows the number of its machine."""
-    return is_first_process() and getattr(rank_zero_only, "rank", 0) == 0
-
-
 def _take(root: str, version: int | str, given: bool) -> int | str:
     """Make the folder of a version, or of the next version that is free, and return the version.
 
     Raises:
         SlzoError: The folder cannot be made, or a given version already exists.
     """
-    if not _makes_folders():
-        return version
     check_inside("trainer.logger.version", str(version), _SET_FOLDER)
     folder = Path(os.path.expandvars(root)).expanduser()
     while True:

@@ -106,7 +106,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         # a plain Trainer of Lightning writes pickles in a zip file
         content = torch.load(path, "cpu", weights_only=True) if is_zipfile(path) else checkpoint_file.read(path)
     checkpoint_note(content, option)
-    _check_state(content, option)
+    _check_tensors(content.get("state_dict"), option)
+    if not isinstance(content.get("global_step"), int):
+        raise SlzoError(f"{option}: has no step under global_step; give an unchanged checkpoint of slzo")
     return Checkpoint(str(path), content)
 
 
@@ -151,12 +153,6 @@ def _as_slzo_error(option: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
-
-
-def _check_state(content: Mapping[str, Any], option: str) -> None:
-    _check_tensors(content.get("state_dict"), option)
-    if not isinstance(content.get("global_step"), int):
-        raise SlzoError(f"{option}: has no step under global_step; give an unchanged checkpoint of slzo")
 
 
 def _check_tensors(state: object, option: str) -> None:

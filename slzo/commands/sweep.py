@@ -10,15 +10,8 @@ from slzo.experiments.sweep_rates import check_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
-from slzo.report.profile_files import format_profile
 from slzo.task_rows import TaskRows
-from slzo.training.profiling import choose, profile_model, with_choice
-from slzo.training.run import RunContext
-from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
-from slzo.zo.profile import OutlierProfile
-from slzo.zo.scopes.base import check_layer
-from slzo.zo.selection import Choice
 
 
 def sweep(
@@ -84,26 +77,8 @@ def sweep(
             _, choice = choose_layer(parts, options, rows, run)
             sweep_rates(trials, None if choice is None else choice.layer, lrs, eps, steps, own_seeds, output)
         else:
-            sweep_layers(trials, plan.of_model(parts.num_layers), lambda: _profile(trials, run), output)
-
-
-def _profile(trials: LayerTrials, run: RunContext) -> OutlierProfile:
-    """Profile the layers, and mark the layer that the rule or the user chooses, if any."""
-    parts, options, rows = trials.parts, trials.options, trials.rows
-    assert run.profiler is not None
-    found = profile_model(parts, rows, run.profiler)
-    try:
-        if options.layer is None:
-            choice = choose(found, run.profiler.rule, "a sweep trains all layers itself", rows)
-        else:
-            check_layer(options.layer, parts.num_layers, "model.layer")
-            choice = Choice(options.layer, "set by model.layer")
-    except SlzoError as error:
-        say(f"{format_profile(found)}\n{error}")
-        return found
-    found = with_choice(found, choice, rows)
-    say(format_profile(found))
-    return found
+            assert run.profiler is not None
+            sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, output)
 
 
 def _check_dev_rows(rows: TaskRows) -> None:

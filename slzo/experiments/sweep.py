@@ -1,6 +1,5 @@
 """Train each decoder layer with the same seeds for the same steps, or the same time, and compare it with the chosen layer."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,19 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import complete_cells, sweep_folder, sweep_settings
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
+from slzo.report.profile_files import format_profile
+from slzo.training.profiling import ProfileOptions, choose, profile_model, with_choice
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
+from slzo.zo.scopes.base import check_layer
+from slzo.zo.selection import Choice
 
 
-def sweep_layers(
-    trials: LayerTrials, plan: SweepPlan, profile_model: Callable[[], OutlierProfile], output: str | None
-) -> None:
-    """Compute all cells that are not finished and write the results to ``output``, by default to sweeps/MODEL-TASK.
+def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions, output: str | None) -> None:
+    """Profile the layers, compute all cells that are not finished, and write the results to ``output``.
+
+    The default folder is sweeps/MODEL-TASK.
 
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
@@ -33,7 +36,7 @@ def sweep_layers(
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
     settings = sweep_settings(trials)
     store = CellStore(output or sweep_folder(trials), settings)
-    profile = profile_model()
+    profile = _profile(trials, profiler)
     run_cells(trials, store, plan)
     if is_worker():
         return
@@ -41,6 +44,23 @@ def sweep_layers(
     result = SweepResult.of(store, finished, profile, trials.rows.selection_metric.loss_name)
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
     say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
+
+
+def _profile(trials: LayerTrials, profiler: ProfileOptions) -> OutlierProfile:
+    """Profile the layers, and mark the layer that the rule or the user chooses, if any."""
+    parts, options, rows = trials.parts, trials.options, trials.rows
+    found = profile_model(parts, rows, profiler)
+    try:
+        if options.layer is None:
+            choice = choose(found, profiler.rule, "a sweep trains all layers itself", rows)
+        else:
+            choice = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
+    except SlzoError as error:
+        say(f"{format_profile(found)}\n{error}")
+        return found
+    found = with_choice(found, choice, rows)
+    say(format_profile(found))
+    return found
 
 
 def _finished(store: CellStore, plan: SweepPlan, num_layers: int) -> SweepPlan:
