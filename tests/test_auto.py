@@ -269,7 +269,7 @@ def test_two_processes_measure_the_same_and_hold_the_same_weights(auto):
         "original = RunRecord.on_train_end\n"
         "def on_train_end(self, trainer, module):\n"
         "    weights = {k: v.clone() for k, v in module.state_dict().items()}\n"
-        "    torch.save((weights, module.stepper.auto.to_dict()), f'rank{trainer.global_rank}.pt')\n"
+        "    torch.save((weights, vars(module.stepper.auto)), f'rank{trainer.global_rank}.pt')\n"
         "    original(self, trainer, module)\n"
         "RunRecord.on_train_end = on_train_end\n"
         "sys.exit(main(sys.argv[1:]))"

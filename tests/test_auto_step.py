@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -275,8 +275,8 @@ def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
 
 def test_numbers_only_and_back():
     auto = AutoStep(**MEASURED, factor=0.5, evaluations=20)
-    assert all(isinstance(value, int | float) for value in auto.to_dict().values())
-    assert AutoStep(**auto.to_dict()) == auto
+    assert all(isinstance(value, int | float) for value in asdict(auto).values())
+    assert AutoStep(**asdict(auto)) == auto
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------------

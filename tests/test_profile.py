@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -204,7 +204,7 @@ def test_a_profile_survives_json():
     layers = tuple(layer_statistics((1, 4), (2, 40), error=0.1))
     more = "first outlier layer", 3.5, "layer 0 is near", ("one", "two"), (("max_abs", 100.0),)
     profile = OutlierProfile(layers, 10, 1, 1, "rule", *more)
-    assert OutlierProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+    assert OutlierProfile.from_dict(json.loads(json.dumps(asdict(profile)))) == profile
 
 
 def test_a_wrong_threshold_is_named():

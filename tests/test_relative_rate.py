@@ -1,6 +1,7 @@
 """The learning rate from the size of the weights, and runs that take it: the rate of each step, parts, resume."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ STORED = {
 @pytest.mark.parametrize("estimator", [LayerOutputPerturbation(), Backprop(), SPSA()], ids=described)
 def test_a_checkpoint_has_the_rate_of_its_estimator(kind, estimator):
     """That of another kind of estimator is not taken for it."""
-    stored = json.loads(json.dumps(STORED[kind].to_dict()))
+    stored = json.loads(json.dumps(asdict(STORED[kind])))
     options = ZOModule(estimator=estimator).options
     fits = (kind == "relative") == (not isinstance(estimator, SPSA))
     assert restored_rate(stored, options) == (STORED[kind] if fits else None)

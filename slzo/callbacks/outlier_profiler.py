@@ -1,5 +1,6 @@
 """Finds the dominant layer before training, with forward passes only."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,7 @@ class OutlierProfiler(Callback):
         log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"profile": None if self.profile is None else self.profile.to_dict()}
+        return {"profile": None if self.profile is None else asdict(self.profile)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["profile"]

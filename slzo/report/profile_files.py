@@ -28,8 +28,8 @@ def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, 
         task: Name of the task, for the pictures.
     """
     model = model.rstrip("/").rpartition("/")[2]
-    write_json(folder / PROFILE_FILE, profile.to_dict())
-    save(profile_picture(profile.to_dict(), model, task), folder, PICTURE)
+    write_json(folder / PROFILE_FILE, asdict(profile))
+    save(profile_picture(asdict(profile), model, task), folder, PICTURE)
     if choice is not None and choice.trials:
         curves = {layer: [asdict(score) for score in trial.scores] for layer, trial in choice.trials.items()}
         trials = {str(layer): asdict(trial) for layer, trial in choice.trials.items()}

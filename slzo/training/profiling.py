@@ -67,7 +67,7 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     notes = sequence_notes(options.num_sequences, num_given, sequences)
     profile = OutlierProfile(tuple(layers), len(sequences), len(batches), notes=tuple(notes))
-    return OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
+    return rows.processes.broadcast(profile)
 
 
 def choose(profile: OutlierProfile, rule: SelectionRule, trials: Trials | str, rows: TaskRows) -> Choice:

@@ -3,8 +3,8 @@
 import math
 import statistics
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch.optim import Optimizer
@@ -85,10 +85,6 @@ class AutoRate(ABC):
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the rate in one line; without ``sets_rate`` only what was measured."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return primitives only, for checkpoints."""
-        return asdict(self)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,13 +86,9 @@ class OutlierProfile:
     notes: tuple[str, ...] = ()
     thresholds: tuple[tuple[str, float], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return primitives only, for JSON and checkpoints."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
-        """Create a profile from the result of :meth:`to_dict`."""
+        """Create a profile from primitives, as ``asdict`` returns them."""
         layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
         thresholds = tuple((name, value) for name, value in data["thresholds"])
         notes = tuple(data["notes"])

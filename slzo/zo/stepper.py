@@ -5,7 +5,7 @@ Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trial
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -258,7 +258,7 @@ class Stepper:
             "num_evaluations": self.num_evaluations,
             "num_nonfinite": self.num_nonfinite,
             "nonfinite_in_row": self.nonfinite_in_row,
-            "auto_step": None if self.auto is None else self.auto.to_dict(),
+            "auto_step": None if self.auto is None else asdict(self.auto),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
