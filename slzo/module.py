@@ -151,6 +151,7 @@ class ZOModule(LightningModule):
         self.tuned_model: TunedModel | None = None
         self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
+        self._made: tuple[Any, Any] = (None, None)  # optimizer and scheduler, until training starts
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
         self.masters = nn.ParameterList()
@@ -399,18 +400,25 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         stepper = self.stepper
-        optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
+        self._made = optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.rate is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.rate.rate(optimizer, stepper.estimator, stepper.options.num_queries))
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Refuse another optimizer from a subclass: rates and records are those of the ``optimizer`` option."""
-        own, chosen = type(cast("Any", self.optimizers()).optimizer).__name__, self.prepared.options.optimizer.name
-        if own != chosen:
-            raise SlzoError(
-                f"configure_optimizers: returned {own}, but model.optimizer is {chosen}; give it as ZOModule(optimizer=...)"
-            )
+        """Refuse optimizers and schedulers of a subclass: the rates of the steps and the records are those of the options."""
+        made, self._made = self._made, (None, None)
+        own: tuple[list[Any], list[Any]] = (
+            self.trainer.optimizers,
+            [each.scheduler for each in self.trainer.lr_scheduler_configs],
+        )
+        for option, found, wanted in zip(("optimizer", "lr_scheduler"), own, made, strict=True):
+            if len(found) > 1 or any(each is not wanted for each in found):
+                names = ", ".join(type(each).__name__ for each in found)
+                raise SlzoError(
+                    f"configure_optimizers: returned {names}, which is not what model.{option} makes; leave the method as it is, "
+                    f"and give it as ZOModule({option}=...)"
+                )
 
     # ---- training -----------------------------------------------------------------------------------------------------
 

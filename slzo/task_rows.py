@@ -358,7 +358,10 @@ class TaskRows:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""
         if split == "predict" and self.predict_file is not None:
             return self._to_predict
-        assert self.splits is not None
+        if self.splits is None:
+            raise SlzoError(
+                'data: the rows are not read yet; pass datamodule=... to the trainer, which reads them, or call setup("fit")'
+            )
         return getattr(self.splits, "test" if split == "predict" else split)
 
     @property

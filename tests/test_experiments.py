@@ -21,7 +21,7 @@ from slzo.experiments import layer_trials, sensitivity, sweep_cells
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import complete_cells
+from slzo.experiments.sweep_cells import changed_options, complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RateResult, check_rates, rates_to_try, recommend
 from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves
@@ -328,6 +328,43 @@ def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, caps
         assert "holds results of other settings" in refused
 
 
+def test_a_sweep_of_rates_is_refused_before_the_model_is_read(options, capsys):
+    command = ["sweep", *options, "--steps=1", "--lrs=[1e-3]", "--output=rates"]
+    assert main([*command, "--model.layer=1"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--model.layer=2"]) == 2
+    out, error = capsys.readouterr()
+    assert "holds results of other settings (model.layer: 1 -> 2); give another folder" in error
+    assert "held-out rows" not in out  # no row was read
+    assert main([*command, "--model.layer=1", "--data.num_train=15"]) == 2
+    out, error = capsys.readouterr()
+    assert "holds results of other settings (other training rows" in error
+    assert "median |h|" not in out  # no layer was profiled
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (
+            {"eps": 0.1, "batch_size": 4},
+            {"eps": 0.2, "batch_size": 8},
+            "data.batch_size: 4 -> 8; model.eps: 0.1 -> 0.2",
+        ),
+        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LayerScope"}, "model.scope: LoRA -> LayerScope"),
+        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LoRA", "scope.rank": 4}, "model.scope.rank: 8 -> 4"),
+        (
+            {"noise_seed": 0, "seed": 0, "dev rows": "1"},
+            {"noise_seed": 4, "seed": 4, "dev rows": "2"},
+            "seed_everything (or model.seed and data.seed): 0 -> 4; other dev rows",
+        ),
+        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 4, "seed": 0}, "model.seed: 0 -> 4"),
+        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 0, "seed": 4}, "data.seed: 0 -> 4"),
+    ],
+)
+def test_other_settings_have_the_names_of_options(old, new, text):
+    assert changed_options(old, new) == text
+
+
 def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(options, capsys):
     for name in ("train", "test"):
         rows = [{"text": f"{name} {n}", "label": n % 2} for n in range(24)]
@@ -342,7 +379,9 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
     assert "task.prompt: {text} is -> {text} was" in error_line(capsys, *command("{text} was"))
     train = Path("train.jsonl")
     train.write_text(train.read_text(encoding="utf-8").replace("train 3", "other 3"), encoding="utf-8")
-    assert "train rows: " in error_line(capsys, *command("{text} is"))
+    assert "(other training rows, see data.num_train, data.num_dev, data.seed and the files)" in error_line(
+        capsys, *command("{text} is")
+    )
 
 
 @pytest.mark.parametrize(

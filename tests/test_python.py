@@ -302,15 +302,48 @@ def test_options_that_a_run_cannot_have(options, message, model_dir, data_dir):
         ZOTrainer(**{**QUIET, **options}).fit(ZOModule(str(model_dir)), datamodule=rows(data_dir))
 
 
-def test_a_subclass_with_another_optimizer_is_refused(model_dir, data_dir):
+@pytest.mark.parametrize(
+    ("name", "option", "own"),
+    [
+        ("SGD", "optimizer", lambda _: torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=10.0)),
+        ("AdamW", "optimizer", lambda made: torch.optim.AdamW(made.param_groups[0]["params"], lr=10.0)),
+        ("AdamW, SGD", "optimizer", lambda made: [made, torch.optim.SGD(made.param_groups[0]["params"], lr=1.0)]),
+        ("StepLR", "lr_scheduler", lambda made: ([made], [torch.optim.lr_scheduler.StepLR(made, 1)])),
+    ],
+)
+def test_an_optimizer_of_a_subclass_is_refused(name, option, own, model_dir, data_dir):
+    """Its rate would be replaced, and its scheduler never stepped."""
+
     class Own(ZOModule):
         def configure_optimizers(self):
-            return torch.optim.SGD(self.masters, lr=10.0)
+            return own(super().configure_optimizers())
+
+    with pytest.raises(SlzoError, match=rf"^configure_optimizers: returned {name}, .* give it as ZOModule\({option}="):
+        ZOTrainer(max_steps=1, **QUIET).fit(Own(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
+
+
+def test_rows_that_are_not_read_are_reported(data_dir, model_dir):
+    with pytest.raises(SlzoError, match=r"^data: the rows are not read yet; pass datamodule="):
+        Trainer(max_steps=1, **QUIET).fit(ZOModule(str(model_dir), 2), rows(data_dir).train_dataloader())
+
+
+@pytest.mark.parametrize("lr", [None, torch.tensor(1e-3)])
+def test_a_rate_that_is_no_number_is_named(lr):
+    def make(params):
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        optimizer.defaults["lr"] = optimizer.param_groups[0]["lr"] = lr
+        return optimizer
 
     with pytest.raises(
-        SlzoError, match=r"^configure_optimizers: returned SGD, but model.optimizer is AdamW; give it as"
+        SlzoError, match=r"^model.optimizer SGD: its learning rate is .*; give a number for lr, or auto$"
     ):
-        ZOTrainer(max_steps=1, **QUIET).fit(Own(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
+        ZOModule(optimizer=make)
+
+
+def test_a_value_of_many_lines_is_named_in_one():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(SlzoError, match=r"^model.optimizer SGD [^\n]*; give a class of torch.optim"):
+        ZOModule(optimizer=optimizer)
 
 
 @pytest.mark.parametrize("option", ["save_last", "save_on_train_epoch_end"])

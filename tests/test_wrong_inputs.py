@@ -256,7 +256,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=endless.yaml | --config 'endless.yaml': not YAML (alias *a is inside its own anchor &a)
 --config=bomb.yaml | --config 'bomb.yaml': not YAML (more than 30 aliases)
 --config=code.yaml | --config 'code.yaml': not YAML (could not determine a constructor for the tag
---config=group.yaml | model.engine null: a group of options takes no value; set its options with --model.engine.NAME VALUE
+--config=group.yaml | model.engine null: a group of options takes no value; leave model.engine out, or write its options below it
 --config=rule.yaml | profiler []: a group of options takes no value
 --config=outside.yaml | --config 'outside.yaml', line 2: rank: belongs below init_args, as in {class_path: LoRA, init_args: {rank: ...}}
 --config=yes.yaml | --config 'yes.yaml', line 4: candidates: YAML reads yes, no, on, off, true and false without quotes

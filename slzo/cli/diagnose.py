@@ -184,10 +184,11 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
 
 
 def _group_problem(name: str, value: Any) -> str:
-    return (
-        f"{name} {_shown(value)}: a group of options takes no value; set its options with --{name}.NAME VALUE, or give a "
-        "YAML file"
-    )
+    if isinstance(value, str):
+        way = f"set its options with --{name}.NAME VALUE, or give a YAML file"
+    else:  # of a config; values of the command line are texts
+        way = f"leave {name} out, or write its options below it, each as NAME: VALUE"
+    return f"{name} {_shown(value)}: a group of options takes no value; {way}"
 
 
 def _hints(parser: ArgumentParser, given: Sequence[Given]) -> dict[str, Any]:

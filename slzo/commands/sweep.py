@@ -4,13 +4,16 @@ from typing import Literal
 
 from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
+from slzo.experiments.store import check_results
 from slzo.experiments.sweep import sweep_layers
+from slzo.experiments.sweep_cells import changed_options, option_settings, sweep_folder
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
-from slzo.experiments.sweep_rates import check_rates, sweep_rates
+from slzo.experiments.sweep_rates import OF_CELLS, check_rates, rates_folder, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
 from slzo.task_rows import TaskRows
+from slzo.training.run import RunContext
 from slzo.utils.errors import SlzoError
 
 
@@ -67,6 +70,12 @@ def sweep(
             raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
         most = MIN_DIRECTIONS if directions is None else directions
         plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
+    known, folder = option_settings(options, app.rows), str(sweep_folder(options, app.rows))
+    if plan is None:
+        known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.rows)
+        if options.layer is not None and options.scope.needs_layer:
+            known["layer"] = options.layer
+    check_results(output or folder, known, changed_options)
     with worker_processes(workers):
         parts, rows = app.load()
         options.check_objective(rows.objective)
@@ -74,11 +83,16 @@ def sweep(
         if steps:
             _check_dev_rows(rows)
         if plan is None:
-            _, choice = choose_layer(parts, options, rows, run)
-            sweep_rates(trials, None if choice is None else choice.layer, lrs, eps, steps, own_seeds, output)
+            sweep_rates(trials, lambda: _chosen(trials, run), lrs, eps, steps, own_seeds, output)
         else:
             assert run.profiler is not None
             sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, output)
+
+
+def _chosen(trials: LayerTrials, run: RunContext) -> int | None:
+    """Return the layer to tune; ``None`` for scopes without one."""
+    _, choice = choose_layer(trials.parts, trials.options, trials.rows, run)
+    return None if choice is None else choice.layer
 
 
 def _check_dev_rows(rows: TaskRows) -> None:

@@ -17,6 +17,8 @@ _SETTINGS_FILE = "settings.json"
 _REMOVE = "remove it, and run the same command again"
 _WAIT_SECONDS = 2.0
 
+Describe = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+
 
 class CellStore:
     """Results of cells, by name.
@@ -24,16 +26,17 @@ class CellStore:
     Args:
         folder: Folder of the results; it is created if it does not exist.
         settings: Settings that the results depend on, primitives only.
+        describe: Names the settings that differ, of those before and now.
 
     Raises:
         SlzoError: The folder holds results of other settings or other files, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], describe: Describe = differences) -> None:
         self.folder = Path(expanded(folder))
-        self._settings = settings = json.loads(json.dumps(settings))
+        self._settings, self._describe = json.loads(json.dumps(settings)), describe
         path = self.folder / _SETTINGS_FILE
-        if path.is_file() and self._is_used():
+        if path.is_file() and _is_used(self.folder):
             self._check_settings()
         # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
@@ -43,7 +46,7 @@ class CellStore:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
+            write_json(path, self._settings)
             (self.folder / "cells").mkdir(exist_ok=True)
         except OSError as error:
             raise SlzoError(
@@ -52,16 +55,7 @@ class CellStore:
 
     def _check_settings(self) -> None:
         """Raise SlzoError if the folder holds results of other settings."""
-        if changes := differences(read_json(self.folder / _SETTINGS_FILE, _REMOVE), self._settings):
-            raise SlzoError(
-                f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
-                "the settings, rows and weights of before"
-            )
-
-    def _is_used(self) -> bool:
-        """Return whether a cell is finished, or a process works on one."""
-        cells = self.folder / "cells"
-        return any(cells.glob("*.json")) or any(_is_locked(path) for path in cells.glob("*.lock"))
+        _refuse_changes(self.folder, read_json(self.folder / _SETTINGS_FILE, _REMOVE), self._settings, self._describe)
 
     def result(self, name: str) -> Any:
         """Return the dict of a cell; ``None`` if the cell is not finished."""
@@ -117,6 +111,33 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
+
+
+def check_results(folder: str | Path, known: Mapping[str, Any], describe: Describe = differences) -> None:
+    """Check the settings that are known so far, before the others are found out; see :class:`CellStore`.
+
+    Raises:
+        SlzoError: The folder holds results of other settings.
+    """
+    folder, now = Path(expanded(folder)), json.loads(json.dumps(known))
+    path = folder / _SETTINGS_FILE
+    if path.is_file() and _is_used(folder):
+        before = read_json(path, _REMOVE)
+        _refuse_changes(folder, {name: before.get(name) for name in now}, now, describe)
+
+
+def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], describe: Describe) -> None:
+    if before != now and (changes := describe(before, now)):
+        raise SlzoError(
+            f"output {str(folder)!r}: holds results of other settings ({changes}); give another folder, or the settings, rows "
+            "and weights of before"
+        )
+
+
+def _is_used(folder: Path) -> bool:
+    """Return whether a cell is finished, or a process works on one."""
+    cells = folder / "cells"
+    return any(cells.glob("*.json")) or any(_is_locked(path) for path in cells.glob("*.lock"))
 
 
 def _is_locked(path: Path) -> bool:

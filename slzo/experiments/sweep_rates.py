@@ -9,13 +9,15 @@ from itertools import product
 from typing import Any, Literal
 
 from slzo.experiments.layer_trials import LayerTrials
-from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import complete_cells, sweep_folder, sweep_settings
+from slzo.experiments.store import CellStore, check_results
+from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_folder, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
+from slzo.task_rows import TaskRows
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
+from slzo.zo.options import TrainingOptions
 from slzo.zo.trial import Trial
 
 
@@ -42,9 +44,18 @@ Rates = Sequence[float] | Literal["auto"] | None
 """Rates to compare; ``auto`` and ``None`` for those around the own one."""
 
 
+OF_CELLS = {"optimizer.lr": None, "eps": None}
+"""Settings in place of those that are in the names of cells."""
+
+
+def rates_folder(options: TrainingOptions, rows: TaskRows) -> str:
+    """Return the default folder of the results of a sweep of rates."""
+    return f"{sweep_folder(options, rows)}-rates"
+
+
 def sweep_rates(
     trials: LayerTrials,
-    layer: int | None,
+    choose_layer: Callable[[], int | None],
     lrs: Rates,
     eps: Sequence[float] | None,
     steps: int,
@@ -56,9 +67,11 @@ def sweep_rates(
     Raises:
         SlzoError: The folder holds other results.
     """
-    settings = sweep_settings(trials) | {"steps": steps, "layer": layer}
-    own = {"optimizer.lr": None, "eps": None}  # those of a cell are in its name
-    store = CellStore(output or f"{sweep_folder(trials)}-rates", settings | own)
+    folder = output or rates_folder(trials.options, trials.rows)
+    settings = sweep_settings(trials) | {"steps": steps}
+    check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
+    settings["layer"] = layer = choose_layer()
+    store = CellStore(folder, settings | OF_CELLS, changed_options)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=steps, seed=seed, lr=lr, eps=eps))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, shown
 
 Kinds = Mapping[str, tuple[Any, str]]
 """For each argument a type, as for ``isinstance``, and what to give, in words."""
@@ -23,4 +23,4 @@ def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:
     for name, (kind, wanted) in kinds.items():
         value = given[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise SlzoError(f"{prefix}.{name} {value!r}: is a {type(value).__name__}; give {wanted}")
+            raise SlzoError(f"{prefix}.{name} {shown(value)}: is a {type(value).__name__}; give {wanted}")

@@ -116,9 +116,13 @@ class OptimizerChoice:
                 f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
                 "another torch.optim class"
             )
+        rate = probe.param_groups[0].get("lr")
+        if not isinstance(rate, int | float):
+            raise SlzoError(f"model.optimizer {name}: its learning rate is {rate!r}; give a number for lr, or auto")
         options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
+        lr = float(rate)
         settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
-        lr = float(probe.param_groups[0]["lr"])
+        settings.setdefault("lr", lr)
         normalizes = None
         if lr == AUTO_LR:
             normalizes, _ = rate_rule(probe)
