@@ -12,6 +12,7 @@ from types import FrameType
 from slzo.commands.registry import COMMANDS
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import Interrupted, SlzoError
+from slzo.utils.launcher import launcher_ends
 from slzo.utils.signals import termination_signals
 from slzo.version import __version__
 
@@ -40,6 +41,9 @@ examples:
   slzo generate --ckpt_path best --prompt "A warm and funny film. It was"
 """
 
+# seconds in which the process that started this one ends, if it has an error too; it takes some to release its memory
+_PATIENCE_S = 20.0
+
 # these packages log warnings that no user can act on
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_command(args[0], args[1:])
     except SlzoError as error:
-        sys.stderr.write(f"slzo: error: {error}\n")
+        if not launcher_ends(_PATIENCE_S):  # an error that all processes have is printed once
+            sys.stderr.write(f"slzo: error: {error}\n")
         return 2
     except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
         status = _interrupt_status(stop)

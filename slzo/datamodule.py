@@ -1,5 +1,6 @@
 """Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
 
+from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import distributed
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.loader import BatchLoader
 from slzo.task_rows import TaskRows
+from slzo.utils.errors import SlzoError
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
@@ -49,11 +51,14 @@ class TaskDataModule(TaskRows, LightningDataModule):
     def prepare_data(self) -> None:
         """Download the tokenizer once per machine."""
         self._follow_module()
-        _ = self.encoder
+        # one process does this while the others wait; setup raises an error in all of them
+        with suppress(SlzoError) if self.trainer is not None and self.trainer.world_size > 1 else nullcontext():
+            _ = self.encoder
 
     def setup(self, stage: str) -> None:
         """Read and split the rows, see :meth:`slzo.task_rows.TaskRows.setup`."""
         self._follow_module()
+        _ = self.encoder
         super().setup(stage)
 
     def _follow_module(self) -> None:

@@ -15,13 +15,11 @@ from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.trainer_state import callback_of
 from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
+from slzo.utils.launcher import LAUNCHER
 from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.process_group import gather_from_processes, leave_process_group
 
 _STATUS = 2
-_LAUNCHER = "SLZO_LAUNCHER"
-"""Environment variable with the process ID of the launcher."""
-
 _CONNECT_TIMEOUT = timedelta(seconds=20)
 
 # seconds in which a failed exchange between processes is explained by one that has ended
@@ -58,10 +56,10 @@ class RankWatch(Callback):
         The first process leaves its number for those that Lightning will start.
         """
         if trainer.world_size > 1 and "LOCAL_RANK" not in os.environ:
-            os.environ[_LAUNCHER] = str(os.getpid())
-        elif trainer.local_rank > 0 and _LAUNCHER in os.environ:
+            os.environ[LAUNCHER] = str(os.getpid())
+        elif trainer.local_rank > 0 and LAUNCHER in os.environ:
             place = Peer.here(trainer.global_rank).place
-            launcher = Peer(trainer.global_rank - trainer.local_rank, place, int(os.environ[_LAUNCHER]))
+            launcher = Peer(trainer.global_rank - trainer.local_rank, place, int(os.environ[LAUNCHER]))
             self._begin(trainer, [launcher], may_report=trainer.local_rank == 1)
 
     def _begin(self, trainer: Trainer, peers: Sequence[Peer], may_report: bool = True) -> None:
