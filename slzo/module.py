@@ -34,7 +34,7 @@ from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
-from slzo.trainer_checks import check_trainer
+from slzo.trainer_checks import check_share, check_trainer
 from slzo.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
@@ -243,6 +243,9 @@ class ZOModule(LightningModule):
         if self._untuned is not None:
             check_shard_group(self._untuned.model, shard_group_of(trainer))
         if stage == "fit":
+            # Lightning refuses it only after the model is loaded and profiled
+            check_share("train", trainer.limit_train_batches, lambda: len(rows.sampler()))
+            check_share("val", trainer.limit_val_batches, lambda: len(rows.eval_plan("dev").batches))
             check_trainer(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")

@@ -1,6 +1,6 @@
 """Refuses options and callbacks that do not work with slzo's steps, of any trainer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -33,6 +33,19 @@ def check_trainer(trainer: Trainer, num_batches: int) -> None:
     check_overfit_batches(getattr(trainer, "overfit_batches", None))
     check_supported(trainer.callbacks)  # type: ignore[attr-defined]
     check_interval(trainer, num_batches)
+
+
+def check_share(stage: str, share: float, count: Callable[[], int]) -> None:
+    """Refuse a share of the batches, of those that ``count`` returns, which is less than one batch.
+
+    Raises:
+        SlzoError: ``trainer.limit_STAGE_batches`` is such a share.
+    """
+    if isinstance(share, float) and 0 < share < 1 and 0 < (batches := count()) < 1 / share:
+        raise SlzoError(
+            f"trainer.limit_{stage}_batches {share}: is less than one of the {batches} batches; give at least {1 / batches:.3g}, "
+            "or a number of batches"
+        )
 
 
 def check_precision(precision: object) -> None:

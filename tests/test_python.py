@@ -322,6 +322,15 @@ def test_an_optimizer_of_a_subclass_is_refused(name, option, own, model_dir, dat
         ZOTrainer(max_steps=1, **QUIET).fit(Own(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
 
 
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_less_than_one_batch_is_refused_before_the_model_is_loaded(stage, model_dir, data_dir):
+    module = ZOModule(str(model_dir), 2)
+    trainer = Trainer(max_steps=1, **QUIET, **{f"limit_{stage}_batches": 0.01})
+    with pytest.raises(SlzoError, match=rf"^trainer.limit_{stage}_batches 0.01: is less than one of the [24] batches"):
+        trainer.fit(module, datamodule=rows(data_dir, eval_batch_size=4))
+    assert module.model is None
+
+
 def test_rows_that_are_not_read_are_reported(data_dir, model_dir):
     with pytest.raises(SlzoError, match=r"^data: the rows are not read yet; pass datamodule="):
         Trainer(max_steps=1, **QUIET).fit(ZOModule(str(model_dir), 2), rows(data_dir).train_dataloader())
