@@ -203,6 +203,8 @@ def test_differentiating_estimators_have_no_log(fit, capsys):
     assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
     assert not (run_dir() / "zo_log").exists()
     assert "uses a derivative, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
+    (run_dir() / "config.yaml").unlink()  # as in a run from Python
+    assert "uses a derivative, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import output_file
-from slzo.utils.run_layout import CONFIG_FILE
+from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
@@ -46,7 +46,8 @@ def replay_run(
     folder = Path(run).expanduser()
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, runs/version_N")
-    if not any((folder / name).exists() for name in (CONFIG_FILE, NAME)):
+    # a run from Python has no config
+    if not any((folder / name).exists() for name in (CONFIG_FILE, ENVIRONMENT_FILE, NAME)):
         raise SlzoError(f"run {run!r}: not the folder of a run; give one such as runs/version_0")
     options.check_objective(rows.objective)
     if not options.estimator.uses_points:
