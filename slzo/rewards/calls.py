@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.rewards.registry import REWARDS, RewardFunction
-from slzo.utils.class_paths import format_error, format_place, required_arguments
+from slzo.utils.class_paths import format_error, format_place, raised, required_arguments
 from slzo.utils.errors import Interrupted, shown
 
 MAX_REWARD = 1e30
@@ -118,8 +118,7 @@ def load_function(spec: RewardSpec) -> RewardFunction:
         except ValueError as error:
             raise RewardFailure(spec.function, str(error)) from None
         except Exception as error:  # the user's function may raise anything
-            reason = f"its check raised {format_error(error)}{format_place(error)}"
-            raise RewardFailure(spec.function, reason) from error
+            raise RewardFailure(spec.function, f"its check {raised(error)}") from error
     return function
 
 
@@ -154,8 +153,7 @@ def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> li
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
-        reason = f"raised {format_error(error)}{format_place(error)}"
-        raise RewardFailure(spec.function, reason) from error
+        raise RewardFailure(spec.function, raised(error)) from error
     if values is None:
         raise RewardFailure(spec.function, f"returned {shown(returned)}; return a list with a number for each answer")
     if len(values) != len(answers.ids):
@@ -176,26 +174,6 @@ def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> li
             raise RewardFailure(spec.function, reason, place)
         numbers.append(number)
     return numbers
-
-
-class LoadedFunctions:
-    """Reward functions that are loaded in this process.
-
-    Raises:
-        RewardFailure: One cannot be loaded.
-    """
-
-    def __init__(self, specs: Sequence[RewardSpec]) -> None:
-        self._pairs = [(spec, load_function(spec)) for spec in specs]
-
-    @property
-    def required(self) -> list[tuple[str, ...]]:
-        """The columns that each function requires."""
-        return [required_columns(*pair) for pair in self._pairs]
-
-    def call(self, number: int, answers: AnswerBatch) -> list[float]:
-        """Call one of the functions, see :func:`call`."""
-        return call(*self._pairs[number], answers)
 
 
 def required_columns(spec: RewardSpec, function: RewardFunction) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from slzo.rewards.calls import AnswerBatch, LoadedFunctions, RewardFailure, RewardSpec
+from slzo.rewards.calls import AnswerBatch, RewardFailure, RewardSpec, call, load_function, required_columns
+from slzo.rewards.registry import RewardFunction
 from slzo.utils.errors import Interrupted, SlzoError
 
 _LOADING_SECONDS = 120.0
@@ -132,7 +133,7 @@ def serve(handle: int) -> None:
     """
     connection: Connection[Any, Any] = Connection(handle)
     os.set_inheritable(handle, False)  # a program that a function starts would keep it open
-    loaded: LoadedFunctions | None = None
+    loaded: list[tuple[RewardSpec, RewardFunction]] = []
     while True:
         try:
             request, limit = pickle.loads(connection.recv_bytes())
@@ -142,11 +143,13 @@ def serve(handle: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * limit + 10)
         reply: Any = None
         try:
-            if loaded is None:
-                loaded = LoadedFunctions(request)
-                reply = loaded.required
+            if not loaded:
+                loaded = [(spec, load_function(spec)) for spec in request]
+                reply = [required_columns(*pair) for pair in loaded]
             else:
-                reply = loaded.call(*request)
+                number, answers = request
+                spec, function = loaded[number]
+                reply = call(spec, function, answers)
         except RewardFailure as failure:
             reply = failure
         except Interrupted as stop:

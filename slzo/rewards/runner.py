@@ -12,14 +12,16 @@ from typing import Any
 from slzo.rewards.calls import (
     MAX_REWARD,
     AnswerBatch,
-    LoadedFunctions,
     RewardFailure,
     RewardSpec,
+    call,
     code_file,
+    load_function,
+    required_columns,
     split_name,
 )
 from slzo.rewards.process import RewardProcess
-from slzo.rewards.registry import REWARDS, check_package
+from slzo.rewards.registry import REWARDS, RewardFunction, check_package
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 
@@ -159,16 +161,16 @@ class _ThisProcess:
         self._functions = functions
 
     def load(self) -> Sequence[tuple[str, ...]]:
-        return self._loaded.required
+        return [required_columns(*pair) for pair in self._loaded]
 
     def __call__(self, answers: AnswerBatch) -> list[list[float]]:
         # a function may change its lists
-        return [self._loaded.call(number, copy.deepcopy(answers)) for number in range(len(self._functions))]
+        return [call(*pair, copy.deepcopy(answers)) for pair in self._loaded]
 
     @cached_property
-    def _loaded(self) -> LoadedFunctions:
+    def _loaded(self) -> list[tuple[RewardSpec, RewardFunction]]:
         try:
-            return LoadedFunctions(self._functions)
+            return [(spec, load_function(spec)) for spec in self._functions]
         except RewardFailure as failure:
             raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, SupportsIndex
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.class_paths import format_error, format_place
+from slzo.utils.class_paths import raised
 from slzo.utils.errors import SlzoError, broken_contract, shown
 
 Split = Literal["train", "dev", "test"]
@@ -170,9 +170,7 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
     except SlzoError:
         raise
     except Exception as error:  # the user's class may raise anything
-        raise SlzoError(
-            f"data.task {type(task).__qualname__}: rows({split!r}) raised {format_error(error)}{format_place(error)}"
-        ) from error
+        raise SlzoError(f"data.task {type(task).__qualname__}: rows({split!r}) {raised(error)}") from error
     wrong = next((row for row in found or () if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise broken_contract(
@@ -192,9 +190,7 @@ def example_of(task: Task, row: Fields, id: str) -> Example:
     except (ValueError, SlzoError):
         raise
     except Exception as error:  # the user's class may raise anything
-        raise ValueError(
-            f"data.task {type(task).__qualname__}: example() raised {format_error(error)}{format_place(error)}"
-        ) from error
+        raise ValueError(f"data.task {type(task).__qualname__}: example() {raised(error)}") from error
     problem = _problem(example)
     if problem is not None:
         wanted = "an Example with texts as prompt and different candidates, and with indices of candidates as gold"

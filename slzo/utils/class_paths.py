@@ -27,6 +27,11 @@ def format_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
 
 
+def raised(error: BaseException) -> str:
+    """Return what the user's code raised and where, on one line."""
+    return f"raised {format_error(error)}{format_place(error)}"
+
+
 def format_place(error: BaseException) -> str:
     """Return the place of an error in an imported file, as ``, line 3 of FILE``; empty if there is none."""
     if isinstance(error, SyntaxError) and error.filename is not None:
