@@ -17,7 +17,6 @@ from slzo.cli.given import loaded, parents
 from slzo.cli.option_types import (
     argument_types,
     class_at,
-    class_choices,
     classes_of,
     describe_type,
     entry_type,
@@ -49,7 +48,7 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
     hints = _hints(parser, given)
     for option in given:
         value = option.value
-        if not isinstance(value, str) or "." not in value or not class_choices(hints.get(option.name)):
+        if not isinstance(value, str) or "." not in value or not classes_of(hints.get(option.name)):
             continue
         if not value.replace(".", "").replace("_", "").isalnum():
             continue
@@ -61,42 +60,20 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option of a command; the parser's own message if none is found."""
     hints = _hints(parser, given)
-    classes = _ChosenClasses(parser, given, hints)
+    defaults = {action.dest: action.default for action in options_of(parser)}
+    named = {each.name: kind for each in given if (kind := _class(hints, each.name, each.value))}
+    chosen: dict[str, type] = {}  # by option, as far as the options so far choose them
     for option in given:
-        if line := _problem(option, command, hints, classes.before(option)):
-            return line
-        classes.add(option)
-    return (
-        _missing_argument(given, hints, classes.chosen) or _missing_option(parser, given) or " ".join(message.split())
-    )
-
-
-class _ChosenClasses:
-    """The classes of options that take one, as far as the options before another one choose them.
-
-    Attributes:
-        chosen: Class by option.
-    """
-
-    def __init__(self, parser: ArgumentParser, given: Sequence[Given], hints: Mapping[str, Any]) -> None:
-        self.chosen: dict[str, type] = {}
-        self._hints = hints
-        self._defaults = {action.dest: action.default for action in options_of(parser)}
-        self._given = {each.name: kind for each in given if (kind := _class(hints, each.name, each.value))}
-
-    def before(self, option: Given) -> Mapping[str, type]:
-        """Return the classes that are known where an option is given: with a default, the class may also come later."""
-        for owner in parents(option.name):
-            default: Any = self._defaults.get(owner)
+        for owner in parents(option.name):  # with a default, the class may also come later
+            default: Any = defaults.get(owner)
             path = default.get("class_path") if hasattr(default, "get") else None
-            if owner not in self.chosen and (kind := _class(self._hints, owner, path)):
-                self.chosen[owner] = self._given.get(owner, kind)
-        return self.chosen
-
-    def add(self, option: Given) -> None:
-        """Note the class that an option chooses."""
-        if kind := _class(self._hints, option.name, option.value):
-            self.chosen[option.name] = kind
+            if owner not in chosen and (kind := _class(hints, owner, path)):
+                chosen[owner] = named.get(owner, kind)
+        if line := _problem(option, command, hints, chosen):
+            return line
+        if kind := _class(hints, option.name, option.value):
+            chosen[option.name] = kind
+    return _missing_argument(given, hints, chosen) or _missing_option(parser, given) or " ".join(message.split())
 
 
 def _missing_argument(given: Sequence[Given], hints: Mapping[str, Any], classes: Mapping[str, type]) -> str:
@@ -152,11 +129,11 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
         if is_group and not (isinstance(value, str) and Path(value).is_file()):
             return _group_problem(name, value)
         return _value_problem(name, value, hints[name], option.is_class_path)
-    owner = next((each for each in parents(name) if class_choices(hints.get(each))), None)
+    owner = next((each for each in parents(name) if classes_of(hints.get(each))), None)
     if owner is None:
         return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
     if owner not in classes:
-        names = ", ".join(class_choices(hints[owner]))
+        names = ", ".join(sorted(classes_of(hints[owner])))
         return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
     kind = classes[owner]
     argument, _, key = name.removeprefix(f"{owner}.").partition(".")
@@ -170,7 +147,7 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
             hint = f"did you mean {group}.{argument}?"
         return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
     own = types[argument]
-    if key and class_choices(own):
+    if key and classes_of(own):
         return ""
     if key:
         name, value = f"{owner}.{argument}", {key: value}
@@ -234,7 +211,7 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False) -> str:
     if hint is None or fits(hint, {"class_path": value} if is_class_path else value):
         return ""
-    shown, names = _shown(value), class_choices(hint)
+    shown, names = _shown(value), sorted(classes_of(hint))
     if names:
         given = str(value).rpartition(".")[2]
         if given in names and given in _UNUSABLE:

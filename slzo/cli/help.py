@@ -112,10 +112,9 @@ def _line(action: argparse.Action, prefix: str, width: int) -> str:
     elif default:
         text = text.split("; by default ")[0]
     text = f"{text} {default}".strip()
-    start = f"  {option}"
-    wrapped = textwrap.wrap(text, width - _COLUMN) or [""]
-    first = f"{start:{_COLUMN - 1}s} {wrapped[0]}" if len(start) < _COLUMN else f"{start}\n{'':{_COLUMN}s}{wrapped[0]}"
-    return "\n".join([first, *(f"{'':{_COLUMN}s}{line}" for line in wrapped[1:])])
+    start, indent = f"  {option}", " " * _COLUMN
+    column = textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+    return f"{start}{column[len(start) :]}" if len(start) < _COLUMN else f"{start}\n{column}"
 
 
 def _first_sentence(text: str) -> str:

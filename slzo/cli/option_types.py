@@ -14,11 +14,6 @@ _PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "
 _LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
 
 
-def class_choices(hint: Any) -> list[str]:
-    """Return the names of the classes that an option takes; empty if it takes none."""
-    return sorted(classes_of(hint))
-
-
 def describe_type(hint: Any) -> str:
     """Describe in words what an option takes."""
     inner = typing.get_args(hint)
@@ -52,7 +47,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def classes_of(hint: Any) -> dict[str, type]:
-    """Return the classes that an option takes, by name."""
+    """Return the classes that an option takes, by name; empty if it takes none."""
     found: dict[str, type] = {}
     for item in types_in(hint):
         is_class = inspect.isclass(item) and not typing.get_origin(item) and not _is_tensor(item)

@@ -10,8 +10,7 @@ from slzo.cli.config_files import read_config_file
 from slzo.cli.given import option_values
 from slzo.commands.registry import Command
 from slzo.export.exported import Exported
-from slzo.report.run_files import code_of
-from slzo.utils.config_code import TRUST
+from slzo.utils.config_code import TRUST, code_in
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
 from slzo.utils.run_layout import CONFIG_FILE
@@ -74,8 +73,7 @@ def _of_export(exported: Exported, args: Sequence[str], has_config: bool) -> lis
 def _checked(config: Path, args: Sequence[str]) -> str:
     """Return the option for a run's config; refuse code in it, since the folder may come from somebody else."""
     trusted = f"model.{TRUST} " if option_values(args, f"--model.{TRUST}") else None
-    read_config_file(config)
-    for entry in code_of(config):
+    for entry in code_in(read_config_file(config), (config.parent, Path.cwd())):
         option = f" or --model.{TRUST} true" if entry.startswith(f"model.{TRUST} ") else ""
         if trusted is None or not entry.startswith(trusted):
             raise SlzoError(
