@@ -226,7 +226,7 @@ class TaskRows:
         cuts = length < self.max_length
         if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
-        encoder.limit(length, num_embeddings, cuts)
+        encoder.max_length, encoder.num_embeddings, encoder.limited_by_model = length, num_embeddings, cuts
         self._rows.clear()
 
     @property

@@ -197,9 +197,7 @@ def test_only_gold_leaves_the_first_gold_candidate():
         encoder.encode(CASES[0], 0, demonstrations=[unlabelled])
 
 
-def test_empty_prompts_and_answers_without_tokens_are_errors():
-    with pytest.raises(SlzoError, match="example 'e': the prompt is empty"):
-        Encoder(byte_level(True)).encode(Example("e", " \n", ("a", "b"), (0,)), 0)
+def test_answers_without_tokens_are_errors():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3, "a": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(SlzoError, match=r"example 'w': the tokenizer makes no tokens from answer '\\n'"):

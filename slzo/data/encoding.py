@@ -52,10 +52,6 @@ class Encoder:
         self.limited_by_model = False
         self._num_front, self._num_back = _num_specials(tokenizer)
 
-    def limit(self, max_length: int, num_embeddings: int | None, limited_by_model: bool) -> None:
-        """Set the limits of a model; for the arguments see the attributes."""
-        self.max_length, self.num_embeddings, self.limited_by_model = max_length, num_embeddings, limited_by_model
-
     @property
     def length_advice(self) -> str:
         """What to do about a sequence that is too long."""
@@ -73,13 +69,12 @@ class Encoder:
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 
         Raises:
-            RowError: If the answer does not fit in ``max_length``, or the prompt is empty.
+            RowError: If the answer does not fit in ``max_length``.
             SlzoError: If a required label is missing.
         """
         candidates, gold = example.candidates, example.gold
         if only_gold:
             candidates, gold = (_gold_answer(example),), (0,)
-        self._check_prompt(example)
         texts = [example.prompt, *(example.prompt + candidate for candidate in candidates)]
         front = _demonstration_text(demonstrations)
         if front:
@@ -99,9 +94,8 @@ class Encoder:
         """Encode the prompt for generation, with at most ``max_length - max_new_tokens`` tokens.
 
         Raises:
-            SlzoError: If no room is left for the prompt, or it is empty.
+            SlzoError: If no room is left for the prompt.
         """
-        self._check_prompt(example)
         room = self.max_length - max_new_tokens
         if room <= self._num_front:
             raise SlzoError(
@@ -109,10 +103,6 @@ class Encoder:
                 f"{self.length_advice}"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
-
-    def _check_prompt(self, example: Example) -> None:
-        if not example.prompt.strip():
-            raise RowError(f"{example.location}: the prompt is empty; give its fields some text")
 
     def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")

@@ -1,19 +1,12 @@
 """Batches for Lightning's loops."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from slzo.data.batch import Row
+from slzo.data.sampler import StepBatchSampler
 
 Batch = TypeVar("Batch")
-
-
-class Batches(Protocol):
-    """The rows of each batch of a pass, in order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[list[Row]]: ...
 
 
 class BatchLoader(Generic[Batch]):
@@ -27,7 +20,7 @@ class BatchLoader(Generic[Batch]):
         pack: Makes a batch of its rows.
     """
 
-    def __init__(self, rows: Batches, pack: Callable[[list[Row]], Batch]) -> None:
+    def __init__(self, rows: StepBatchSampler[Row] | list[list[Row]], pack: Callable[[list[Row]], Batch]) -> None:
         self._rows, self._pack = rows, pack
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ def probabilities(
     the model allows, it is cut on the left, after a warning.
 
     Raises:
-        SlzoError: The prompt is empty, or a candidate has no tokens of its own.
+        SlzoError: A candidate has no tokens of its own.
     """
     example = Example("prompt", prompt.strip(" "), tuple(candidates))
     scores = []
