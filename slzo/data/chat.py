@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -193,7 +193,7 @@ class ChatEncoder(Encoder):
         return ids, counts
 
     def _render(self, turns: Sequence[Message], generate: bool) -> str:
-        messages = [turn.to_dict() for turn in turns]
+        messages = [asdict(turn) for turn in turns]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generate, chat_template=self.template

@@ -1,9 +1,8 @@
 """Evaluate batches: predictions, scores and loss, the same way for every command and every kind of task."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardedAnswers
 from slzo.tasks.base import Example, Kind, Task
+from slzo.utils.files import finite
 
 States = Callable[[PackedBatch, bool], Tensor]
 """Final hidden states at the needed positions, shape (U, hidden); the flag adds states that enter a layer to the cache."""
@@ -193,18 +193,14 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
             gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
         entry: dict[str, Any] = {"id": example.id, "prompt": example.prompt}
         if example.messages:
-            entry["messages"] = [turn.to_dict() for turn in example.messages]
+            entry["messages"] = [asdict(turn) for turn in example.messages]
         entry |= {"prediction": prediction, "prediction_text": text}
         shares = None if log_likelihoods is None else torch.tensor(log_likelihoods).softmax(0).tolist()
-        found.append({**entry, "scores": _finite(log_likelihoods), "probabilities": _finite(shares), "gold": gold})
+        found.append({**entry, "scores": log_likelihoods, "probabilities": shares, "gold": gold})
     if outcome.rewarded is not None:
         for record, reward in zip(found, outcome.rewarded.totals, strict=True):
-            record["reward"] = reward if math.isfinite(reward) else None
-    return found
-
-
-def _finite(values: Sequence[float] | None) -> list[float | None] | None:
-    return None if values is None else [value if math.isfinite(value) else None for value in values]
+            record["reward"] = reward
+    return finite(found)
 
 
 def gold_loss_by_row(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:

@@ -1,6 +1,7 @@
 """Convert rows and their answers to the arguments of reward functions, and check that the rows have these."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from slzo.rewards.calls import AnswerBatch
@@ -27,7 +28,7 @@ def answer_batch(answers: Sequence[str], examples: Sequence[Example]) -> AnswerB
     completions: list[Any] = []
     for example, answer in zip(examples, answers, strict=True):
         if _is_conversation(example):
-            prompts.append([turn.to_dict() for turn in example.messages])
+            prompts.append([asdict(turn) for turn in example.messages])
             completions.append([{"role": "assistant", "content": answer}])
         else:
             # the text of the row: ``prompt`` also shows a system prompt that the task adds

@@ -11,7 +11,6 @@ from slzo.export.restore import tokenizer_of
 from slzo.models.load import resolve_model
 from slzo.models.save import leave_unquantized, save_model
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import library_disk_errors
 from slzo.zo.tuned_model import TunedModel
 
 _GENERATION = "generation_config.json"
@@ -40,9 +39,7 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
     tokenizer = tokenizer_of(note, note["trust_remote_code"])
-    with library_disk_errors():
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     for name in (_GENERATION, *_PROCESSORS):
         if (file := original.with_name(name)).is_file():
             (folder / name).write_bytes(file.read_bytes())

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from slzo.utils.assets import build_once, cache_dir
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError, one_line
-from slzo.utils.files import library_disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +86,7 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.to(_smallest_exact_dtype(model.state_dict()))
-        with library_disk_errors():
-            save_model(model, folder)
-            tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, folder)
     _remove_unknown_tokens(folder / "tokenizer.json", model.config.vocab_size)
     return folder
 
@@ -136,14 +133,10 @@ def _quiet() -> Iterator[None]:
     """Hide the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        # One progress bar ignores both settings.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):  # the bars
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -7,19 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Save config and weights. Quantized weights stay quantized."""
-    # transformers cannot convert quantized tensors back to the original file format
-    model.save_pretrained(folder, save_original_format=method_of(model) is None)
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save config, weights and tokenizer. Quantized weights stay quantized.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    try:
+        # transformers cannot convert quantized tensors back to the original file format
+        model.save_pretrained(folder, save_original_format=method_of(model) is None)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
+            raise OSError(str(error)) from error
+        raise
     for weights in folder.glob("*.safetensors"):  # safetensors makes files that only their owner can read
         shutil.copymode(folder / "config.json", weights)
 

@@ -30,10 +30,6 @@ class Message:
         """Whether it is the system prompt."""
         return self.role in SYSTEM_ROLES
 
-    def to_dict(self) -> dict[str, str]:
-        """Return the dictionary that templates and reward functions expect."""
-        return {"role": self.role, "content": self.content}
-
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:

@@ -99,15 +99,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write primitives as indented JSON, with null for numbers that are not finite; see :func:`replacing`."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """Replace numbers that are not finite, which JSON does not have, by ``None``."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
-    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
+        return {name: finite(value) for name, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
@@ -137,19 +138,6 @@ def copy_file(source: str | Path, path: str | Path) -> None:
     """Copy a file; see :func:`replacing`."""
     with replacing(path) as partial:
         shutil.copyfile(source, partial)
-
-
-@contextlib.contextmanager
-def library_disk_errors() -> Iterator[None]:
-    """Convert what safetensors and tokenizers raise on a full disk to an OSError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
-            raise OSError(str(error)) from error
-        raise
 
 
 def remove_folder(folder: str | Path) -> None:
