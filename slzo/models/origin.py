@@ -115,12 +115,9 @@ def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, Licence | None]:
         metadata = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
     except Exception:  # the metadata may be of any kind; another reader has loaded the model from this file
         return None, None
-    name = None
-    for key in ("general.base_model.0.repo_url", "general.source.huggingface.repository", "general.repo_url"):
-        repository = str(metadata.get(key, "")).removeprefix(HUB)
-        if "/" in repository and HUB_ID.fullmatch(repository):
-            name = repository
-            break
+    keys = ("general.base_model.0.repo_url", "general.source.huggingface.repository", "general.repo_url")
+    repositories = (str(metadata.get(key, "")).removeprefix(HUB) for key in keys)
+    name = next((each for each in repositories if "/" in each and HUB_ID.fullmatch(each)), None)
     licence = metadata.get("general.license")
     link = str(metadata.get("general.license.link", ""))
     return name, None if not licence else Licence(str(licence), str(licence), link)

@@ -21,7 +21,7 @@ from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
-from slzo.models.twin import tiny_twin
+from slzo.models.twin import rope_entries, tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.utils.errors import SlzoError, one_line
 
@@ -233,10 +233,9 @@ def _original_length(model: PreTrainedModel) -> int | None:
     """Return the length beyond which rotary embeddings depend on the longest sequence of a batch, ``None`` if they never do."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    entries = [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
     lengths = [
         entry.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-        for entry in entries
+        for entry in rope_entries(rope)
         if entry.get("rope_type") in ("dynamic", "longrope")
     ]
     return min((length for length in lengths if length), default=None)

@@ -193,14 +193,20 @@ def _shrink_layers(config: PretrainedConfig, before: Mapping[str, Any]) -> int:
     return int(num_layers)
 
 
+def rope_entries(rope: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of rotary embeddings: those of all layers, or one entry for each kind of layer."""
+    return [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
+
+
 def _shrink_rope(config: PretrainedConfig, before: Mapping[str, Any]) -> None:
     rope = before.get("rope_parameters")
     if not isinstance(rope, dict):
         return
-    old = before.get("head_dim") or (before.get("hidden_size") or 1) // (before.get("num_attention_heads") or 1)
-    after = vars(config)
-    new = after.get("head_dim") or (after.get("hidden_size") or 1) // (after.get("num_attention_heads") or 1)
-    for entry in [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]:
+    old, new = (
+        sizes.get("head_dim") or (sizes.get("hidden_size") or 1) // (sizes.get("num_attention_heads") or 1)
+        for sizes in (before, vars(config))
+    )
+    for entry in rope_entries(rope):
         if isinstance(entry.get("original_max_position_embeddings"), int):
             entry["original_max_position_embeddings"] = ORIGINAL_LENGTH
         elif entry.get("rope_type") in ("dynamic", "longrope"):
