@@ -92,17 +92,11 @@ class PackedLayout(Movable):
         if len(self.groups) == 1:
             return self
         width = max(group.shape[1] for group in self.groups)
-        inverse = torch.empty_like(self.inverse)
-        start = rows = 0
-        for group in self.groups:
-            in_group = (self.inverse >= start) & (self.inverse < start + group.numel())
-            index = self.inverse[in_group] - start
-            inverse[in_group] = (rows + index // group.shape[1]) * width + index % group.shape[1]
-            start += group.numel()
-            rows += group.shape[0]
         positions = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in self.groups])
         valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in self.valid])
-        return PackedLayout((positions,), (valid,), inverse)
+        rows = torch.arange(valid.numel(), device=valid.device).view_as(valid).split([*map(len, self.groups)])
+        places = [own[:, : group.shape[1]].flatten() for own, group in zip(rows, self.groups, strict=True)]
+        return PackedLayout((positions,), (valid,), torch.cat(places)[self.inverse])
 
 
 NO_SEQUENCES = PackedLayout((), (), torch.empty(0, dtype=torch.int64))
@@ -120,14 +114,11 @@ def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor
     Returns:
         The places of all elements of the first copy, of the second, and so on, shape (times * T,).
     """
-    copies, start = [places] * times, 0
+    copies, start = [], 0
     for size in sizes:
-        in_group = (places >= start) & (places < start + size)
-        for copy in range(times):
-            moved = places + (times - 1) * start + copy * size
-            copies[copy] = torch.where(in_group, moved, copies[copy])  # no host sync, unlike a masked write
-        start += size
-    return torch.cat(copies)
+        copies.append(torch.arange(start, start + times * size, device=places.device).view(times, size))
+        start += times * size
+    return torch.cat(copies, dim=1)[:, places].flatten()
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
