@@ -24,19 +24,13 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str, below: str, los
     axes = figure.subplots(3, sharex=True)
     layers = [row["layer"] for row in rows]
     style = {"color": BLUE, "markersize": 4, "capsize": 3, "linewidth": 1.2}
-    measured = [row for row in rows if row["sensitivity"] is not None]
-    if measured:
-        at, values = [row["layer"] for row in measured], [row["sensitivity"] for row in measured]
-        axes[0].errorbar(at, values, [row["sensitivity_se"] for row in measured], fmt="o-", **style)
+    if measured := _known(rows, "sensitivity", "sensitivity_se"):
+        axes[0].errorbar(*measured, fmt="o-", **style)
     axes[1].semilogy(layers, [row["outlier_ratio"] for row in rows], "s-", color=ORANGE, markersize=4, linewidth=1.2)
-    trained = [row for row in rows if row["gain"] is not None]
-    if trained:
-        at, gains = [row["layer"] for row in trained], [row["gain"] for row in trained]
-        axes[2].bar(at, gains, color=GREEN)
-        repeated = [row for row in trained if row["loss_se"] is not None]
-        if repeated:
-            at, gains = [row["layer"] for row in repeated], [row["gain"] for row in repeated]
-            axes[2].errorbar(at, gains, [row["loss_se"] for row in repeated], fmt="none", color="black", capsize=3)
+    if bars := _known(rows, "gain"):
+        axes[2].bar(*bars, color=GREEN)
+    if repeated := _known(rows, "gain", "loss_se"):
+        axes[2].errorbar(*repeated, fmt="none", color="black", capsize=3)
     chosen = next((row["layer"] for row in rows if row["dominant"]), None)
     names = ("|L+ - L-| / (2 eps)", "outlier ratio max / median", f"gain: {loss} before - after")
     for axis, name in zip(axes, names, strict=True):
@@ -47,6 +41,12 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str, below: str, los
     if chosen is not None:
         axes[0].legend(fontsize=8, frameon=False)
     return figure
+
+
+def _known(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
+    """Return the layers and the named values of the rows that have all of these; empty if there are none."""
+    known = [row for row in rows if all(row[name] is not None for name in names)]
+    return [[row[name] for row in known] for name in ("layer", *names)] if known else []
 
 
 def sweep_curves_picture(
