@@ -42,7 +42,7 @@ examples:
 """
 
 # seconds in which the process that started this one ends, if it has an error too; it takes some to release its memory
-_PATIENCE_S = 20.0
+_PATIENCE_S = 10.0
 
 # these packages log warnings that no user can act on
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
