@@ -10,8 +10,8 @@ from torch import distributed
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.loader import BatchLoader
 from slzo.task_rows import TaskRows
+from slzo.training.options import TrainingOptions
 from slzo.utils.errors import SlzoError
-from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
 

@@ -44,6 +44,7 @@ from slzo.training.build import (
     uses_auto,
 )
 from slzo.training.memory_plan import first_order_bytes, plan_memory
+from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import choose, profile_model, with_choice
 from slzo.training.resume import (
@@ -60,7 +61,6 @@ from slzo.utils.files import write_json
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.seeding import derive_seed
-from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice

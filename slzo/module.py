@@ -37,6 +37,7 @@ from slzo.task_rows import TaskRows
 from slzo.trainer_checks import check_share, check_trainer
 from slzo.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
 from slzo.training.build import adapt_rows, load_parts, restore
+from slzo.training.options import TrainingOptions
 from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import warn
@@ -49,7 +50,6 @@ from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
-from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult

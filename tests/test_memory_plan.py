@@ -19,9 +19,8 @@ from slzo.models import load
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.models.startup_check import split_and_verify
-from slzo.training import memory_plan
-from slzo.zo import memory
-from slzo.zo.memory import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
+from slzo.training import memory_estimate, memory_plan
+from slzo.training.memory_estimate import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
 from slzo.zo.scopes import LoRA
 from slzo.zo.tuned_model import TunedModel
 from tiny import make_tokenizer
@@ -143,7 +142,7 @@ def planned(capsys, *options):
 
 @pytest.mark.usefixtures("_not_loaded")
 def test_a_plan_compares_with_first_order(options, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)  # far larger than the parts of a tiny model
+    monkeypatch.setattr(memory_estimate, "PROGRAM_BYTES", 0)  # far larger than the parts of a tiny model
     lines = []
     for layer in range(3):
         own, (title, line) = planned(capsys, *options, f"--model.layer={layer}")
@@ -166,7 +165,7 @@ def test_a_layer_that_is_not_chosen_yet_is_where_more_memory_is_taken(options, g
     model = tiny_model("llama", num_hidden_layers=8)
     model.save_pretrained("deep")
     make_tokenizer().save_pretrained("deep")
-    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(memory_estimate, "PROGRAM_BYTES", 0)
     more = ["--model.model=deep", *([] if generates else FIRST_ORDER)]
     if generates:
         task = {"prompt": "{sentence} is", "train_file": "train.jsonl", "max_new_tokens": 2}

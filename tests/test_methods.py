@@ -25,8 +25,8 @@ from slzo.__main__ import main
 from slzo.cli.app import SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.evaluation.decoding import generate
+from slzo.training.memory_estimate import tuning_bytes
 from slzo.utils.errors import SlzoError
-from slzo.zo.memory import tuning_bytes
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import ActivationSubspace, PrefixTuning
 from tiny import make_tokenizer

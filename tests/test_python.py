@@ -596,7 +596,7 @@ def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir):
 def test_kernels_that_are_missing_are_not_forced_on_resume(monkeypatch):
     options = ZOModule().options
     assert options.with_onednn(True).engine.onednn
-    monkeypatch.setattr("slzo.zo.options.has_onednn_linear", lambda: False)
+    monkeypatch.setattr("slzo.training.options.has_onednn_linear", lambda: False)
     assert options.with_onednn(True).engine.onednn is None
     assert options.with_onednn(False).engine.onednn is False
 

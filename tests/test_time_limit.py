@@ -28,9 +28,9 @@ from slzo.trainer import ZOTrainer
 from slzo.trainer_checks import check_interval
 from slzo.trainer_options import limit_defaults
 from slzo.training import timing
+from slzo.training.time_plan import Passes, RunTimes, TimeBudget, TimePlan
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import Race
-from slzo.zo.time_plan import Passes, RunTimes, TimeBudget, TimePlan
 
 
 def plan(left=100.0, times=None, **budget):

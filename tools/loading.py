@@ -7,8 +7,8 @@ import torch
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
 from slzo.training.build import adapt_rows, load_parts
+from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions, choose, profile_model
-from slzo.zo.options import TrainingOptions
 from slzo.zo.selection import SelectionRule
 
 

@@ -7,10 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.module import ZOModule, zo_module
 from slzo.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
+from slzo.training.time_plan import Passes
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import Snapshot
-from slzo.zo.time_plan import Passes
 
 # Allowed relative rise of the loss of n dev rows, times sqrt(n): 5% with 200 rows. Rewards and F1 vary more.
 _LOSS_NOISE, _METRIC_NOISE = 0.7, 2.0

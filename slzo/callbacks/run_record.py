@@ -21,13 +21,13 @@ from slzo.task_rows import TaskRows
 from slzo.trainer_state import callback_of, folder_of, is_quick, num_dev_rows, planned_steps
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
+from slzo.training.time_plan import Passes
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import flat_settings
-from slzo.zo.time_plan import Passes
 
 
 class RunRecord(Callback):

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.task_rows import TaskRows
 from slzo.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
+from slzo.training.time_plan import Passes, TimeBudget, TimePlan
 from slzo.utils.console import say
-from slzo.zo.time_plan import Passes, TimeBudget, TimePlan
 
 _MARGIN = 1.1
 _MAX_SLOWDOWN = 2.0

@@ -19,13 +19,13 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training.build import auto_rate, make_stepper, measure_step, tune, uses_auto
+from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
+from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.training.timing import measure_times, spaced_batches
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.objectives import LogitObjective
-from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
-from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
 

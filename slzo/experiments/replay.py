@@ -10,13 +10,13 @@ from slzo.checkpoints.find import REPLAYED
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.task_rows import TaskRows
 from slzo.training.build import load_parts, restore, restored_rate
+from slzo.training.options import TrainingOptions
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import output_file
 from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE
 from slzo.utils.settings import differences
-from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
 
 

@@ -10,10 +10,10 @@ from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.models.fingerprint import Fingerprint
 from slzo.task_rows import TaskRows
+from slzo.training.options import TrainingOptions
 from slzo.utils.console import say
 from slzo.utils.duration import duration
 from slzo.utils.seeding import global_seed
-from slzo.zo.options import TrainingOptions
 
 # Groups of the options of a sweep, by the first part of a setting's name
 _GROUPS = {

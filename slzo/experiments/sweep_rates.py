@@ -13,11 +13,11 @@ from slzo.experiments.store import CellStore, check_results
 from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_folder, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.task_rows import TaskRows
+from slzo.training.options import TrainingOptions
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
-from slzo.zo.options import TrainingOptions
 from slzo.zo.trial import Trial
 
 

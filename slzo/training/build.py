@@ -19,11 +19,11 @@ from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
+from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import shared_prefix
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
-from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.stepper import Stepper

@@ -14,14 +14,14 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
 from slzo.task_rows import TaskRows
+from slzo.training.memory_estimate import MemoryInputs, MemoryPlan, Workload, tuning_bytes
+from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
-from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
 from slzo.zo.optim import AUTO_LR, OptimizerChoice, default_optimizer
-from slzo.zo.options import TrainingOptions
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.stepper import StepOptions

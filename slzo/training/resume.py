@@ -17,6 +17,7 @@ from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord,
 from slzo.data.classes import common_candidates
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
+from slzo.training.options import TrainingOptions
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics, program_line
@@ -25,7 +26,6 @@ from slzo.utils.files import copy_file, read_json
 from slzo.utils.hub import model_commit
 from slzo.utils.run_layout import ENVIRONMENT_FILE
 from slzo.utils.settings import differences, flat_settings
-from slzo.zo.options import TrainingOptions
 
 _RATE = "model.optimizer.lr"
 

@@ -11,13 +11,13 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
+from slzo.training.memory_estimate import MemoryPlan
+from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions
-from slzo.zo.memory import MemoryPlan
-from slzo.zo.options import TrainingOptions
+from slzo.training.time_plan import TimeBudget, TimePlan
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
-from slzo.zo.time_plan import TimeBudget, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 

@@ -15,12 +15,12 @@ from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training.build import make_stepper
+from slzo.training.options import TrainingOptions
+from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.utils.console import say
 from slzo.utils.duration import duration
 from slzo.utils.errors import SlzoError
 from slzo.utils.process_group import gather_from_processes
-from slzo.zo.options import TrainingOptions
-from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 _BATCHES = 4

@@ -27,9 +27,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.experiments.store import CellStore
 from slzo.models.shape import ModelShape, model_shape, shape_of, skeleton_of
+from slzo.training.memory_estimate import MemoryInputs, Workload
 from slzo.utils.errors import one_line
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
-from slzo.zo.memory import MemoryInputs, Workload
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import in_new_process

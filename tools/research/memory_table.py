@@ -16,7 +16,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedMod
 
 from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, shape_of, skeleton_of
-from slzo.zo.memory import MemoryInputs, Workload, tuning_bytes
+from slzo.training.memory_estimate import MemoryInputs, Workload, tuning_bytes
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import LayerScope, ScopeContext
 

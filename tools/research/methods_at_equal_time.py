@@ -29,10 +29,10 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training.build import auto_rate, make_stepper, tune
+from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
-from slzo.zo.options import TrainingOptions
 from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer
 
