@@ -43,10 +43,11 @@ from slzo.training.build import (
     tune,
     uses_auto,
 )
+from slzo.training.memory_estimate import MemoryPlan
 from slzo.training.memory_plan import first_order_bytes, plan_memory
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
-from slzo.training.profiling import choose, profile_model, with_choice
+from slzo.training.profiling import ChosenLayer, choose, profile_model, with_choice
 from slzo.training.resume import (
     agreed_settings,
     check_environment,
@@ -54,6 +55,7 @@ from slzo.training.resume import (
     open_step_log,
 )
 from slzo.training.run import Prepared, RunContext
+from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
@@ -61,9 +63,10 @@ from slzo.utils.files import write_json
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.seeding import derive_seed
+from slzo.zo.auto_step import AutoRate
 from slzo.zo.processes import Processes
-from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
+from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
 
 _NUM_SAMPLES = 8
@@ -85,115 +88,155 @@ def prepare(
     """
     options.check_objective(rows.objective)
     settings = agreed_settings(options, rows)
-    checkpoint, plan = run.checkpoint, None
-    schedule = None if checkpoint is None else checkpoint.scheduler_state
-    if checkpoint is not None:
-        options, settings = _continued(options, settings, checkpoint, loaded)
+    if run.checkpoint is None:
+        return _start(options, settings, rows, run, loaded, tuned)
+    return _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
+
+
+def _start(
+    options: TrainingOptions,
+    settings: Mapping[str, Any],
+    rows: TaskRows,
+    run: RunContext,
+    loaded: ModelParts | None,
+    tuned: TunedModel | None,
+) -> Prepared:
+    """Prepare a new training, of the untuned model or of the model of an earlier ``fit``."""
     if run.time is None:  # otherwise the plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, schedule)
+        options.optimizer.check_schedule(run.planned_steps, None)
+    parts, options, plan = _load(options, rows, run, loaded)
+    data = rows.fingerprint(None)
+    if tuned is None:
+        chosen = choose_layer(parts, options, rows, run)
+        model = tune(parts, options, rows, chosen.layer, chosen.states)
+    else:
+        chosen = ChosenLayer.named(tuned.layer, "tuned before")
+        model = tuned
+        model.clear_prefix()  # its keys belong to one data module
+        # with the directions of the earlier training it would search the same subspace again
+        seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
+        options = replace(options, seed=rows.processes.broadcast(seed))
+    stepper, time = _stepper(model, options, rows, run)
+    prepared = Prepared(
+        options=options,
+        settings=settings,
+        untuned=parts,
+        model=model,
+        stepper=stepper,
+        data=data,
+        chosen=chosen,
+        plan=plan,
+        resumed=False,
+        time=time,
+        tuned_before=tuned is not None,
+    )
+    stepper.log, stepper.known = open_step_log(prepared, rows, run)
+    _announce(prepared)
+    return prepared
+
+
+def _resume(
+    options: TrainingOptions,
+    settings: Mapping[str, Any],
+    rows: TaskRows,
+    run: RunContext,
+    checkpoint: Checkpoint,
+    loaded: ModelParts | None,
+    tuned: TunedModel | None,
+) -> Prepared:
+    """Prepare a training that continues a checkpoint; Lightning restores the optimizer afterwards."""
+    note = checkpoint.note
+    # before weights are downloaded
+    checkpoint.check_resumable(settings)
+    check_layer_option(options, note)
+    check_commit(note, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
+    options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
+    settings = continued_settings(note["settings"], settings)
+    if run.time is None:  # otherwise the plan decides the steps
+        options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
+    parts, options, plan = _load(options, rows, run, loaded)
+    data = rows.fingerprint(note["data"])
+    check_environment(note, run.device, rows.processes.world_size)
+    if tuned is None:
+        model = restore(parts, checkpoint, options, for_training=True)
+    else:
+        model = tuned
+        model.check(note)
+        model.tensors.load(checkpoint.content["state_dict"])
+        model.clear_prefix()  # its keys belong to one data module
+    auto = restored_rate(note["auto_step"], options)
+    stepper, time = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
+    measured = stepper.num_evaluations if auto is None else 0
+    stepper.load_state_dict(note)
+    stepper.num_evaluations += measured
+    prepared = Prepared(
+        options=options,
+        settings=settings,
+        untuned=parts,
+        model=model,
+        stepper=stepper,
+        data=data,
+        chosen=ChosenLayer.named(note["layer"], note["layer_reason"]),
+        plan=plan,
+        resumed=True,
+        time=time,
+        tuned_before=tuned is not None,
+    )
+    stepper.log, stepper.known = open_step_log(prepared, rows, run)
+    return prepared
+
+
+def _load(
+    options: TrainingOptions, rows: TaskRows, run: RunContext, loaded: ModelParts | None
+) -> tuple[ModelParts, TrainingOptions, MemoryPlan | None]:
+    """Load the model, unless it is ``loaded``, and adapt the rows to it.
+
+    Returns:
+        The untuned model, the options with the memory besides the weights set in the device map, and the memory plan, ``None`` if
+        none was made.
+    """
+    plan = None
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
     check_time(rows, run.time, "loading took")
-    data = rows.fingerprint(None if checkpoint is None else checkpoint.note["data"])
-    profile = None
-    if checkpoint is None:
-        model, choice, profile = _new_model(options, rows, run, loaded, tuned)
-    else:
-        check_environment(checkpoint.note, run.device, rows.processes.world_size)
-        model, choice = _restored_model(options, loaded, checkpoint, tuned)
-    if tuned is not None:
-        model.clear_prefix()  # its keys belong to one data module
-        if checkpoint is None:  # with the directions of the earlier training it would search the same subspace again
-            seed = derive_seed(options.noise_seed, hash_tensors(tuned.tensors.named_masters().items()))
-            options = replace(options, seed=rows.processes.broadcast(seed))
+    return loaded, options, plan
+
+
+def _stepper(
+    model: TunedModel,
+    options: TrainingOptions,
+    rows: TaskRows,
+    run: RunContext,
+    auto: AutoRate | None = None,
+    scheduler_state: Mapping[str, Any] | None = None,
+) -> tuple[Stepper, TimePlan | None]:
+    """Measure what is ``auto``, unless a checkpoint has it, and the time of a step.
+
+    Returns:
+        The stepper at its first step, and the time plan, ``None`` if the time is not limited.
+    """
     plan_prefix(model, rows, held_out=True)
-    auto, evaluations = None if checkpoint is None else restored_rate(checkpoint.note["auto_step"], options), 0.0
     if auto is None and uses_auto(options):
         auto = auto_rate(make_stepper(model, options, rows), rows)
         say(auto.describe(options.optimizer.automatic))
-        evaluations = auto.evaluations
     check_time(rows, run.time, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.time, schedule)
-    stepper = make_stepper(model, options, rows, auto=auto)
-    if checkpoint is not None:
-        stepper.load_state_dict(checkpoint.note)
-        stepper.num_evaluations += evaluations
-    prepared = Prepared(
-        options=options,
-        settings=settings,
-        untuned=loaded,
-        model=model,
-        stepper=stepper,
-        data=data,
-        choice=choice,
-        profile=profile,
-        plan=plan,
-        resumed=checkpoint is not None,
-        time=time,
-        tuned_before=tuned is not None,
-    )
-    stepper.log, stepper.known = open_step_log(prepared, rows, run)
-    if checkpoint is None:
-        _announce(prepared)
-    return prepared
+    time = plan_time(model, options, rows, run.time, scheduler_state)
+    return make_stepper(model, options, rows, auto=auto), time
 
 
-def _continued(
-    options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint, loaded: ModelParts | None
-) -> tuple[TrainingOptions, dict[str, Any]]:
-    """Return options and settings of a run that continues a checkpoint; check them before the weights are downloaded."""
-    note = checkpoint.note
-    checkpoint.check_resumable(settings)
-    check_layer_option(options, note)
-    folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
-    check_commit(note, options.model, folder)
-    options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
-    return options, continued_settings(note["settings"], settings)
-
-
-def _new_model(
-    options: TrainingOptions, rows: TaskRows, run: RunContext, parts: ModelParts, tuned: TunedModel | None
-) -> tuple[TunedModel, Choice | None, OutlierProfile | None]:
-    """Choose the layer and create its masters; the model of an earlier ``fit`` is tuned further."""
-    if tuned is not None:
-        return tuned, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), None
-    profile, choice = choose_layer(parts, options, rows, run)
-    if choice is None:
-        return tune(parts, options, rows, None), None, profile
-    return tune(parts, options, rows, choice.layer, choice.states), choice, profile
-
-
-def _restored_model(
-    options: TrainingOptions, parts: ModelParts, checkpoint: Checkpoint, tuned: TunedModel | None
-) -> tuple[TunedModel, Choice | None]:
-    """Return the model of a checkpoint with its tuned tensors; Lightning restores the optimizer afterwards."""
-    note = checkpoint.note
-    if tuned is None:
-        tuned = restore(parts, checkpoint, options, for_training=True)
-    else:
-        tuned.check(note)
-        tuned.tensors.load(checkpoint.content["state_dict"])
-    return tuned, None if note["layer"] is None else Choice(note["layer"], note["layer_reason"])
-
-
-def choose_layer(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
-) -> tuple[OutlierProfile | None, Choice | None]:
+def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:
     """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
 
-    A rule may run short trainings; see :func:`_make_trials`.
-
-    Returns:
-        The profile, ``None`` if none was made, and the choice, ``None`` for scopes without a layer.
+    A rule may run short trainings; see :func:`_make_trials`. A scope without a layer gets none.
 
     Raises:
         SlzoError: No layer is given and there is no profiler, or its rule finds none.
     """
     if not options.scope.needs_layer:
-        return None, None
+        return ChosenLayer()
     if options.layer is None:
         if run.profiler is None:
             raise SlzoError(
@@ -204,15 +247,13 @@ def choose_layer(
     # tune() names a wrong layer
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
-            return with_choice(profile_model(parts, rows, run.profiler), given, rows), given
+            return ChosenLayer(given, with_choice(profile_model(parts, rows, run.profiler), given, rows))
         except SlzoError as error:
             warn(f"no outlier profile: {error}")
-    return None, given
+    return ChosenLayer(given)
 
 
-def profile_and_choose(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
-) -> tuple[OutlierProfile, Choice]:
+def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:
     """Profile the layers, choose one by the profiler's rule, and print the profile.
 
     Raises:
@@ -227,7 +268,7 @@ def profile_and_choose(
         raise
     profile = with_choice(profile, choice, rows)
     say(format_profile(profile))
-    return profile, choice
+    return ChosenLayer(choice, profile)
 
 
 def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
@@ -249,7 +290,9 @@ def _announce(prepared: Prepared) -> None:
     options, model = prepared.options, prepared.model
     total = model.parts.model.num_parameters()
     layer = model.layer
-    chosen = "" if layer is None else f" Dominant layer: {layer} of {model.parts.num_layers} ({prepared.layer_reason})."
+    chosen = (
+        "" if layer is None else f" Dominant layer: {layer} of {model.parts.num_layers} ({prepared.chosen.reason})."
+    )
     say(
         f"Tuning {options.scope.describe()}: {model.tensors.num_elements:,} of {total:,} parameters by "
         f"{options.estimator.describe()}.{chosen}"
@@ -360,7 +403,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     figures = {
         "model": options.model,
         "task": rows.task.name,
-        "layer_reason": prepared.layer_reason,
+        "layer_reason": prepared.chosen.reason,
         "num_layers": model.parts.num_layers,
         "scope": options.scope.describe(),
         "estimator": options.estimator.describe(),

@@ -43,11 +43,11 @@ class OutlierProfiler(Callback):
         """Write the profile; a resumed run has it from its checkpoint."""
         prepared, folder = cast("Prepared", pl_module.prepared), folder_of(trainer)
         if not prepared.resumed:
-            self.profile = prepared.profile
+            self.profile = prepared.chosen.profile
         if self.profile is None or folder is None or not trainer.is_global_zero:
             return
         rows = trainer.datamodule  # type: ignore[attr-defined]
-        write_profile(folder, self.profile, prepared.choice, prepared.options.model, rows.task.name)
+        write_profile(folder, self.profile, prepared.chosen.choice, prepared.options.model, rows.task.name)
         log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,10 +24,11 @@ def profile(app: App) -> None:
     with run_folder(app.trainer, set()):
         parts, rows = app.load()
         options, run = app.model.options, run_context(app.trainer, app.rows)
-        found, choice = profile_and_choose(parts, options, rows, run)
+        chosen = profile_and_choose(parts, options, rows, run)
+        assert chosen.profile is not None
         log_dir = app.trainer.log_dir
         if log_dir is not None:
-            write_profile(Path(log_dir), found, choice, options.model, rows.task.name)
+            write_profile(Path(log_dir), chosen.profile, chosen.choice, options.model, rows.task.name)
             log_picture(app.trainer, PICTURE, Path(log_dir) / f"{PICTURE}.png")
             say(f"Files      {log_dir}")
         for logger in app.trainer.loggers:

@@ -13,7 +13,6 @@ from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
 from slzo.task_rows import TaskRows
-from slzo.training.run import RunContext
 from slzo.utils.errors import SlzoError
 
 
@@ -83,16 +82,12 @@ def sweep(
         if steps:
             _check_dev_rows(rows)
         if plan is None:
-            sweep_rates(trials, lambda: _chosen(trials, run), lrs, eps, steps, own_seeds, output)
+            sweep_rates(
+                trials, lambda: choose_layer(parts, options, rows, run).layer, lrs, eps, steps, own_seeds, output
+            )
         else:
             assert run.profiler is not None
             sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, output)
-
-
-def _chosen(trials: LayerTrials, run: RunContext) -> int | None:
-    """Return the layer to tune; ``None`` for scopes without one."""
-    _, choice = choose_layer(trials.parts, trials.options, trials.rows, run)
-    return None if choice is None else choice.layer
 
 
 def _check_dev_rows(rows: TaskRows) -> None:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from slzo.batches.packing import PackedBatch
 from slzo.data.encoding import Encoder
 from slzo.data.row_encoding import prompt_batches
 from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
@@ -42,6 +44,39 @@ class ProfileOptions:
             raise SlzoError(
                 f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence per line"
             )
+
+
+@dataclass(frozen=True)
+class ChosenLayer:
+    """The layer to tune.
+
+    Attributes:
+        choice: The layer and why it was chosen; ``None`` for a scope without a layer.
+        profile: The outlier profile; ``None`` if none was made.
+    """
+
+    choice: Choice | None = None
+    profile: OutlierProfile | None = None
+
+    @classmethod
+    def named(cls, layer: int | None, reason: str) -> Self:
+        """Return a layer that is known without a profile; ``None`` for a scope without a layer."""
+        return cls() if layer is None else cls(Choice(layer, reason))
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer; ``None`` for a scope without one."""
+        return None if self.choice is None else self.choice.layer
+
+    @property
+    def reason(self) -> str:
+        """Why the layer was chosen; empty for a scope without a layer."""
+        return "" if self.choice is None else self.choice.reason
+
+    @property
+    def states(self) -> PrefixCache | None:
+        """States below the layer that short trainings have cached, if there are any."""
+        return None if self.choice is None else self.choice.states
 
 
 def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) -> OutlierProfile:

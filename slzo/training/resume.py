@@ -55,7 +55,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         **model.description(),
         **prepared.stepper.state_dict(),
         "model": options.model,
-        "layer_reason": prepared.layer_reason,
+        "layer_reason": prepared.chosen.reason,
         "dtype": options.dtype,
         "quantization": options.quantization,
         "trust_remote_code": options.trust_remote_code,

@@ -13,48 +13,67 @@ from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
 from slzo.training.memory_estimate import MemoryPlan
 from slzo.training.options import TrainingOptions
-from slzo.training.profiling import ProfileOptions
+from slzo.training.profiling import ChosenLayer, ProfileOptions
 from slzo.training.time_plan import TimeBudget, TimePlan
-from slzo.zo.profile import OutlierProfile
-from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and how long a training runs."""
+    """Where and how long a training runs.
 
-    device: torch.device  # of this process
-    max_steps: int  # -1 for no limit
+    Attributes:
+        device: Device of this process.
+        max_steps: Number of steps at which it ends; -1 for no limit.
+        planned_steps: Number of steps that it is expected to take.
+        folder: Folder for the log of losses; ``None`` if no checkpoints are written.
+        checkpoint: Checkpoint to continue; ``None`` for a new training.
+        profiler: How the model is profiled; ``None`` if no layer is chosen by a profile.
+        steps_before: Steps of earlier trainings by the same trainer, which are not in the log of losses.
+        quick: Whether it is a ``fast_dev_run``, in which nothing extra is measured or written.
+        time: Time of the run; ``None`` if it is not limited.
+        shard_group: Processes that share the frozen layers; ``None`` if this one has all.
+    """
+
+    device: torch.device
+    max_steps: int
     planned_steps: int
-    folder: Path | None  # for the log of losses; None if no checkpoints are written
-    checkpoint: Checkpoint | None  # to continue; None for a new training
+    folder: Path | None
+    checkpoint: Checkpoint | None
     profiler: ProfileOptions | None
-    steps_before: int  # of earlier trainings by the same trainer, which are not in the log of losses
-    quick: bool  # a fast_dev_run, in which nothing extra is measured or written
-    time: TimeBudget | None  # None if it is not limited
-    shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
+    steps_before: int
+    quick: bool
+    time: TimeBudget | None
+    shard_group: ShardGroup | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """Everything that the steps of a training need."""
+    """Everything that the steps of a training need.
 
-    options: TrainingOptions  # with the decisions made in preparation
-    settings: Mapping[str, Any]  # the options as given, of model and rows
+    Attributes:
+        options: Options of the training, with the decisions made in preparation.
+        settings: Options of model and rows as given.
+        untuned: The untuned model.
+        model: The model with its tuned tensors.
+        stepper: Takes the steps.
+        data: Fingerprint of the rows.
+        chosen: The tuned layer, why it was chosen, and its profile.
+        plan: Estimate of the memory; ``None`` if none was made.
+        resumed: Whether a checkpoint is continued.
+        time: Planned steps and validations; ``None`` if the time is not limited.
+        tuned_before: Whether the first masters are not those of the base model.
+    """
+
+    options: TrainingOptions
+    settings: Mapping[str, Any]
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper
     data: DataFingerprint
-    choice: Choice | None  # the layer and why it was chosen; None for a scope without a layer
-    profile: OutlierProfile | None
+    chosen: ChosenLayer
     plan: MemoryPlan | None
-    resumed: bool  # whether a checkpoint is continued
-    time: TimePlan | None  # None if the time is not limited
-    tuned_before: bool  # whether the first masters are not those of the base model
-
-    @property
-    def layer_reason(self) -> str:
-        """Why the layer was chosen; empty for a scope without a layer."""
-        return "" if self.choice is None else self.choice.reason
+    resumed: bool
+    time: TimePlan | None
+    tuned_before: bool
