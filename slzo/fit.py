@@ -244,7 +244,7 @@ def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
             )
         return profile_and_choose(parts, options, rows, run)
     given = Choice(options.layer, "set by model.layer")
-    # tune() names a wrong layer
+    # tune() reports a layer that does not exist
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
             return ChosenLayer(given, with_choice(profile_model(parts, rows, run.profiler), given, rows))

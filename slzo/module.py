@@ -304,7 +304,7 @@ class ZOModule(LightningModule):
         self._hold_tuned(restore(self._load_parts(), start, self.options, for_training))
 
     def _start_training(self, resumes: bool) -> None:
-        """Restore what was scored so far, or named by :meth:`load_from_checkpoint`, with the options of the training.
+        """Rebuild the tuned tensors with this training's options: those scored so far, or those of the checkpoint.
 
         Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
         """

@@ -41,7 +41,7 @@ class ShardedStrategy(DDPStrategy):
         self._layer_barrier()
         super().setup(trainer)
 
-    # Before any exchange a process joins in gathering layers until the others are here too.
+    # A process that waits must keep answering gathers of layers, or the others deadlock.
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         self._layer_barrier()

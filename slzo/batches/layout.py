@@ -104,7 +104,7 @@ NO_SEQUENCES = PackedLayout((), (), torch.empty(0, dtype=torch.int64))
 
 
 def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor:
-    """Return the places of the elements of ``times`` copies of a concatenation of groups, if each group follows its copies.
+    """Return the inverse index of a layout whose groups are each repeated ``times`` times.
 
     Args:
         places: Place of each element in the concatenation, shape (T,), int64.

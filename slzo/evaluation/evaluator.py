@@ -28,7 +28,10 @@ from slzo.tasks.base import Example, Kind, Task
 from slzo.utils.files import finite
 
 States = Callable[[PackedBatch, bool], Tensor]
-"""Final hidden states at the needed positions, shape (U, hidden); the flag adds states that enter a layer to the cache."""
+"""Final hidden states at the needed positions, shape (U, hidden).
+
+The second argument says whether new hidden states are cached.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from slzo.batches.packing import Block, PackedBatch, TokenBatch
 from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
-# Values of one example that are more than this share of a block get a block of their own.
+# An example larger than this share of a block gets its own allocation.
 _LARGEST_SHARE = 1 / 8
 
 

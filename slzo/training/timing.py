@@ -25,7 +25,7 @@ from slzo.zo.tuned_model import TunedModel
 
 _BATCHES = 4
 _SCORED_ROWS = 48
-# The measurement of steps, dev rows or held-out rows ends early after this share of the time that is left.
+# Each measurement stops after this share of the remaining time.
 _SHARE = 0.02
 _EPS = 1e-3
 # What Lightning, loggers and the log of steps add to a step.

@@ -121,7 +121,7 @@ class Stepper:
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
         nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.
-        problem: Why the last of them had none, if the loss said so; else empty.
+        problem: Reason why the last loss was not finite, if known; else empty.
     """
 
     def __init__(
