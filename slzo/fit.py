@@ -44,7 +44,13 @@ from slzo.training.build import (
     uses_auto,
 )
 from slzo.training.memory_estimate import MemoryPlan
-from slzo.training.memory_plan import first_order_bytes, plan_memory
+from slzo.training.memory_plan import (
+    check_memory,
+    first_order_bytes,
+    format_memory,
+    known_memory_inputs,
+    with_reserved,
+)
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import ChosenLayer, choose, profile_model, with_choice
@@ -61,11 +67,12 @@ from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
-from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.runtime import free_bytes, peak_memory_gb
 from slzo.utils.seeding import derive_seed
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.processes import Processes
-from slzo.zo.selection import Choice
+from slzo.zo.profile import OutlierProfile
+from slzo.zo.selection import Choice, SelectionContext
 from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
 
@@ -198,7 +205,13 @@ def _load(
     plan = None
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
-        plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
+        inputs = known_memory_inputs(options, rows, run.max_steps, run.device, num_shards)
+        if inputs is not None:
+            plan = inputs.plan()
+            options = with_reserved(options, inputs)
+            free = free_bytes(run.device)
+            say(format_memory(inputs, free))
+            check_memory(inputs, free, options.model)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
     check_time(rows, run.time, "loading took")
@@ -230,7 +243,7 @@ def _stepper(
 def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:
     """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
 
-    A rule may run short trainings; see :func:`_make_trials`. A scope without a layer gets none.
+    A rule may run short trainings; see :func:`_selection_context`. A scope without a layer gets none.
 
     Raises:
         SlzoError: No layer is given and there is no profiler, or its rule finds none.
@@ -262,7 +275,7 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRo
     assert run.profiler is not None
     profile = profile_model(parts, rows, run.profiler)
     try:
-        choice = choose(profile, run.profiler.rule, _make_trials(parts, options, rows, run), rows)
+        choice = choose(run.profiler.rule, _selection_context(profile, parts, options, rows, run), rows)
     except SlzoError:
         say(format_profile(profile))  # it helps to choose thresholds
         raise
@@ -271,8 +284,17 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRo
     return ChosenLayer(choice, profile)
 
 
-def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
-    """Return the runner of short trainings for a rule, or a text that says why they cannot run."""
+def _selection_context(
+    profile: OutlierProfile, parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
+) -> SelectionContext:
+    """Return what a rule can use to choose a layer: the profile, and short trainings if they can run."""
+    reason = _no_trials(options, rows, run)
+    trials = None if reason else LayerTrials(parts, options, rows, run.planned_steps, run.time)
+    return SelectionContext(profile.layers, trials, reason)
+
+
+def _no_trials(options: TrainingOptions, rows: TaskRows, run: RunContext) -> str:
+    """Return why short trainings cannot run; empty if they can."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
     if rows.processes.world_size > 1:
@@ -282,7 +304,7 @@ def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
         )
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
-    return LayerTrials(parts, options, rows, run.planned_steps, run.time)
+    return ""
 
 
 def _announce(prepared: Prepared) -> None:

@@ -210,7 +210,7 @@ def test_first_order_is_offered_where_it_fits_besides_mapped_weights(free, expec
 
 @pytest.mark.usefixtures("_not_loaded")
 def test_a_run_that_cannot_fit_is_refused_before_loading(options, capsys, monkeypatch):
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("slzo.fit.free_bytes", lambda device: 2**20)
     error = error_line(capsys, "fit", *options)
     assert error.startswith("slzo: error: model.model ")
     assert "GiB of memory, but 0.000977 GiB is free; use a smaller model" in error

@@ -9,7 +9,7 @@ from slzo.task_rows import TaskRows
 from slzo.training.build import adapt_rows, load_parts
 from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions, choose, profile_model
-from slzo.zo.selection import SelectionRule
+from slzo.zo.selection import SelectionContext, SelectionRule
 
 
 def task_rows(model: str, task: str, data_dir: str, counts: tuple[int, int, int], seed: int = 0) -> TaskRows:
@@ -31,4 +31,5 @@ def load(options: TrainingOptions, rows: TaskRows, device: torch.device | None =
 def chosen_layers(parts: ModelParts, rows: TaskRows, *rules: SelectionRule) -> list[int]:
     """Profile the layers, and return the choice of each rule; rules with trials cannot be used."""
     profile = profile_model(parts, rows, ProfileOptions(rules[0], 16, None))
-    return [choose(profile, rule, "this tool runs no trials", rows).layer for rule in rules]
+    context = SelectionContext(profile.layers, no_trials="this tool runs no trials")
+    return [choose(rule, context, rows).layer for rule in rules]

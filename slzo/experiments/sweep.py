@@ -17,7 +17,7 @@ from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.scopes.base import check_layer
-from slzo.zo.selection import Choice
+from slzo.zo.selection import Choice, SelectionContext
 
 
 def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions, output: str | None) -> None:
@@ -52,7 +52,8 @@ def _profile(trials: LayerTrials, profiler: ProfileOptions) -> OutlierProfile:
     found = profile_model(parts, rows, profiler)
     try:
         if options.layer is None:
-            choice = choose(found, profiler.rule, "a sweep trains all layers itself", rows)
+            context = SelectionContext(found.layers, no_trials="a sweep trains all layers itself")
+            choice = choose(profiler.rule, context, rows)
         else:
             choice = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
     except SlzoError as error:

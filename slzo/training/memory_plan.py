@@ -14,10 +14,9 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
 from slzo.task_rows import TaskRows
-from slzo.training.memory_estimate import MemoryInputs, MemoryPlan, Workload, tuning_bytes
+from slzo.training.memory_estimate import MemoryInputs, Workload, tuning_bytes
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
-from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
@@ -32,42 +31,45 @@ _GIB = 2**30
 _CLOSE = 1.1
 
 
-def plan_memory(
+def known_memory_inputs(
     options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int
-) -> tuple[MemoryPlan | None, TrainingOptions]:
-    """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
+) -> MemoryInputs | None:
+    """Return :func:`memory_inputs`, or ``None`` if model or rows have an error; it is raised where they are used."""
+    try:
+        return memory_inputs(options, rows, max_steps, device, num_shards)
+    except SlzoError:
+        return None
 
-    Args:
-        options: Options of the training.
-        rows: Rows of the task, set up for ``fit``.
-        max_steps: Length of the run; -1 for no limit.
-        device: Device of the run.
-        num_shards: Number of processes that divide the layers.
 
-    Returns:
-        The plan, and the options with the memory besides the weights set in the device map. The plan is ``None`` if model or
-        rows have another error, which is raised where they are used.
+def with_reserved(options: TrainingOptions, inputs: MemoryInputs) -> TrainingOptions:
+    """Return the options with the memory besides the weights set in the device map, if there is one."""
+    if options.device_map is None:
+        return options
+    return replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))
+
+
+def format_memory(inputs: MemoryInputs, free: int | None) -> str:
+    """Describe a plan in one line."""
+    plan = inputs.plan()
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.parts.items())
+    line = f"Memory     about {_gib(plan.total)}: {parts}"
+    return line + ("" if free is None else f"; free: {_gib(free)}") + (f"; {inputs.where}" if inputs.where else "")
+
+
+def check_memory(inputs: MemoryInputs, free: int | None, model: str) -> None:
+    """Refuse a run that cannot fit; ``model`` is the name of its model.
 
     Raises:
         SlzoError: The run needs more memory than is free.
     """
-    try:
-        inputs = memory_inputs(options, rows, max_steps, device, num_shards)
-    except SlzoError:
-        return None, options
-    if options.device_map is not None:
-        options = replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))
-    plan, free = inputs.plan(), free_bytes(device)
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.parts.items())
-    line = f"Memory     about {_gib(plan.total)}: {parts}"
-    say(line + ("" if free is None else f"; free: {_gib(free)}") + (f"; {inputs.where}" if inputs.where else ""))
-    if free is not None and plan.needed > free:
-        fits = [f"{option} ({_gib(other.needed)})" for option, other in inputs.alternatives() if other.needed <= free]
-        advice = f"; set one of: {', '.join(fits)}" if fits else "; use a smaller model, or more memory"
-        raise SlzoError(
-            f"model.model {options.model!r}: needs about {_gib(plan.needed)} of memory, but {_gib(free)} is free{advice}"
-        )
-    return plan, options
+    plan = inputs.plan()
+    if free is None or plan.needed <= free:
+        return
+    fits = [f"{option} ({_gib(other.needed)})" for option, other in inputs.alternatives() if other.needed <= free]
+    advice = f"; set one of: {', '.join(fits)}" if fits else "; use a smaller model, or more memory"
+    raise SlzoError(
+        f"model.model {model!r}: needs about {_gib(plan.needed)} of memory, but {_gib(free)} is free{advice}"
+    )
 
 
 def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | None:

@@ -16,7 +16,6 @@ from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics, OutlierProfile, format_figure, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
-from slzo.zo.trial import Trials
 
 MIN_SEQUENCES = 10
 """Smallest number of sequences for a reliable average."""
@@ -105,19 +104,18 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
     return rows.processes.broadcast(profile)
 
 
-def choose(profile: OutlierProfile, rule: SelectionRule, trials: Trials | str, rows: TaskRows) -> Choice:
+def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Choice:
     """Let a rule choose a layer. All processes get the choice of the first one.
-
-    ``trials`` runs short trainings for rules that need them; a text says why they cannot run.
 
     Raises:
         SlzoError: The rule finds no layer.
     """
-    runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
+    failure = ""
     try:
-        choice, failure = choice_of(rule, SelectionContext(profile.layers, runs, reason)), ""
+        choice = choice_of(rule, context)
     except SlzoError as error:  # raised below, on all processes
-        choice, failure = Choice(-1, ""), str(error)
+        choice = Choice(-1, "")
+        failure = str(error)
     layer, reason, failure = rows.processes.broadcast((choice.layer, choice.reason, failure))
     if failure:
         raise SlzoError(failure)
