@@ -309,7 +309,8 @@ def _no_trials(options: TrainingOptions, rows: TaskRows, run: RunContext) -> str
 
 def _announce(prepared: Prepared) -> None:
     """Print what is tuned and how, and how the model is quantized."""
-    options, model = prepared.options, prepared.model
+    options = prepared.options
+    model = prepared.model
     total = model.parts.model.num_parameters()
     layer = model.layer
     chosen = (
@@ -407,7 +408,9 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
 
 def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
     """Collect the facts for the summary and its advice."""
-    options, model, metric = prepared.options, prepared.model, rows.selection_metric
+    options = prepared.options
+    model = prepared.model
+    metric = rows.selection_metric
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     # not those of the splits: rows that cannot be encoded may have been left out
     train, test = ([row.example for row in rows.rows(split)] for split in ("train", "test"))

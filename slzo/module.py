@@ -121,7 +121,8 @@ class ZOModule(LightningModule):
         self.automatic_optimization = False
         # before any other name is set, so that these are the arguments
         check_kinds("model", _KINDS, {**locals(), "eps": 1.0 if eps == "auto" else eps})
-        model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
+        model = str(model)  # also of a path
+        dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a type
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
@@ -235,7 +236,8 @@ class ZOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
-        trainer, rows = self.trainer, self.rows
+        trainer = self.trainer
+        rows = self.rows
         if self.options.device_map is not None:
             self.options.device_map.check_processes(trainer.world_size)
         if shard_group_of(trainer) is not None:
@@ -262,11 +264,13 @@ class ZOModule(LightningModule):
 
     def use_tuned(self, model: "PreTrainedModel") -> None:
         """Score a tuned model that is already loaded, such as an exported one, in place of ``model`` of the options."""
-        self._given, self._given_is_tuned = model, True
+        self._given = model
+        self._given_is_tuned = True
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
-        trainer, rows = self.trainer, self.rows
+        trainer = self.trainer
+        rows = self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
         run = run_context(trainer, rows, folder if trainer.checkpoint_callbacks else None, checkpoint)
         limits = {"max_steps": run.max_steps, "val_check_interval": interval_of(trainer)}
@@ -308,7 +312,8 @@ class ZOModule(LightningModule):
 
         Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
         """
-        start, tuned = self._start, self.tuned_model
+        start = self._start
+        tuned = self.tuned_model
         if start is None:
             return
         if tuned is not None:  # their values may have changed
@@ -410,7 +415,8 @@ class ZOModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse optimizers and schedulers of a subclass: the rates of the steps and the records are those of the options."""
-        made, self._made = self._made, (None, None)
+        made = self._made
+        self._made = (None, None)
         own: tuple[list[Any], list[Any]] = (
             self.trainer.optimizers,
             [each.scheduler for each in self.trainer.lr_scheduler_configs],
@@ -427,9 +433,11 @@ class ZOModule(LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:
         """Take one training step; callbacks get its loss and its result."""
-        started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
+        started = time.perf_counter()
+        every = getattr(self.trainer, "log_every_n_steps", 1)
         measure_update = every > 0 and (self.global_step + 1) % every == 0
-        optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()
+        optimizer = cast("Optimizer", self.optimizers())
+        scheduler = self.lr_schedulers()
         group = shard_group_of(self.trainer)
         before = (0, 0.0) if group is None else (group.num_bytes, group.seconds)
         result = self.stepper.step(batch, self.global_step, optimizer, scheduler, measure_update)
@@ -543,7 +551,9 @@ class ZOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
-        note, rows, trainer = checkpoint_note(checkpoint), self.rows, self.trainer
+        note = checkpoint_note(checkpoint)
+        rows = self.rows
+        trainer = self.trainer
         in_fit = trainer.state.fn == "fit"
         if in_fit and self._prepared is not None and not self._prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
@@ -560,7 +570,8 @@ class ZOModule(LightningModule):
                 adapt_rows(rows, self.parts, self.options)
             self._check_scored(note)
             return
-        saved, own = note["settings"], agreed_settings(self.options, rows)
+        saved = note["settings"]
+        own = agreed_settings(self.options, rows)
         new_rate = takes_new_rate(saved, own)
         if new_rate and not self.options.optimizer.automatic:  # in place of the one that Lightning restores
             for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
@@ -599,7 +610,8 @@ def run_context(
     trainer: Trainer, rows: TaskRows, folder: Path | None = None, checkpoint: Checkpoint | None = None
 ) -> RunContext:
     """Return where and how long a trainer trains, with rows that are set up for ``fit``."""
-    profiler, limit = callback_of(trainer, OutlierProfiler), callback_of(trainer, TimeLimit)
+    profiler = callback_of(trainer, OutlierProfiler)
+    limit = callback_of(trainer, TimeLimit)
     done = None if checkpoint is None else checkpoint.step
     return RunContext(
         device=trainer.strategy.root_device,

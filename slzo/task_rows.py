@@ -196,7 +196,8 @@ class TaskRows:
     def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
         """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
         if self._follows_model and name != self.tokenizer_name:
-            self.tokenizer_name, self.trust_remote_code = name, trust_remote_code
+            self.tokenizer_name = name
+            self.trust_remote_code = trust_remote_code
             vars(self).pop("encoder", None)
             self._rows.clear()  # they are encoded again when they are used next
 
@@ -210,7 +211,9 @@ class TaskRows:
             SlzoError: If the tokenizer has more tokens than the model.
         """
         # a tokenizer that was given may differ by mistake
-        encoder, source, size = self.encoder, self.tokenizer_name, len(self.encoder.tokenizer)
+        encoder = self.encoder
+        source = self.tokenizer_name
+        size = len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"leave data.tokenizer out, or give {name!r}"
         if size > known and source != name:
@@ -226,7 +229,9 @@ class TaskRows:
         cuts = length < self.max_length
         if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
-        encoder.max_length, encoder.num_embeddings, encoder.limited_by_model = length, num_embeddings, cuts
+        encoder.max_length = length
+        encoder.num_embeddings = num_embeddings
+        encoder.limited_by_model = cuts
         self._rows.clear()
 
     @property
@@ -328,7 +333,8 @@ class TaskRows:
         """Load the reward functions, and check that the rows of the splits, if they are read, have what these require."""
         if self.reward is None:
             return
-        required, splits = self.reward.runner.load(), self.splits
+        required = self.reward.runner.load()
+        splits = self.splits
         if splits is None:
             return
         for name, examples in {"training": splits.train, "dev": splits.dev, "held-out": splits.test}.items():
@@ -379,7 +385,8 @@ class TaskRows:
         if split in self._rows:
             return self._rows[split]
         examples = self._examples(split)
-        is_train, objective = split == "train", self.objective
+        is_train = split == "train"
+        objective = self.objective
         needs_label = is_train and objective.needs_label
         kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
         if needs_label and not kept:
@@ -439,8 +446,10 @@ class TaskRows:
         Raises:
             SlzoError: There are fewer rows than processes.
         """
-        rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
-        size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
+        rows = self.rows("train")
+        own_rank, world_size = self.processes.of_rows
+        size = self.batch_size if batch_size is None else batch_size
+        seed = (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
         num_tokens = [row.encoded.num_tokens for row in rows]
         sampler = StepBatchSampler(rows, num_tokens, size, seed, rank, world_size, steps_done)
@@ -458,7 +467,8 @@ class TaskRows:
 
     def eval_plan(self, split: str) -> EvalPlan:
         """Plan the batches in which this process scores dev or held-out rows."""
-        rows, processes = self.rows(split), self.processes
+        rows = self.rows(split)
+        processes = self.processes
         if 0 < len(rows) < processes.world_size:
             option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
             if split == "predict" and self.predict_file is not None:

@@ -62,7 +62,8 @@ class BestCheckpoint(ModelCheckpoint):
         rows = getattr(trainer, "datamodule", None)
         if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
             metric = rows.selection_metric
-            self.monitor, self.mode = f"val/{metric.name}", metric.mode
+            self.monitor = f"val/{metric.name}"
+            self.mode = metric.mode
             self.kth_value = torch.tensor(math.inf if metric.mode == "min" else -math.inf)
         super().setup(trainer, pl_module, stage)
 
@@ -77,7 +78,8 @@ class BestCheckpoint(ModelCheckpoint):
         """
         if self._resumed is None:
             return
-        self.best_model_score, self.kth_value = state_dict["best_model_score"], state_dict["kth_value"]
+        self.best_model_score = state_dict["best_model_score"]
+        self.kth_value = state_dict["kth_value"]
         self.best_model_path = self._place(state_dict["best_model_path"])
         self.kth_best_model_path = self._place(state_dict["kth_best_model_path"])
         self.best_k_models = {self._place(path): score for path, score in state_dict["best_k_models"].items()}
@@ -139,8 +141,13 @@ class LastCheckpoint(Checkpoint):
         """Handle signals. The first step is saved, so that a resume after a crash has a checkpoint."""
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
-        self._first_step, self._saved_step, self._final_step = trainer.global_step, -1, -1
-        self._saved_at, self.saved, self._final, self._stop = -math.inf, None, None, 0
+        self._first_step = trainer.global_step
+        self._saved_step = -1
+        self._final_step = -1
+        self._saved_at = -math.inf
+        self.saved = None
+        self._final = None
+        self._stop = 0
         self._signals.install()
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -157,7 +164,8 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer)
         elif trainer.enable_validation:
             # Lightning validates the step at which it stops, but not in an epoch without validations
-            self._every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, None
+            self._every_n_epoch = trainer.check_val_every_n_epoch
+            trainer.check_val_every_n_epoch = None
             trainer.should_stop = True
         else:
             self._save_final(trainer)
@@ -216,7 +224,8 @@ class LastCheckpoint(Checkpoint):
             by_command = f"the same command and --ckpt_path {self.saved}"
             way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
             say(f"\nStopped at step {trainer.global_step}; continue from step {self._saved_step} with {way}")
-        job, trains = job_id(), trainer.state.fn == "fit"
+        job = job_id()
+        trains = trainer.state.fn == "fit"
         preempted = trains and stopped is not None and stopped.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
@@ -225,11 +234,13 @@ class LastCheckpoint(Checkpoint):
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:
-            trainer.check_val_every_n_epoch, self._every_n_epoch = self._every_n_epoch, None
+            trainer.check_val_every_n_epoch = self._every_n_epoch
+            self._every_n_epoch = None
 
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
         """Save if it is time or a signal came; after a signal, the next step does not begin."""
-        step, waited = trainer.global_step, time.monotonic() - self._saved_at
+        step = trainer.global_step
+        waited = time.monotonic() - self._saved_at
         waited_enough = self._saved_step < 0 or 0 < 60 * self.every_minutes <= waited
         self._stop, is_time = largest(trainer, self._signals.requested, waited_enough)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -237,7 +248,8 @@ class LastCheckpoint(Checkpoint):
             folder = _folder(trainer)
             if folder is not None:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
-                self._saved_step, self.saved = step, folder / LAST
+                self._saved_step = step
+                self.saved = folder / LAST
             self._saved_at = time.monotonic()
 
     def _keep_resumed(self, trainer: Trainer) -> None:

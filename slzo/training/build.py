@@ -194,7 +194,8 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> A
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.
     """
-    model, objective = stepper.model, stepper.objective
+    model = stepper.model
+    objective = stepper.objective
     batch = next(rows.training_batches(seed)).to(model.parts.model.device)
     loss = stepper.loss(batch)
     half = model.parts.model.dtype in HALF

@@ -118,7 +118,8 @@ class MemoryInputs:
 
     def plan(self) -> MemoryPlan:
         """Return the estimate."""
-        shape, work = self.shape, self.workload
+        shape = self.shape
+        work = self.workload
         weights = shape.weight_bytes(self.dtype, self.quantization, self.full_layers)
         same = shape.stored_dtype == self.dtype and shape.stored_method is None
         stored = shape.stored_bytes or 0

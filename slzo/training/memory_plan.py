@@ -95,7 +95,8 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
 
 def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> int | None:
     """Return the peak memory that first order would take for the same tuned tensors, if that fits now; otherwise ``None``."""
-    changed, free = first_order(options, rows), free_bytes(device)
+    changed = first_order(options, rows)
+    free = free_bytes(device)
     if changed is None or free is None:
         return None
     try:
@@ -136,7 +137,9 @@ def _inputs_by_layer(
     skeleton.to(getattr(torch, options.dtype))
     parts = ModelParts(skeleton, packed=False, onednn=False)
     work = _workload(options, rows, max_steps, shape.vocabulary)
-    engine, estimator, queries = options.engine, options.estimator, options.step.num_queries
+    engine = options.engine
+    estimator = options.estimator
+    queries = options.step.num_queries
     together = num_shards > 1 or options.device_map is not None  # see TunedModel.queries_at_once
     at_once = queries if together else rows.processes.directions * engine.queries_at_once
 
@@ -194,9 +197,11 @@ def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabula
         answers = rows.objective.sampling.samples
         new = answers * rows.task.max_new_tokens
         most = max(len(row.prompt) for row in rows.rows("train")) + new
-        tokens, logit_rows = rows.batch_size * most, rows.batch_size * new
+        tokens = rows.batch_size * most
+        logit_rows = rows.batch_size * new
         limit = MOST_LOGITS // vocabulary  # the answers run in parts
-        tokens, logit_rows = max(most, min(tokens, limit)), max(new, min(logit_rows, limit))
+        tokens = max(most, min(tokens, limit))
+        logit_rows = max(new, min(logit_rows, limit))
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([logit_rows, *(_vocabulary_rows(rows, p) for p in scoring)]),
@@ -262,7 +267,8 @@ def format_first_order(
 
 def format_plan(inputs: MemoryInputs, free: int | None) -> str:
     """Format a plan as a table, with options that would make it smaller."""
-    plan, shape = inputs.plan(), inputs.shape
+    plan = inputs.plan()
+    shape = inputs.shape
     lines = [f"{shape.num_parameters:,} parameters in {shape.num_layers} layers"]
     lines += [f"  {name:30s} {_gib(size):>10s}" for name, size in plan.parts.items()]
     lines += [f"  {'peak':30s} {_gib(plan.total):>10s}" + (" (while loading)" if plan.loading == plan.total else "")]

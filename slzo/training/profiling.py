@@ -88,7 +88,8 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
     """
     device = parts.model.device
     batches = [batch.to(device) for batch in _batches(rows, options)]
-    num_given, sequences = sum(batch.num_examples for batch in batches), usable_sequences(batches)
+    num_given = sum(batch.num_examples for batch in batches)
+    sequences = usable_sequences(batches)
     if len(sequences) < MIN_SEQUENCES:
         longer = " of two tokens or more" if len(sequences) < num_given else ""
         raise SlzoError(

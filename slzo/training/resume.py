@@ -47,7 +47,8 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
 
 def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the note of a checkpoint on its tensors and their model; it holds only tensors and primitives."""
-    options, model = prepared.options, prepared.model
+    options = prepared.options
+    model = prepared.model
     assert rows.splits is not None
     candidates = common_candidates(rows.splits.train)
     return {
@@ -164,7 +165,8 @@ def open_step_log(
     """
     if run.quick or run.steps_before > 0 or not prepared.options.estimator.uses_points:
         return None, {}
-    settings, first = log_settings(prepared, rows), rows.processes.rank == 0
+    settings = log_settings(prepared, rows)
+    first = rows.processes.rank == 0
     before = rows.processes.broadcast(_log_before(run, settings) if first else None)
     step = 0 if run.checkpoint is None else run.checkpoint.step
     known = {} if before is None else _steps_to_repeat(before, step)

@@ -144,7 +144,8 @@ class TimePlan:
                 low, high = (middle, high) if needed(middle) <= usable else (low, middle - 1)
             return low
 
-        steps, every = fitting(), None
+        steps = fitting()
+        every: int | None = None
         if steps < most and budget.sets_interval:
             wanted = max(1, min(_MOST_VALIDATIONS, int(_VALIDATIONS_SHARE * left / max(times.validation, 1e-9))))
             steps = fitting()
@@ -159,7 +160,9 @@ class TimePlan:
 
     def describe(self, budget: TimeBudget) -> str:
         """Describe the plan in one line."""
-        times, passes, number = self.times, budget.passes, self.validations
+        times = self.times
+        passes = budget.passes
+        number = self.validations
         mean = times.of_steps(self.new_steps) / max(1, self.new_steps)  # steps with new rows take longer
         parts = [f"{self.new_steps:,} steps of {mean:.2g} s"]
         if number:

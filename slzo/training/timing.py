@@ -119,17 +119,22 @@ def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, mos
         options = replace(options, step=replace(options.step, eps=_EPS))
     stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), rows)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.0)  # moves nothing
-    cache, device = model.forward.cache, model.parts.model.device
+    cache = model.forward.cache
+    device = model.parts.model.device
     sampler = rows.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
-    new, added, steps, began = 0, 0.0, [], time.perf_counter()
+    new = 0
+    added = 0.0
+    steps: list[float] = []
+    began = time.perf_counter()
     for number in range(max(0, last - _BATCHES), last):
         batch = rows.train_batch(sampler.rows_of_step(number)).to(device)
         unseen = _uncached(batch.rows, cache)
         first, again = (_seconds(partial(stepper.step, batch, 0, optimizer)) for _ in range(2))
         steps.append(again)
         if unseen:
-            new, added = new + unseen, added + max(0.0, first - again)
+            new += unseen
+            added += max(0.0, first - again)
         if rows.processes.broadcast(time.perf_counter() - began > most):
             break
     return sum(steps) / len(steps), added / new if new else 0.0
@@ -139,14 +144,21 @@ def _time_scores(
     model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool, number: int | None = None
 ) -> tuple[float, float]:
     """Return the seconds to score the first batches of this process, and what the first time adds if their states are kept."""
-    cache, evaluator = model.forward.cache, rows.evaluator(model)
-    scored, new, seconds, added, began = 0, 0, 0.0, 0.0, time.perf_counter()
+    cache = model.forward.cache
+    evaluator = rows.evaluator(model)
+    scored = 0
+    new = 0
+    seconds = 0.0
+    added = 0.0
+    began = time.perf_counter()
     for batch in spaced_batches(islice(rows.eval_batches(split), number), _SCORED_ROWS):
         moved = batch.to(model.parts.model.device)
         unseen = _uncached(batch.rows, cache) if keep else 0
         times = [_seconds(partial(evaluator, moved, keep, log_likelihoods=False)) for _ in range(2 if unseen else 1)]
-        scored, seconds = scored + len(batch.rows), seconds + times[-1]
-        new, added = new + unseen, added + max(0.0, times[0] - times[-1])
+        scored += len(batch.rows)
+        seconds += times[-1]
+        new += unseen
+        added += max(0.0, times[0] - times[-1])
         if time.perf_counter() - began > most:
             break
     members = [row for batch in rows.eval_plan(split).batches[:number] for row in batch]
