@@ -70,7 +70,9 @@ class TaskDataModule(TaskRows, LightningDataModule):
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Return training batches from the current step on."""
         trainer = self.trainer
-        return BatchLoader(self.sampler(steps_done=lambda: trainer.global_step if trainer else 0), self.train_batch)
+        return BatchLoader(
+            self.sampler(steps_done=lambda: trainer.global_step if trainer else 0), self.pack_training_rows
+        )
 
     def val_dataloader(self) -> BatchLoader[EvalBatch]:
         """Return dev rows in an order that is fast to score."""

@@ -457,13 +457,13 @@ class TaskRows:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler
 
-    def train_batch(self, rows: Sequence[Row]) -> TrainBatch:
+    def pack_training_rows(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack training rows, in the given order."""
         return TrainBatch(pack([row.encoded for row in rows]), tuple(rows), self.tokens_per_pass)
 
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
         """Yield the training batches of this process without end; seed and batch size default to the run's."""
-        return map(self.train_batch, map(self.sampler(batch_size, seed).rows_of_step, count()))
+        return map(self.pack_training_rows, map(self.sampler(batch_size, seed).rows_of_step, count()))
 
     def eval_plan(self, split: str) -> EvalPlan:
         """Plan the batches in which this process scores dev or held-out rows."""

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.stop_signals import StopSignals, largest
+from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
 from slzo.private.progress import count_epoch_as_started, count_step_as_open
 from slzo.task_rows import TaskRows
@@ -242,7 +242,7 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         waited = time.monotonic() - self._saved_at
         waited_enough = self._saved_step < 0 or 0 < 60 * self.every_minutes <= waited
-        self._stop, is_time = largest(trainer, self._signals.requested, waited_enough)
+        self._stop, is_time = max_over_processes(trainer, self._signals.requested, waited_enough)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if always or self._stop or by_steps or is_time:
             folder = _folder(trainer)
@@ -273,7 +273,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self._final, weights_only=False)
             self._final_step = trainer.global_step
         self._signals.waits = False
-        (stop,) = largest(trainer, self._signals.requested)
+        (stop,) = max_over_processes(trainer, self._signals.requested)
         if stop:
             raise Interrupted(stop, saved=True)
 

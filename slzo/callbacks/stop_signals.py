@@ -50,7 +50,7 @@ class StopSignals:
         os.write(2, f"\nslzo: {name}: stopping after this step or validation; send it again to stop at once\n".encode())
 
 
-def largest(trainer: Trainer, *values: int) -> list[int]:
+def max_over_processes(trainer: Trainer, *values: int) -> list[int]:
     """Return the largest of each value over the processes. A collective call."""
     if trainer.world_size == 1:
         return list(values)

@@ -74,8 +74,8 @@ class App:
         adapt_rows(rows, parts, self.model.options)
         return parts, rows
 
-    def checkpoint_to_score(self, ckpt_path: str | None) -> str | None:
-        """Return the checkpoint for the trainer; an exported folder is loaded into the model instead."""
+    def load_if_exported(self, ckpt_path: str | None) -> str | None:
+        """Load an exported folder into the model, and return ``None``; any other path is returned for the trainer to load."""
         exported = None if ckpt_path is None else Exported.at(ckpt_path)
         if exported is None:
             return ckpt_path

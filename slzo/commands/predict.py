@@ -14,5 +14,5 @@ def predict(app: App, ckpt_path: str | None = None, output: str | None = None) -
         output: File to write; by default predictions.jsonl in the run's folder.
     """
     app.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
-    path = app.checkpoint_to_score(ckpt_path)
+    path = app.load_if_exported(ckpt_path)
     app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=path)

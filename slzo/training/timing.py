@@ -128,7 +128,7 @@ def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, mos
     steps: list[float] = []
     began = time.perf_counter()
     for number in range(max(0, last - _BATCHES), last):
-        batch = rows.train_batch(sampler.rows_of_step(number)).to(device)
+        batch = rows.pack_training_rows(sampler.rows_of_step(number)).to(device)
         unseen = _uncached(batch.rows, cache)
         first, again = (_seconds(partial(stepper.step, batch, 0, optimizer)) for _ in range(2))
         steps.append(again)
