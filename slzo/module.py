@@ -128,7 +128,7 @@ class ZOModule(LightningModule):
         if estimator is None:
             estimator = default_estimator(scope.one_layer, step.has_weight_options)()
         if optimizer is None:
-            optimizer = partial(default_optimizer(estimator.along_directions), lr=AUTO_LR)
+            optimizer = partial(default_optimizer(estimator.perturbs == "weights"), lr=AUTO_LR)
         self.options = TrainingOptions(
             OptimizerChoice.of(optimizer, lr_scheduler),
             model=model,
@@ -463,15 +463,13 @@ class ZOModule(LightningModule):
             "train/skipped_steps": float(self.stepper.num_nonfinite),
             **{f"train/{name}": value for name, value in result.report.values.items()},
         }
-        slopes, estimator = estimate.projected_grad, self.stepper.estimator
-        if estimator.along_directions:
+        if slopes := estimate.projected_grad:
             values["train/loss_plus"], values["train/loss_minus"] = estimate.loss_plus, estimate.loss_minus
             values["train/projected_grad"] = sum(slopes) / len(slopes)
             values["train/abs_projected_grad"] = sum(map(abs, slopes)) / len(slopes)
-        else:
-            values["train/grad_norm"] = slopes[0]
-        if estimator.uses_points:
             values["train/eps"] = result.record.eps
+        if estimate.grad_norm is not None:
+            values["train/grad_norm"] = estimate.grad_norm
         if self.stepper.processes.world_size > 1:
             values["train/exchanged_bytes"] = float(result.exchanged_bytes)
         if result.update_norm is not None:

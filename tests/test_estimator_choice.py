@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import (
     cnn,
+    described,
     error_line,
     image_loss,
     images,
@@ -26,6 +27,7 @@ from slzo.cli.given import given_options
 from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
+from slzo.training.build import auto_rate
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
     AnswerF1,
@@ -232,7 +234,7 @@ def test_generated_answers_may_have_every_estimator(objective, estimator):
     rows = SimpleNamespace(objective=objective)
     given = {} if estimator is None else {"estimator": estimator}
     ZOModule(**given).options.check_objective(rows.objective)
-    if estimator is not None and estimator.differentiates:
+    if estimator is not None and estimator.perturbs is None:
         error = slzo_error(partial(ZOModule, **given, parallel="directions"))
         assert error.startswith(f"model.parallel directions: {estimator.describe()} differentiates and has no points")
         return
@@ -305,23 +307,35 @@ def test_a_path_of_no_optimizer_is_one_line(path, capsys):
     assert path in error_line(capsys, "fit", "--config=quickstart", f"--model.optimizer={path}")
 
 
-class Accurate(SPSA):
-    """A user's estimator that averages enough points for Adam."""
-
-    along_directions = False
+class Own(SPSA):
+    """A user's estimator."""
 
 
-def test_an_estimator_for_adam_may_evaluate_points(examples):
-    """Then it has an eps, and a log of losses."""
-    options = ZOModule(estimator=Accurate(), eps=1e-2).options
-    assert (options.optimizer.name, options.estimator.uses_points) == ("AdamW", True)
+class OwnDerivative(Backprop):
+    """A user's estimator without points."""
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW], ids=["its own", "AdamW"])
+@pytest.mark.parametrize("estimator", [Own(), OwnDerivative(), LayerOutputPerturbation()], ids=described)
+def test_an_automatic_step_size_fits_every_estimator(estimator, optimizer, examples):
+    """With eps auto, an estimator that evaluates points always has an eps, whatever the optimizer."""
+    options = ZOModule(estimator=estimator, **({} if optimizer is None else {"optimizer": optimizer})).options
+    of_weights = estimator.perturbs == "weights"
+    assert options.optimizer.name == ("SGD" if of_weights and optimizer is None else "AdamW")
     model, _ = tiny_loss(examples)
-    stepper = Stepper(model, CandidateCrossEntropy(), options.estimator, options.step)
-    optimizer = torch.optim.AdamW(model.tensors.masters, lr=1e-3)
-    result = stepper.step(TrainBatch(pack(examples), ()), 0, optimizer)
+    batch = TrainBatch(pack(examples), ())
+    rows = SimpleNamespace(training_batches=lambda seed: iter([batch]))
+    objective = CandidateCrossEntropy()
+    auto = auto_rate(Stepper(model, objective, estimator, options.step), rows)
+    stepper = Stepper(model, objective, estimator, options.step, auto=auto, sets_rate=True)
+    result = stepper.step(batch, 0, options.optimizer.build(model.tensors.masters)[0])
     assert result.estimate.finite
-    assert result.record.eps == 1e-2
-    assert len(result.record.losses) == 2
+    assert (result.record.eps > 0, len(result.record.losses)) == ((True, 2) if of_weights else (False, 0))
+
+
+def test_an_unknown_kind_of_estimator_is_refused():
+    with pytest.raises(TypeError, match=r"Wrong\.perturbs is 'weight'; choose 'weights', 'output' or None"):
+        type("Wrong", (SPSA,), {"perturbs": "weight"})
 
 
 def test_an_estimator_names_what_differs_from_the_default():

@@ -21,7 +21,7 @@ from slzo.tasks.base import Example, example_of
 from slzo.tasks.registry import get_task
 from slzo.tasks.sst2 import Sst2
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA, Estimate
+from slzo.zo.estimators import SPSA, Backprop, Estimate
 from slzo.zo.estimators.base import Request
 from slzo.zo.objectives import AnswerObjective
 from slzo.zo.scopes import Scope, ScopeContext, tensors_of
@@ -308,6 +308,7 @@ def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told)
     line = slzo_error(take_step, request, own(SPSA, "estimate", wrong), optimizer)
     assert f"Own: estimate() returned {told}; it must return an Estimate" in line
     assert all(torch.equal(master, before[name]) for name, master in quadratic.tuned.named_masters().items())
+    assert "returned no grad_norm;" in slzo_error(take_step, request, own(Backprop, "estimate", good), optimizer)
     take_step(request, own(SPSA, "estimate", good), optimizer)
 
 

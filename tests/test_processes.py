@@ -171,7 +171,7 @@ def with_every_scope():
         for scope in SCOPE_CASES:
             if isinstance(estimator, LOZO) and isinstance(scope, OutlierChannels | SmallestWeights):
                 continue  # refused: low-rank directions need complete matrices
-            if estimator.perturbs_output and not scope.one_layer:
+            if estimator.perturbs == "output" and not scope.one_layer:
                 continue
             marks = [] if isinstance(scope, LayerScope) else [pytest.mark.slow]
             yield pytest.param(estimator, scope, marks=marks, id=f"{estimator.describe()}, {scope.describe()}")
@@ -181,7 +181,7 @@ def with_every_scope():
 @pytest.mark.parametrize("directions", [1, 2], ids=["rows", "rows and directions"])
 def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, directions, examples):
     """Three sets of rows of other sizes, each on one process, or on two that divide the points."""
-    if directions > 1 and not (estimator.uses_points or estimator.perturbs_output):
+    if directions > 1 and estimator.perturbs is None:
         pytest.skip("this estimator has no points")
     parts = (examples[:1], examples[1:5], examples[5:])
 

@@ -123,7 +123,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
     rows.division = Processes(number, rank, directions, exchange, exchange)
     rows.setup("fit")
     estimator = getattr(estimators, options.estimator)()
-    weights: dict[str, Any] = {} if estimator.perturbs_output else {"eps": _EPS, "num_queries": _QUERIES}
+    weights: dict[str, Any] = {} if estimator.perturbs == "output" else {"eps": _EPS, "num_queries": _QUERIES}
     training = ZOModule(options.model, estimator=estimator, seed=0, **weights).options
     parts = load_parts(training, _CPU, shards)
     adapt_rows(rows, parts, training)
@@ -131,7 +131,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
     plan_prefix(model, rows)
     optimizer = training.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 1e-4)
-    auto = auto_rate(make_stepper(model, training, rows), rows) if estimator.perturbs_output else None
+    auto = auto_rate(make_stepper(model, training, rows), rows) if estimator.perturbs == "output" else None
     stepper, batches = make_stepper(model, training, rows, auto=auto), rows.training_batches(None)
     taken: list[dict[str, float]] = []
     for step in range(_STEPS):

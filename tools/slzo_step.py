@@ -66,7 +66,7 @@ class SlzoStep:
         self.forward.candidate_logits = candidate_logits
         estimator = SPSA() if estimator is None else estimator
         self.stepper = Stepper(self.model, objective, estimator, StepOptions(EPS))
-        optimizer = torch.optim.SGD if estimator.along_directions else torch.optim.AdamW
+        optimizer = torch.optim.SGD if estimator.perturbs == "weights" else torch.optim.AdamW
         self.optimizer = optimizer(self.tuned.masters, lr=LEARNING_RATE)
         self.step = 0
 

@@ -53,7 +53,7 @@ class StepWatch(Callback):
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
                 f"{module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
             )
-        if any(estimate.projected_grad):
+        if any(estimate.slopes):
             self._zeros = 0
             return
         self._zeros += 1
@@ -61,7 +61,7 @@ class StepWatch(Callback):
             if self._zeros == self.max_zero_steps:
                 warn(_no_difference(module, estimate.loss, self._zeros))
             return
-        what = "projected gradient" if stepper.estimator.along_directions else "gradient"
+        what = "projected gradient" if stepper.estimator.perturbs == "weights" else "gradient"
         if self._zeros == 1:
             warn(
                 f"the {what} is exactly 0 at step {trainer.global_step}, so nothing is learned: "
@@ -89,7 +89,7 @@ def _size(module: ZOModule) -> float:
 def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
     objective = module.rows.objective
-    if not objective.generates or module.stepper.estimator.uses_points:
+    if not objective.generates or module.stepper.estimator.perturbs == "weights":
         return f"the loss, {loss:.4g}, did not change along any direction for {steps} steps"
     what = f"for {steps} steps all {objective.sampling.samples} answers to each row were equally good (mean loss {loss:.4g})"
     if loss <= objective.lowest:
@@ -108,7 +108,7 @@ def _reason(module: ZOModule, at_start: float | None) -> str:
             f"the tuned tensors grew by a factor of {now / at_start:.3g} because the steps are too large; lower the learning "
             f"rate (model.optimizer.lr {module.trainer.optimizers[0].param_groups[0]['lr']:.3g})"
         )
-    if not module.stepper.estimator.uses_points:
+    if module.stepper.estimator.perturbs != "weights":
         return (
             "the gradient is exactly 0; lower the learning rate if the loss jumped before, or use another layer or "
             "model.estimator SPSA"

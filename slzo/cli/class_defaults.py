@@ -34,7 +34,9 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     if any(name.startswith("model.estimator.") for name in options):
         found["model.estimator"] = {"class_path": _path(estimator)}
     if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
-        optimizer = _last_class("model.optimizer", given, Optimizer) or default_optimizer(estimator.along_directions)
+        optimizer = _last_class("model.optimizer", given, Optimizer) or default_optimizer(
+            estimator.perturbs == "weights"
+        )
         rate = {"lr": AUTO_LR} if "lr" in argument_types(optimizer) else {}
         found["model.optimizer"] = {"class_path": _path(optimizer), "init_args": rate}
     return found

@@ -62,7 +62,7 @@ class LayerTrials(Trials):
     ) -> None:
         self.parts, self.options, self.rows, self.steps, self.time = parts, options, rows, steps, time
         self.measures_rate = (
-            options.optimizer.automatic and options.estimator.along_directions and parts.model.dtype not in HALF
+            options.optimizer.automatic and options.estimator.perturbs == "weights" and parts.model.dtype not in HALF
         )
         self.generates = rows.objective.generates
         self.num_train, self.num_dev = len(rows.rows("train")), len(rows.rows("dev"))
@@ -89,7 +89,7 @@ class LayerTrials(Trials):
             num_layers=self.parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
-            measuring=_MEASURING if options.estimator.along_directions and uses_auto(options) else 0,
+            measuring=_MEASURING if options.estimator.perturbs == "weights" and uses_auto(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
             head_cost=self._head_cost(batch),
             last_layer=min(1.0, last_layer_share(self.parts, batch) + _KEYS_AND_VALUES),
@@ -187,7 +187,7 @@ class LayerTrials(Trials):
                     why = f"the loss was not finite at step {step}"
                     return Trial(tuple(scores), tuple(losses), _mean(slopes), why)
                 losses.append(estimate.loss)
-                slopes += [abs(slope) for slope in estimate.projected_grad]
+                slopes += [abs(slope) for slope in estimate.slopes]
             if losses and scores[-1].step < len(losses):
                 scores.append(self._score(model, dev_rows, len(losses), stepper.num_evaluations, used))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), self._divergence(scores[0].loss, scores[-1].loss))
@@ -255,7 +255,7 @@ class LayerTrials(Trials):
         options = replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
         sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
-        if sets_rate or (options.step.eps is None and options.estimator.uses_points):
+        if sets_rate or (options.step.eps is None and options.estimator.perturbs == "weights"):
             auto = self._rate(layer, model, options)
         used = 0.0 if auto is None else time.perf_counter() - started
         stepper = make_stepper(model, options, self.rows, auto=auto, sets_rate=sets_rate)

@@ -117,7 +117,7 @@ def check_rates(
     Raises:
         SlzoError: An option is out of range, or the estimator has no eps.
     """
-    if eps is not None and not estimator.uses_points:
+    if eps is not None and estimator.perturbs != "weights":
         raise SlzoError(f"eps {list(eps)}: {estimator.describe()} has no eps; leave it out")
     for name, values in (("lrs", None if lrs == "auto" else lrs), ("eps", eps)):
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):

@@ -169,12 +169,12 @@ def make_stepper(
 
 def uses_auto(options: TrainingOptions) -> bool:
     """Whether learning rate or eps are ``auto`` and used."""
-    return options.optimizer.automatic or (options.step.eps is None and options.estimator.uses_points)
+    return options.optimizer.automatic or (options.step.eps is None and options.estimator.perturbs == "weights")
 
 
 def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
-    if not stepper.estimator.along_directions:
+    if stepper.estimator.perturbs != "weights":
         adapter = stepper.model.adapter
         return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
     return measure_step(stepper, rows, seed)
@@ -182,7 +182,7 @@ def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> Auto
 
 def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:
     """Return the learning rate of ``auto`` from a checkpoint; ``None`` if it has none for this kind of estimator."""
-    kind: type[AutoStep] | type[RelativeRate] = AutoStep if options.estimator.along_directions else RelativeRate
+    kind: type[AutoStep] | type[RelativeRate] = AutoStep if options.estimator.perturbs == "weights" else RelativeRate
     return kind(**data) if data is not None and data.keys() == {field.name for field in fields(kind)} else None
 
 

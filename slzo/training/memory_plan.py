@@ -78,7 +78,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
     ``None`` if the options differentiate already, or if they or the objective do not allow it.
     """
     placed = options.quantization is not None or options.device_map is not None
-    if options.estimator.differentiates or placed or options.parallel not in ("rows", 1):
+    if options.estimator.perturbs is None or placed or options.parallel not in ("rows", 1):
         return None
     try:
         changed = replace(
@@ -157,8 +157,10 @@ def _inputs_by_layer(
             work,
             int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
             on_cpu=device.type == "cpu",
-            differentiated=parts.num_layers - start if estimator.differentiates else int(estimator.perturbs_output),
-            records=estimator.perturbs_output,
+            differentiated=parts.num_layers - start
+            if estimator.perturbs is None
+            else int(estimator.perturbs == "output"),
+            records=estimator.perturbs == "output",
         )
         if num_shards > 1:
             where = f"layers divided over {num_shards} processes"
@@ -193,7 +195,7 @@ def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabula
     tokens = min(largest.num_tokens, max(rows.tokens_per_pass or largest.num_tokens, longest))
     logit_rows = logit_rows * tokens // largest.num_tokens
     answers = 2  # a step along a direction generates at two points
-    if rows.objective.generates and not options.estimator.uses_points:
+    if rows.objective.generates and options.estimator.perturbs != "weights":
         answers = rows.objective.sampling.samples
         new = answers * rows.task.max_new_tokens
         most = max(len(row.prompt) for row in rows.rows("train")) + new

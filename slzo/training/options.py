@@ -53,12 +53,12 @@ class TrainingOptions:
                 "the directions of a step"
             )
         self.estimator.check(self.step.num_queries)
-        if self.estimator.differentiates and self.parallel not in ("rows", 1):
+        if self.estimator.perturbs is None and self.parallel not in ("rows", 1):
             raise SlzoError(
                 f"model.parallel {self.parallel}: {self.estimator.describe()} differentiates and has no points to divide; use "
                 "rows, or SPSA"
             )
-        if self.estimator.perturbs_output and self.step.eps is not None:
+        if self.estimator.perturbs == "output" and self.step.eps is not None:
             raise SlzoError(
                 f"model.eps {self.step.eps}: is a distance between weights, and {self.estimator.describe()} perturbs no weights; "
                 "leave it out, or use model.estimator SPSA"
@@ -87,19 +87,19 @@ class TrainingOptions:
         Raises:
             SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        if objective.generates and not self.estimator.uses_points:
+        if objective.generates and self.estimator.perturbs != "weights":
             objective.sampling.check()
             if self.parallel not in ("rows", 1):
                 raise SlzoError(
                     f"model.parallel {self.parallel}: with {self.estimator.describe()} every process would compute all rewards; "
                     "use rows, or model.estimator SPSA"
                 )
-        if self.optimizer.automatic and not self.estimator.along_directions and not self.optimizer.normalizes:
+        if self.optimizer.automatic and self.estimator.perturbs != "weights" and not self.optimizer.normalizes:
             raise SlzoError(
                 f"model.optimizer {self.optimizer.name}: with {self.estimator.describe()} lr auto is known for Adam, AdamW and "
                 "other optimizers that divide the gradient by its size; use AdamW, give a number, or use model.estimator SPSA"
             )
-        if self.estimator.differentiates and not objective.differentiable:
+        if self.estimator.perturbs is None and not objective.differentiable:
             raise SlzoError(
                 f"data.objective {objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
                 "SPSA"
@@ -125,7 +125,7 @@ class TrainingOptions:
                 f"model.quantization {self.quantization!r}: quantized layers cannot be divided over "
                 "processes (trainer.strategy sharded); leave it out, or use ddp"
             )
-        if self.estimator.differentiates:
+        if self.estimator.perturbs is None:
             raise SlzoError(
                 f"model.estimator {self.estimator.describe()}: differentiates layers that are divided over processes "
                 "(trainer.strategy sharded); use LayerOutputPerturbation or SPSA, or ddp"

@@ -163,7 +163,7 @@ def open_step_log(
     Returns:
         The writer of the log, ``None`` if no log is written; and the steps to repeat.
     """
-    if run.quick or run.steps_before > 0 or not prepared.options.estimator.uses_points:
+    if run.quick or run.steps_before > 0 or prepared.options.estimator.perturbs != "weights":
         return None, {}
     settings = log_settings(prepared, rows)
     first = rows.processes.rank == 0

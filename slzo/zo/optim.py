@@ -35,9 +35,9 @@ _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.op
 _TRIED_STEPS = 20_000
 
 
-def default_optimizer(along_directions: bool) -> type[torch.optim.SGD | torch.optim.AdamW]:
-    """Return the default optimizer: SGD for estimates along random directions, AdamW for those that are close to the gradient."""
-    return torch.optim.SGD if along_directions else torch.optim.AdamW
+def default_optimizer(perturbs_weights: bool) -> type[torch.optim.SGD | torch.optim.AdamW]:
+    """Return the default optimizer: SGD for sums of random directions of the weights, AdamW for what is close to the gradient."""
+    return torch.optim.SGD if perturbs_weights else torch.optim.AdamW
 
 
 def _fused(make: MakeOptimizer, params: Iterable) -> Optimizer:

@@ -139,9 +139,9 @@ class Stepper:
         sets_rate: bool = False,
         max_nonfinite: int = 10,
     ) -> None:
-        if estimator.perturbs_output:
+        if estimator.perturbs == "output":
             check_layer_output(model.parts, model.span, estimator.describe())
-        if not estimator.uses_points:
+        if estimator.perturbs != "weights":
             _check_parameters(model)
         self.model = model
         self.objective = objective
@@ -273,7 +273,7 @@ class Stepper:
         Raises:
             SlzoError: It has not been measured yet.
         """
-        if not self.estimator.uses_points:
+        if self.estimator.perturbs != "weights":
             return 0.0
         if self.options.eps is None:
             raise SlzoError("model.eps auto: must be measured first (see slzo.zo.auto_step); or give a number")

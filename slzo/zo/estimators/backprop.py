@@ -10,8 +10,7 @@ class Backprop(Estimator):
     effect. A step counts as 3 evaluations: the backward pass costs about two forward passes.
     """
 
-    differentiates = True
-    along_directions = False
+    perturbs = None
 
     def estimate(self, request: Request) -> Estimate:
         loss, gradient = request.loss.gradient()

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,9 +208,10 @@ class Estimate:
         loss_plus: Loss at ``w + eps z``, mean over queries.
         loss_minus: Loss at ``w - eps z``, mean over queries. Estimators that do not evaluate this point give the loss at ``w``,
             or ``loss_plus`` if they do not evaluate that either.
-        projected_grad: Slope of the loss along each direction.
+        projected_grad: Slope of the loss along each direction of the weights; empty if the estimator perturbs no weights.
         num_evaluations: Evaluations of the batch; a pass through some of the layers counts as a part of one.
         gradient: Gradient by name of the tuned tensor, float32; not used if the estimate is not finite.
+        grad_norm: Norm of the gradient; ``None`` if the estimator perturbs the weights.
     """
 
     loss: float
@@ -219,11 +220,17 @@ class Estimate:
     projected_grad: tuple[float, ...]
     num_evaluations: float
     gradient: Mapping[str, Tensor]
+    grad_norm: float | None = None
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """Slope of the loss along each direction of the weights, or the one along the gradient, which is its norm."""
+        return self.projected_grad if self.projected_grad or self.grad_norm is None else (self.grad_norm,)
 
     @property
     def finite(self) -> bool:
         """Whether all losses and slopes are finite."""
-        return all(map(math.isfinite, (self.loss, self.loss_plus, self.loss_minus, *self.projected_grad)))
+        return all(map(math.isfinite, (self.loss, self.loss_plus, self.loss_minus, *self.slopes)))
 
     def scale_gradient(self, factor: float) -> None:
         """Multiply the gradient in place. The slopes stay as they are."""
@@ -236,25 +243,20 @@ class Estimator(ABC):
     """Estimates the gradient at the masters. Evaluations change the live weights; the caller restores them.
 
     Attributes:
-        differentiates: Whether the estimator differentiates the whole loss.
-        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise AdamW with a rate
-            relative to the weights is the default.
-        perturbs_output: Whether the estimator perturbs the output of the one tuned layer, instead of its weights.
+        perturbs: What the estimator perturbs. "weights": the estimate is a sum of directions of the weights, from losses at
+            points around the masters. Then eps is used, steps can be replayed from a log of the losses, and SGD with a measured
+            rate is the default. "output": the output of the one tuned layer. ``None``: nothing, the whole loss is
+            differentiated. For both AdamW with a rate relative to the weights is the default.
         normalizes: Whether the estimator divides the gradient by its size.
     """
 
-    differentiates: bool = False
-    along_directions: bool = True
-    perturbs_output: bool = False
+    perturbs: ClassVar[Literal["weights", "output"] | None] = "weights"
     normalizes: bool = False
 
-    @property
-    def uses_points(self) -> bool:
-        """Whether the estimate follows from losses at points around the masters.
-
-        Then eps is used, and steps can be replayed from a log of the losses.
-        """
-        return not (self.differentiates or self.perturbs_output)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.perturbs not in ("weights", "output", None):
+            raise TypeError(f"{cls.__qualname__}.perturbs is {shown(cls.perturbs)}; choose 'weights', 'output' or None")
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:
@@ -278,8 +280,8 @@ class Estimator(ABC):
 
 
 def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: float) -> Estimate:
-    """Return the estimate of an estimator without directions: the loss at the masters, with the norm of the gradient as slope."""
-    return Estimate(loss, loss, loss, (float(get_total_norm(gradient.values())),), evaluations, gradient)
+    """Return the estimate of an estimator that perturbs no weights, from the loss at the masters."""
+    return Estimate(loss, loss, loss, (), evaluations, gradient, grad_norm=float(get_total_norm(gradient.values())))
 
 
 def estimate_of(estimator: Estimator, request: Request) -> Estimate:
@@ -293,8 +295,10 @@ def estimate_of(estimator: Estimator, request: Request) -> Estimate:
     wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
     if not isinstance(estimate, Estimate):
         raise broken_contract("model.estimator", estimator, f"estimate() returned {shown(estimate)}", wanted)
-    if not estimate.projected_grad:
+    if estimator.perturbs == "weights" and not estimate.projected_grad:
         raise broken_contract("model.estimator", estimator, "estimate() returned no projected_grad", wanted)
+    if estimator.perturbs != "weights" and estimate.grad_norm is None:
+        raise broken_contract("model.estimator", estimator, "estimate() returned no grad_norm", wanted)
     for name, tensor in estimate.gradient.items():
         if name not in masters:
             problem = f"a gradient of {name!r}, which is not tuned"

@@ -69,8 +69,7 @@ class LayerOutputPerturbation(Estimator):
         SlzoError: An argument is out of range.
     """
 
-    along_directions = False
-    perturbs_output = True
+    perturbs = "output"
 
     def __init__(
         self,
