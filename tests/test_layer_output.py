@@ -615,8 +615,8 @@ def test_only_the_layers_above_run_for_a_query(queries, examples, monkeypatch):
 class OfRows(AnswerLikelihood):
     """The same loss, which does not say that it is a sum over positions."""
 
-    def position_losses(self, logits, batch):
-        return None
+    def row_losses(self, logits, batch, selected):
+        return super().row_losses(logits, batch, selected)._replace(by_position=None)
 
 
 @pytest.mark.parametrize(

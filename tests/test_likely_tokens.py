@@ -4,15 +4,14 @@ import pytest
 import torch
 from helpers import batch_loss, described, estimate_at, tuned_model
 
-from slzo.batches.losses import token_log_likelihoods
+from slzo.batches.losses import RowLosses, token_log_likelihoods
 from slzo.batches.packing import pack
 from slzo.models.logits import needed_logits
 from slzo.zo import likely_tokens
 from slzo.zo.estimators import Backprop, Request
 from slzo.zo.likely_tokens import LikelyTokens
-from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, LogitObjective
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.packed_layer_output import PackedLayerOutput
-from slzo.zo.policy_gradient import PolicyLoss
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
@@ -121,8 +120,8 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
             moved = hidden.clone()
             moved[batch.needed] += shift
             logits = torch.where(is_likely, needed_logits(parts, batch, stop, moved), base)
-            own = objective.position_losses(logits[None], batch) if output.per_token else None
-            expected.append(objective.row_losses(logits[None], batch, False).totals if own is None else own)
+            own = objective.row_losses(logits[None], batch, False)
+            expected.append(own.by_position if output.per_token else own.totals)
         outputs.append((output.losses(shifts), torch.cat(expected)))
         return torch.zeros(len(output.size), output.width), len(shifts)
 
@@ -143,26 +142,13 @@ def test_the_mean_of_many_queries_is_near_the_gradient(few, examples, objective)
 class OwnLogits(AnswerLikelihood):
     def row_losses(self, logits, batch, selected):
         assert logits.shape[-1] == VOCABULARY
-        return super().row_losses(logits, batch, selected)
+        totals, weights, *_ = super().row_losses(logits, batch, selected)
+        return RowLosses(totals, weights)
 
 
 class OwnScores(CandidateCrossEntropy):
     def losses_from_scores(self, scores, batch):
         return super().losses_from_scores(scores, batch)
-
-
-class Mixin:
-    def row_losses(self, logits, batch, selected):
-        raise NotImplementedError
-
-
-class MixedObjective(Mixin, AnswerLikelihood):
-    pass
-
-
-class OwnObjective(LogitObjective):
-    def row_losses(self, logits, batch, selected):
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize(
@@ -172,14 +158,13 @@ class OwnObjective(LogitObjective):
         (CandidateCrossEntropy(), 1.0),
         (OwnScores(), 1.0),
         (OwnLogits(), None),
-        (OwnObjective(), None),
-        (MixedObjective(), None),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_objective_that_reads_logits_itself_gets_all_of_them(objective, temperature):
-    assert objective.likelihood_temperature == temperature
-    assert PolicyLoss({}, 1.0, 0.5).likelihood_temperature == 0.5
+def test_losses_say_whether_they_read_logits_themselves(objective, temperature, examples):
+    batch = pack(examples)
+    found = objective.row_losses(torch.zeros(1, batch.needed.numel(), VOCABULARY), batch, False)
+    assert found.likelihood_temperature == temperature
 
 
 def test_an_own_objective_sees_the_whole_vocabulary_at_shifts(few, examples):

@@ -166,10 +166,10 @@ def test_only_rows_whose_answers_differ_are_run(kept):
             advantage = own[shift] - (sum(own) - own[shift]) / 3
             expected[:, place] += advantage * likelihood[:, first:stop].sum(dim=1)
             first = stop
-    totals, weights = policy.row_losses(logits, batch, False)
+    totals, weights, of_positions, temperature = policy.row_losses(logits, batch, False)
     torch.testing.assert_close(totals, expected)
     assert float(weights.sum()) == 12
-    of_positions = policy.position_losses(logits, batch)
+    assert temperature == 0.5
     assert of_positions.shape == (2, len(batch.needed))
     torch.testing.assert_close(of_positions.sum(dim=1), expected.sum(dim=1))
     one_point = policy.row_losses(logits[1], batch, False).sum()

@@ -123,7 +123,7 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
         inputs.append((logits[..., batch.choice_ids], True))
     assert len(inputs) == (2 if answers == "one token" and isinstance(objective, CandidateObjective) else 1)
     for given, selected in inputs:
-        totals, weights = objective.row_losses(given, batch, selected)
+        totals, weights, *_ = objective.row_losses(given, batch, selected)
         torch.testing.assert_close(torch.stack([totals, weights.expand_as(totals)], dim=-1), expected)
         for point, own in zip(given, expected, strict=True):
             torch.testing.assert_close(objective.row_losses(point, batch, selected).sum(), own.sum(dim=0))
@@ -143,10 +143,11 @@ def test_the_losses_of_positions_are_those_of_the_gold_tokens_after_them(answers
                 for position, token in zip(positions, sequence.ids[-sequence.num_answer :], strict=True):
                     expected[:, position] = -logits[:, position].log_softmax(-1)[:, token]
         ends.append(end)
-    found = AnswerLikelihood().position_losses(logits, batch)
+    losses = AnswerLikelihood().row_losses(logits, batch, False)
+    found = losses.by_position
     torch.testing.assert_close(found, expected)
     of_rows = torch.stack([found[:, start:end].sum(dim=1) for start, end in pairwise(ends)], dim=1)
-    torch.testing.assert_close(of_rows, AnswerLikelihood().row_losses(logits, batch, False).totals)
+    torch.testing.assert_close(of_rows, losses.totals)
 
 
 @pytest.mark.parametrize("objective", [CandidateErrors(), Margins(), Certainty()], ids=described)
@@ -178,13 +179,13 @@ class OwnLogitsOfCandidates(CandidateCrossEntropy):
 
 class Doubled(AnswerLikelihood):
     def row_losses(self, logits, batch, selected):
-        totals, weights = super().row_losses(logits, batch, selected)
+        totals, weights, *_ = super().row_losses(logits, batch, selected)
         return RowLosses(2 * totals, weights)
 
 
 class PlainDoubled(LogitObjective):
     def row_losses(self, logits, batch, selected):
-        totals, weights = AnswerLikelihood().row_losses(logits, batch, selected)
+        totals, weights, *_ = AnswerLikelihood().row_losses(logits, batch, selected)
         return RowLosses(2 * totals, weights)
 
 
@@ -225,13 +226,16 @@ def test_what_a_users_objective_returns_is_checked(returned, examples):
 @pytest.mark.parametrize("returned", ["number", "total", "rows"])
 def test_what_a_users_objective_returns_for_positions_is_checked(returned, examples):
     class Own(AnswerLikelihood):
-        def position_losses(self, logits, batch):
-            totals = self.row_losses(logits, batch, False).totals
-            return {"number": 1.0, "total": totals.sum(), "rows": totals}[returned]
+        def row_losses(self, logits, batch, selected):
+            found = super().row_losses(logits, batch, selected)
+            wrong = {"number": 1.0, "total": found.totals.sum(), "rows": found.totals}
+            return found._replace(by_position=wrong[returned])
 
     model, loss = tiny_loss(examples, objective=Own())
     error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
-    expected = r"data\.objective \S*Own: position_losses\(\) returned .*; it must return None, or a loss for each point"
+    expected = (
+        r"data\.objective \S*Own: row_losses\(\) returned by_position .*; it must return RowLosses whose by_position"
+    )
     assert re.match(expected, error)
 
 

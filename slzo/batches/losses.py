@@ -15,10 +15,22 @@ from slzo.utils.errors import broken_contract, shown
 
 
 class RowLosses(NamedTuple):
-    """What each example adds to total loss and weight: totals, shape (..., B), and weights, shape (B,), both float32."""
+    """What each example adds to total loss and weight.
+
+    Attributes:
+        totals: What each example adds to the total loss, shape (..., B), float32.
+        weights: Weight of each example, shape (B,), float32.
+        by_position: What the logits of each needed position add to the total loss, shape (..., U), float32. ``None`` if the loss
+            is not a sum over positions.
+        likelihood_temperature: The temperature, usually 1, if logits of the whole vocabulary were only read by
+            :func:`token_log_likelihoods`. Then the vocabulary may be another one, in which ``batch.token_id`` has the places of
+            the answer tokens. ``None`` if the loss reads logits itself.
+    """
 
     totals: Tensor
     weights: Tensor
+    by_position: Tensor | None = None
+    likelihood_temperature: float | None = None
 
     def sum(self) -> Tensor:
         """Return total loss and weight, shape (2,), float32; the totals must be those of one point."""
@@ -26,15 +38,7 @@ class RowLosses(NamedTuple):
 
 
 class LogitLoss(ABC):
-    """A loss as a function of logits.
-
-    Attributes:
-        likelihood_temperature: The temperature, usually 1, if logits of the whole vocabulary are only read by
-            :func:`token_log_likelihoods`. Then the vocabulary may be another one, in which ``batch.token_id`` has the places of
-            the answer tokens. ``None`` if the loss reads logits itself.
-    """
-
-    likelihood_temperature: float | None = None
+    """A loss as a function of logits."""
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
@@ -51,35 +55,23 @@ class LogitLoss(ABC):
             selected: Whether only the logits of ``batch.choice_ids`` are given.
         """
 
-    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
-        """Return what the logits of each needed position add to the total loss, shape (..., U).
-
-        ``None``, the default, if the loss is not a sum over positions. ``logits`` are those of the whole vocabulary.
-        """
-        return None
-
 
 def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
     """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
     shapes = (*points, batch.num_examples), (batch.num_examples,)
-    if not isinstance(found, RowLosses) or tuple(part.shape for part in found) != shapes:
+    if not isinstance(found, RowLosses) or (found.totals.shape, found.weights.shape) != shapes:
         wanted = "RowLosses with a total for each point and example, and a weight for each example"
         raise broken_contract("data.objective", loss, f"{method}() returned {shown(found)}", wanted)
+    own = found.by_position
+    if own is not None and (not isinstance(own, Tensor) or own.shape != (*points, batch.needed.numel())):
+        wanted = "RowLosses whose by_position is None, or a loss for each point and position"
+        raise broken_contract("data.objective", loss, f"{method}() returned by_position {shown(own)}", wanted)
     return found
 
 
 def checked_row_losses(loss: LogitLoss, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
     """Return :meth:`LogitLoss.row_losses`, or raise SlzoError if they are wrong."""
     return checked(loss, "row_losses", loss.row_losses(logits, batch, selected), logits.shape[:-2], batch)
-
-
-def checked_position_losses(loss: LogitLoss, logits: Tensor, batch: PackedBatch) -> Tensor | None:
-    """Return :meth:`LogitLoss.position_losses`, or raise SlzoError if they are wrong."""
-    losses = loss.position_losses(logits, batch)
-    if losses is not None and (not isinstance(losses, Tensor) or losses.shape != logits.shape[:-1]):
-        wanted = "None, or a loss for each point and position"
-        raise broken_contract("data.objective", loss, f"position_losses() returned {shown(losses)}", wanted)
-    return losses
 
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
@@ -126,14 +118,11 @@ def sum_by_position(tokens: Tensor, batch: PackedBatch) -> Tensor:
 
 def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
     """Return the negative log-likelihood of the gold answers, summed over their tokens, from logits (..., U, vocabulary)."""
-    return RowLosses(sum_by_example(gold_losses(logits, batch), batch), sum_by_example(_is_gold(batch).float(), batch))
-
-
-def gold_losses(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the negative log-likelihood of each answer token of the gold answers, 0 for other answers, shape (..., R)."""
-    return -token_log_likelihoods(logits, batch) * _is_gold(batch).float()
-
-
-def _is_gold(batch: PackedBatch) -> Tensor:
-    """Return whether each answer token is one of the gold answer, shape (R,)."""
-    return (batch.candidate_slot == batch.gold[batch.candidate_example])[batch.token_candidate]
+    is_gold = (batch.candidate_slot == batch.gold[batch.candidate_example])[batch.token_candidate].float()
+    tokens = -token_log_likelihoods(logits, batch) * is_gold
+    return RowLosses(
+        sum_by_example(tokens, batch),
+        sum_by_example(is_gold, batch),
+        sum_by_position(tokens, batch),
+        likelihood_temperature=1.0,
+    )

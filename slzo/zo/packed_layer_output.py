@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, checked_position_losses, checked_row_losses
+from slzo.batches.losses import LogitLoss, RowLosses, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
@@ -91,13 +91,12 @@ class PackedLayerOutput(LayerOutput):
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self._unshifted = logits[0]
-        self.sums = checked_row_losses(objective, logits, batch, self._selected).sum()
-        self.per_token = False
+        found = self._row_losses(logits)
+        self.sums = found.sum()
+        self.per_token = not self._selected and found.by_position is not None
         if not self._selected:
-            # a loss that is not a sum over positions returns None for any logits
-            self.per_token = checked_position_losses(objective, logits, batch) is not None
-            if objective.likelihood_temperature is not None:
-                self._likely = LikelyTokens.of(logits[0], batch, objective.likelihood_temperature)
+            if found.likelihood_temperature is not None:
+                self._likely = LikelyTokens.of(logits[0], batch, found.likelihood_temperature)
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
@@ -132,10 +131,8 @@ class PackedLayerOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._needed] = self._moved(shifts)
-        logits = self._logits(self._above.at(hidden))
-        batch = self._batch if self._likely is None else self._likely.batch
-        own = checked_position_losses(self._objective, logits, batch) if self.per_token else None
-        return checked_row_losses(self._objective, logits, batch, self._selected).totals if own is None else own
+        found = self._row_losses(self._logits(self._above.at(hidden)))
+        return found.by_position if self.per_token and found.by_position is not None else found.totals
 
     def applied(self, shifts: Tensor) -> Tensor:
         here = self._output[self._batch.needed]
@@ -144,6 +141,10 @@ class PackedLayerOutput(LayerOutput):
     def _moved(self, shifts: Tensor) -> Tensor:
         here = self._output[self._batch.needed]
         return (here.float() + shifts).to(here.dtype)
+
+    def _row_losses(self, logits: Tensor) -> RowLosses:
+        batch = self._batch if self._likely is None else self._likely.batch
+        return checked_row_losses(self._objective, logits, batch, self._selected)
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""

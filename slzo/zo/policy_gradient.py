@@ -76,24 +76,22 @@ class PolicyLoss(LogitLoss):
     Attributes:
         advantages: Advantages of the answers to an example, shape (samples,), float32, by cache key of the example.
         weight: Weight of one example.
-        likelihood_temperature: Temperature at which the answers were sampled.
+        temperature: Temperature at which the answers were sampled.
     """
 
     advantages: Mapping[int, Tensor]
     weight: float
-    likelihood_temperature: float
+    temperature: float
 
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        tokens = self._tokens(logits, batch)
-        return RowLosses(sum_by_example(tokens, batch), tokens.new_full((batch.num_examples,), self.weight))
-
-    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor:
-        return sum_by_position(self._tokens(logits, batch), batch)
-
-    def _tokens(self, logits: Tensor, batch: PackedBatch) -> Tensor:
-        """Return what each answer token adds, shape (..., R)."""
         advantages = torch.cat([self.advantages[key] for key in batch.example_index])
-        return token_log_likelihoods(logits, batch, self.likelihood_temperature) * advantages[batch.token_candidate]
+        tokens = token_log_likelihoods(logits, batch, self.temperature) * advantages[batch.token_candidate]
+        return RowLosses(
+            sum_by_example(tokens, batch),
+            tokens.new_full((batch.num_examples,), self.weight),
+            sum_by_position(tokens, batch),
+            self.temperature,
+        )
 
 
 def policy_batch(

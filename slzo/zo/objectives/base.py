@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -73,14 +72,6 @@ def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Lo
 class LogitObjective(Objective, LogitLoss):
     """A loss of the logits at the answers' positions. It uses the prefix cache."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Reset what a base class says of its own :meth:`row_losses` if this class has another one."""
-        super().__init_subclass__(**kwargs)
-        for name in ("likelihood_temperature", "position_losses"):
-            owner = next(kind for kind in cls.__mro__ if {name, "row_losses"} & vars(kind).keys())
-            if name not in vars(owner):
-                setattr(cls, name, getattr(LogitLoss, name))
-
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         states = context.forward.prefix(batch.packed, max_tokens=batch.max_tokens)
         return BatchLogitLoss(context, batch, self, states)
@@ -89,15 +80,13 @@ class LogitObjective(Objective, LogitLoss):
 class CandidateObjective(LogitObjective):
     """A loss of the candidates' scores."""
 
-    likelihood_temperature = 1.0
-
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         # the normalizer over the vocabulary cancels between one-token candidates of the same prompt
         return batch.choice_ids is None
 
     @abstractmethod
     def losses_from_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
-        """Return the loss of each example.
+        """Return total and weight of each example.
 
         Args:
             scores: Mean log-likelihood of each candidate's tokens, shape (..., C), float32; up to a constant for each example.
@@ -106,7 +95,8 @@ class CandidateObjective(LogitObjective):
 
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         losses = self.losses_from_scores(candidate_scores(logits, batch, selected), batch)
-        return checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
+        totals, weights, *_ = checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
+        return RowLosses(totals, weights, likelihood_temperature=1.0)
 
 
 class AnswerObjective(Objective):
