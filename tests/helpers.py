@@ -359,7 +359,7 @@ class Quadratic:
     def at(self, points):
         losses = []
         for point in points:
-            self.tuned.write(point.direction, point.scale)
+            self.tuned.write(point)
             here = flat(self.live).double()
             losses.append(self.slope.double().dot(here) + self.curvature * here.dot(here) / 2)
         return torch.stack(losses)

@@ -17,7 +17,7 @@ from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.cli.auto_values import decode_words, encode_words
 from slzo.cli.given import one_word_each
 from slzo.zo.auto_step import AutoStep
-from slzo.zo.loss import BatchLogitLoss
+from slzo.zo.logit_loss import BatchLogitLoss
 from slzo.zo.stepper import Stepper
 
 LEARNS = [

@@ -466,7 +466,7 @@ def test_each_subset_is_measured_with_the_other_tensors_at_their_masters():
     def square(points):
         losses = []
         for point in points:
-            tuned.write(point.direction, point.scale)
+            tuned.write(point)
             moved.append([name for name, weight in weights.items() if bool((weight != 1).any())])
             losses.append(sum(float(weight.detach().square().sum()) for weight in weights.values()))
         return torch.tensor(losses)

@@ -14,7 +14,6 @@ from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
-from slzo.zo.loss import live_points
 
 pytestmark = pytest.mark.fast
 
@@ -32,7 +31,7 @@ def make_prompts(seed=0):
 @torch.no_grad()
 def plain_answers(family, model, tuned, point, prompts, stops):
     """Each prompt alone, with a model of its own that has the point's weights."""
-    tuned.write(point.direction, point.scale)
+    tuned.write(point)
     plain = tiny_model(family)
     plain.load_state_dict(model.state_dict())
     tuned.restore()
@@ -48,7 +47,7 @@ def plain_answers(family, model, tuned, point, prompts, stops):
 def joint_answers(tuned_model, points, prompts, prompt_of, stops, budget=10_000, **options):
     options = {"max_new_tokens": NEW_TOKENS, "prefill_tokens": budget, **options}
     span = tuned_model.span
-    with live_points(tuned_model.tensors, points) as write:
+    with tuned_model.tensors.live_points(points) as write:
         varied = VariedLayers(span.start, span.stop, len(points), write)
         return generate(tuned_model.parts, prompts, stops, prompt_of=prompt_of, varied=varied, **options)[0]
 
@@ -140,7 +139,7 @@ def test_sampled_answers_are_those_of_one_point_after_the_other():
     found = joint_answers(tuned_model, points, prompts, rows, stops, sampling=Sampling(2.0, (*keys, *keys)))
     expected = []
     for point in points:
-        tuned_model.tensors.write(point.direction, point.scale)
+        tuned_model.tensors.write(point)
         for n, key in zip(rows, keys, strict=True):
             ids = list(prompts[n])
             for position in range(NEW_TOKENS):
@@ -181,7 +180,7 @@ def test_live_points_are_those_that_are_written(hold):
     points = [Point({}, 0.0), Point(z, 0.1), Point(z, -0.1)]
     places = [tensor.live.data_ptr() for _, tensor in tuned.items()]
     tuned.hold_bytes = 2**30 if hold else 0
-    with live_points(tuned, points) as write:
+    with tuned.live_points(points) as write:
         for number in (1, 0, 2, 1, 0):
             write(number)
             for name, tensor in tuned.items():

@@ -176,7 +176,7 @@ def test_one_sided_estimates_in_bfloat16_use_what_rounding_left():
     def at(points):
         losses = []
         for point in points:
-            tuned.write(point.direction, point.scale)
+            tuned.write(point)
             losses.append(live.double().sum())
         return torch.stack(losses)
 

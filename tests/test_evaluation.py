@@ -334,7 +334,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
         def at(points):
             losses = losses_at(points)
             for point, value in zip(points, losses.tolist(), strict=True):
-                stepper.model.tensors.write(point.direction, point.scale)
+                stepper.model.tensors.write(point)
                 metrics = TaskMetrics(datamodule.task)
                 predictions = stepper.evaluator(eval_batch(batch.rows)).predictions
                 metrics.update([row.example for row in batch.rows], predictions)

@@ -196,7 +196,7 @@ def test_sensitivity_is_the_mean_slope(options):
         for query in range(found.directions):
             losses = []
             for sign in (1, -1):
-                tuned.write(tuned.draw(5, 0, query), sign * eps)
+                tuned.write(Point(tuned.draw(5, 0, query), sign * eps))
                 logits = needed_logits(trials.parts, rows)
                 total, weight = CandidateCrossEntropy().row_losses(logits, rows, False).sum()
                 losses.append(float(total / weight))

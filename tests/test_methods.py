@@ -29,6 +29,7 @@ from slzo.training.memory_estimate import tuning_bytes
 from slzo.utils.errors import SlzoError
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import ActivationSubspace, PrefixTuning
+from slzo.zo.tuned import Point
 from tiny import make_tokenizer
 
 METHODS = {
@@ -154,7 +155,7 @@ def test_generation_sees_the_learned_prefix(family):
     """Against greedy steps with the whole model, one row and one token at a time."""
     model = tiny_model(family, **PEFT_HEADS.get(family, {}))
     learned = tune_scope(PrefixTuning(3), model)
-    learned.tensors.write(learned.tensors.draw(0, 0, 0), 1.0)
+    learned.tensors.write(Point(learned.tensors.draw(0, 0, 0), 1.0))
     parts = learned.parts
     generator = random.Random(0)
     prompts = [random_example(generator, i, 4 + 3 * i, (1,)).sequences[0].ids[:-1] for i in range(5)]

@@ -233,7 +233,7 @@ def test_a_batch_in_parts_has_the_same_estimate(layer, monkeypatch):
     assert sum(parts, ()) == (0, 2, 3, 4)
     assert 1 < len(parts) < 4
     seen.clear()
-    monkeypatch.setattr("slzo.zo.loss.MOST_LOGITS", 45 * TOKENS)
+    monkeypatch.setattr("slzo.zo.answer_loss.MOST_LOGITS", 45 * TOKENS)
     assert_same_estimate(estimate_at(stepper.model, stepper.loss(batch_of(rows)), queries=3), whole)
     assert list(dict.fromkeys(seen)) == parts
 

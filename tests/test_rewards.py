@@ -525,7 +525,7 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
     z = tensors.draw(0, 0, 0)
     losses = loss.at([Point(z, 0.5), Point(z, -0.5)])
     for scale, found in zip((0.5, -0.5), losses.tolist(), strict=True):
-        tensors.write(z, scale)
+        tensors.write(Point(z, scale))
         made = [
             generate(stepper.model.parts, [row.prompt], {2}, max_new_tokens=5).answers[0] for row in batch_of().rows
         ]

@@ -87,7 +87,7 @@ def test_a_scope_moves_what_it_names_and_nothing_else(scope, family):
     tuned = tensors_of(scope, model)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     direction = tuned.draw(0, 0, 0)
-    tuned.write(direction, 0.1)
+    tuned.write(Point(direction, 0.1))
     moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
     assert moved == set(direction) <= set(tuned.names)
     tuned.restore()
@@ -139,7 +139,7 @@ def test_outlier_channels_and_their_complement_are_the_mlp(family):
     (inputs,) = record_inputs(parts, [down.module], packed_prompts(16))
     channel = int(inputs.abs().amax(dim=0).argmax())
     before = down.weight.clone()
-    top.write(top.draw(0, 0, 0), 1.0)
+    top.write(Point(top.draw(0, 0, 0), 1.0))
     changed = (down.weight != before).any(dim=1 if down.transposed else 0)
     assert changed[channel]
     assert int(changed.sum()) == round(0.05 * down.sizes[1])
@@ -238,7 +238,7 @@ def test_losses_of_a_scope_equal_those_of_the_whole_model(scope, examples):
     points = [Point(tuned.draw(0, 0, query), sign * 1e-2) for query in (0, 1) for sign in (1, -1)]
     expected = []
     for point in points:
-        tuned.write(point.direction, point.scale)
+        tuned.write(point)
         span = Span(0, parts.num_layers, inside=False)
         whole = SuffixForward(parts, span, PrefixCache(0, budget_gb=0), candidate_logits=False)
         total, weight = whole.loss(batch, None, CandidateCrossEntropy())
@@ -295,7 +295,7 @@ def test_merged_lora_computes_the_same(tmp_path):
     plain = tiny_model("llama")
     ids = torch.arange(3, 20)[None]
     assert torch.equal(model(ids).logits, plain(ids).logits)  # B is zero
-    tuned.write(tuned.draw(0, 0, 0), 0.3)
+    tuned.write(Point(tuned.draw(0, 0, 0), 0.3))
     expected = model(ids).logits
     assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
     tuned_model.merge()
@@ -309,7 +309,7 @@ def test_merged_lora_computes_the_same(tmp_path):
 def test_removing_the_adapter_leaves_the_plain_model(scope):
     model, plain = tiny_model("llama"), tiny_model("llama")
     tuned_model = tune_scope(scope, model)
-    tuned_model.tensors.write(tuned_model.tensors.draw(0, 0, 0), 0.3)
+    tuned_model.tensors.write(Point(tuned_model.tensors.draw(0, 0, 0), 0.3))
     tuned_model.tensors.restore()
     for _ in range(2):
         tuned_model.release()
@@ -333,7 +333,7 @@ def test_a_learned_prefix_computes_what_peft_does(family, examples):
     model = tiny_model(family, scale=1.5, **PEFT_HEADS.get(family, {}))
     tuned_model = tune_scope(PrefixTuning(3), model, engine=Engine(cache_gb=0))
     tuned = tuned_model.tensors
-    tuned.write(tuned.draw(0, 0, 0), 0.3)
+    tuned.write(Point(tuned.draw(0, 0, 0), 0.3))
     (weight,) = (part.live for _, part in tuned.items())
     total, count = tuned_model.forward.loss(pack(examples), None, CandidateCrossEntropy())
     with torch.no_grad():

@@ -17,7 +17,7 @@ from slzo.zo.estimators import SPSA, Backprop
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
 from slzo.zo.stepper import StepOptions, Stepper
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned import Point, TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
 pytestmark = pytest.mark.fast
@@ -129,7 +129,7 @@ def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):
     assert "a" in direction
     assert "c" not in direction
     assert drawn == []
-    tuned.write(direction, 1.0)
+    tuned.write(Point(direction, 1.0))
     assert drawn == ["a", "b"]
     tuned.accumulate({}, direction, 1.0, (1e-3, -1e-3))
     assert drawn == ["a", "b"] * 2

@@ -18,7 +18,7 @@ from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import AUTO_LR, OptimizerChoice, set_rate
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned import Point, TunedTensors
 
 pytestmark = pytest.mark.fast
 
@@ -32,10 +32,10 @@ def test_restoring_is_exact(dtype):
     tuned = tune_layer(ModelParts(model), 1)
     for step in range(50):
         direction = tuned.draw(0, step, 0)
-        tuned.write(direction, 1e-3)
+        tuned.write(Point(direction, 1e-3))
         weight = "model.layers.1.mlp.down_proj.weight"
         assert not torch.equal(model.get_parameter(weight), before[weight])
-        tuned.write(direction, -1e-3)
+        tuned.write(Point(direction, -1e-3))
         tuned.restore()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -45,9 +45,9 @@ def test_the_applied_direction_is_what_rounding_left():
     tuned = TunedTensors({"w": live})
     direction, gradient = tuned.draw(0, 0, 0), {}
     tuned.accumulate(gradient, dict(direction), 1.0, (1e-3, -1e-3))
-    tuned.write(direction, 1e-3)
+    tuned.write(Point(direction, 1e-3))
     plus = live.float()
-    tuned.write(direction, -1e-3)
+    tuned.write(Point(direction, -1e-3))
     torch.testing.assert_close(gradient["w"], (plus - live.float()) / 2e-3)
     # bfloat16 has steps of 1/128 above 1: most of so small a perturbation is lost
     assert (gradient["w"] == 0).float().mean() > 0.5
@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_moves_nothing():
     def function(points, factor):
         losses = []
         for point in points:
-            tuned.write(point.direction, point.scale)
+            tuned.write(point)
             losses.append(factor * live.sum())
         return torch.stack(losses)
 

@@ -35,7 +35,6 @@ from slzo.tasks.registry import get_task
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import Point
-from slzo.zo.loss import live_points
 from slzo.zo.scopes import LayerScope
 from slzo.zo.tuned_model import TunedModel
 
@@ -93,7 +92,7 @@ class Step:
         """Generate as slzo does; the answers at the first point come first."""
         tuned, span = self.tuned_model, self.tuned_model.span
         states = tuned.prompt_states
-        with live_points(tuned.tensors, points) as write:
+        with tuned.tensors.live_points(points) as write:
             return generate(
                 self.parts,
                 prompts,
@@ -111,7 +110,7 @@ class Step:
         found = []
         ids = torch.tensor(prompts)
         for point in points:
-            self.tuned_model.tensors.write(point.direction, point.scale)
+            self.tuned_model.tensors.write(point)
             made: Tensor = plain.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -21,6 +21,7 @@ from slzo.zo.estimators import SPSA, Estimator
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.scopes import LayerScope
 from slzo.zo.stepper import StepOptions, Stepper
+from slzo.zo.tuned import Point
 from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
@@ -99,7 +100,7 @@ class SlzoStep:
         direction = run("perturb", lambda: self.tuned.draw(0, self.step, 0))
         losses = []
         for scale in (EPS, -EPS):
-            run("perturb", partial(self.tuned.write, direction, scale))
+            run("perturb", partial(self.tuned.write, Point(direction, scale)))
             final = run("suffix", lambda: self.parts.run(batch, self.forward.span.start, self.parts.num_layers, hidden))
             losses.append(run("head", partial(self._loss, batch, final)))
 

@@ -10,9 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point
+from slzo.zo.estimators.base import Estimate, Estimator
+from slzo.zo.loss import Loss
 from slzo.zo.optim import rate_rule
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned import AT_MASTERS, Point, TunedTensors
 
 # The first step should lower the loss by this share of it, if the loss were linear. Similar shares came within 3% of the best of
 # five constant rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
@@ -267,7 +268,7 @@ class _Probe:
     def here(self) -> float:
         """Return the loss without a perturbation; the live weights must equal the masters."""
         self.evaluations += 1
-        return float(self.loss.at([Point({}, 0.0)])[0]) - self.lowest
+        return float(self.loss.at([AT_MASTERS])[0]) - self.lowest
 
     def at(self, eps: float, directions: int) -> tuple[float, float]:
         """Return mean loss and mean squared slope at distance ``eps`` along some directions."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators.base import Loss, Point
-from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.loss import Loss
+from slzo.zo.tuned import Gradient, Point, TunedTensors
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class ClosureLoss(Loss):
     def at(self, points: Sequence[Point]) -> Tensor:
         losses = []
         for point in points:
-            self.tuned.write(point.direction, point.scale)
+            self.tuned.write(point)
             losses.append(torch.as_tensor(self.closure()).float())
         return torch.stack(losses)
 
-    def gradient(self) -> tuple[float, Direction]:
+    def gradient(self) -> tuple[float, Gradient]:
         loss, pull_back = vjp(self.tuned, self.closure)
         gradient = pull_back(torch.ones_like(loss))
         if not gradient:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from slzo.zo.derivatives import vjp
 from slzo.zo.processes import Part, sum_tensors
-from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.tuned import Gradient, TunedTensors
 from slzo.zo.tuned_tensor import TunedTensor
 
 # Factors are exchanged if those of all processes have at most this share of the gradient's elements. Every process multiplies the
@@ -66,7 +66,7 @@ class FactoredGradient:
             if self._num_inputs(name) > _most_inputs(self._tensors[name]):
                 self._multiply(name)
 
-    def total(self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Direction]:
+    def total(self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gradient]:
         """Return ``sums`` and the gradient of all masters, added up over the processes.
 
         All processes multiply the same factors. So those with the same kind of processor get the same bits.

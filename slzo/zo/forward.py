@@ -14,8 +14,7 @@ from slzo.models.final_norm import FinalNorm
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, run_in_pieces
-from slzo.zo.estimators.base import Point
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned import Point, TunedTensors
 
 
 class Span(NamedTuple):
@@ -137,12 +136,12 @@ class SuffixForward:
         if not self._pairs(batch, len(points), max_tokens):
             sums = []
             for point in points:
-                tuned.write(point.direction, point.scale)
+                tuned.write(point)
                 sums.append(self.loss(batch, hidden, objective))
             return torch.stack(sums, dim=1)
         outputs = []
         for point in points:
-            tuned.write(point.direction, point.scale)
+            tuned.write(point)
             outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
         final = final_states(self.parts, batch, self.span.stop, torch.cat(outputs), len(points))
         return torch.stack([self._loss_of(own, batch, objective) for own in final], dim=1)

@@ -8,9 +8,9 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, rms
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
+from slzo.zo.layer_output import LayerOutput, rms
 from slzo.zo.layers_above import layers_above
 from slzo.zo.likely_tokens import LikelyTokens
 

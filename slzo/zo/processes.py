@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputEstimator, OutputGradient, Point
+from slzo.zo.layer_output import LayerOutput, OutputEstimator
+from slzo.zo.loss import Loss, LossReport, OutputGradient
+from slzo.zo.tuned import Point
 
 # Many small sums take up to three times as long as one large sum.
 _BUCKET_BYTES = 32 << 20

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from slzo.checkpoints.step_log import StepRecord
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Loss, LossReport, OutputEstimator, OutputGradient, Point
-from slzo.zo.tuned import Direction
+from slzo.zo.layer_output import OutputEstimator
+from slzo.zo.loss import Loss, LossReport, OutputGradient
+from slzo.zo.tuned import Gradient, Point
 
 
 class RecordedLoss(Loss):
@@ -24,7 +25,7 @@ class RecordedLoss(Loss):
         self.losses += losses.tolist()
         return losses
 
-    def gradient(self) -> tuple[float, Direction]:
+    def gradient(self) -> tuple[float, Gradient]:
         return self._loss.gradient()
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:

@@ -17,8 +17,9 @@ from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
-from slzo.zo.loss import LossContext
+from slzo.zo.batch_loss import LossContext
+from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate
 from slzo.zo.packed_layer_output import check_layer_output

@@ -1,7 +1,8 @@
 """The tensors being tuned: float32 masters of some of the model's weights."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ from slzo.zo.tuned_tensor import KINDS, TunedTensor, Whole
 
 Direction = Mapping[str, Tensor]
 """One float32 tensor for each tuned tensor that moves, by name."""
+
+Gradient = Mapping[str, Tensor]
+"""The gradient of each tuned tensor that has one, by name, float32."""
+
+
+class Point(NamedTuple):
+    """A point ``masters + scale * direction`` at which the loss is evaluated."""
+
+    direction: Direction
+    scale: float
+
+
+AT_MASTERS = Point({}, 0.0)
+"""The point without a perturbation."""
 
 Subset = Callable[[int, int], Collection[str]]
 """Returns the names of the tensors that a step perturbs. Arguments: seed, step."""
@@ -114,17 +129,50 @@ class TunedTensors(nn.Module):
         return {name: draw_tensor(name) for name in names}
 
     @torch.no_grad()
-    def write(self, direction: Direction, scale: float) -> None:
-        """Set the live weights to ``master + scale * direction``. Tensors that are not in the direction do not change.
+    def write(self, point: Point) -> None:
+        """Set the live weights to a point. Tensors that are not in its direction do not change.
 
-        An empty direction restores all masters.
+        Without any, as :data:`AT_MASTERS`, all masters are restored.
         """
+        direction, scale = point
         if not direction:
             self.restore()
             return
         for name, tensor in self.items():
             if name in direction:
                 tensor.write(direction[name], scale)
+
+    @contextmanager
+    @torch.no_grad()
+    def live_points(self, points: Sequence[Point]) -> Iterator[Callable[[int], None]]:
+        """Yield a function that sets the live weights to a point, given by its index in ``points``.
+
+        If copies of the weights for all points take at most ``hold_bytes``, they are held, and a change of point only swaps
+        pointers. Otherwise each change writes the weights. Afterwards the live weights use their original memory again and are
+        at one of the points.
+        """
+        names = {name for point in points for name in point.direction}
+        live = {name: tensor.live for name, tensor in self.items() if name in names}
+        num_bytes = sum(tensor.nbytes for tensor in live.values())
+        if len(points) * num_bytes > self.hold_bytes:
+            yield lambda number: self.write(points[number])
+            return
+        original = {name: tensor.data for name, tensor in live.items()}
+        copies: list[dict[str, Tensor]] = []
+        for point in points[:-1]:
+            self.write(point)
+            copies.append({name: tensor.data.clone() for name, tensor in live.items()})
+        self.write(points[-1])
+        copies.append(original)
+
+        def change(number: int) -> None:
+            for name, tensor in live.items():
+                tensor.data = copies[number][name]
+
+        try:
+            yield change
+        finally:
+            change(len(points) - 1)
 
     @torch.no_grad()
     def restore(self, names: Collection[str] | None = None) -> None:
@@ -147,16 +195,16 @@ class TunedTensors(nn.Module):
                 moved = tensor.applied(direction[name], *ends)
                 gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
-    def pull_back(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pull_back(self, gradient: Gradient) -> dict[str, Tensor]:
         """Return the gradients of masters by name, float32, from those of their live tensors."""
         return {name: tensor.pull_back(gradient[name]) for name, tensor in self.items() if name in gradient}
 
-    def with_zeros(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def with_zeros(self, gradient: Gradient) -> dict[str, Tensor]:
         """Return the gradient of all masters, in the order of their names; it is 0 for those without one."""
         masters = self.named_masters()
         return {name: gradient[name] if name in gradient else torch.zeros_like(masters[name]) for name in masters}
 
-    def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
+    def set_grad(self, gradient: Gradient) -> None:
         """Set ``grad`` of all masters; it is ``None`` for masters without a gradient."""
         for name, master in self.named_masters().items():
             own = gradient.get(name)

@@ -1,13 +1,15 @@
 """Estimators of the gradient. Each is one file, imported and listed here."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request
+from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
 from slzo.zo.estimators.fzoo import FZOO
 from slzo.zo.estimators.layer_output import LayerOutputPerturbation
 from slzo.zo.estimators.lozo import LOZO
 from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
+from slzo.zo.loss import Loss, LossReport
+from slzo.zo.tuned import Point
 
 ESTIMATORS = (Backprop, EvolutionStrategy, FZOO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
 """The estimators that the command line offers by name."""

@@ -2,159 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from slzo.utils.errors import SlzoError, broken_contract, check_at_least, shown
-from slzo.zo.tuned import Direction, TunedTensors
-
-
-class Point(NamedTuple):
-    """A point ``masters + scale * direction`` at which the loss is evaluated."""
-
-    direction: Direction
-    scale: float
-
-
-@dataclass(frozen=True)
-class LossReport:
-    """Additional results of the last evaluation of a loss.
-
-    Attributes:
-        values: Numbers to log, by name.
-        problems: Failures, one line each. Not empty if the loss is not finite for a known reason.
-    """
-
-    values: Mapping[str, float] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-
-
-class LayerOutput(ABC):
-    """What the tuned layer computes for some rows of a batch, at the P positions that predict an answer token.
-
-    Attributes:
-        keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
-        counts: Number of positions of each row, length B. They sum to P.
-        term: Number of the term of the loss that each position is measured by, shape (P,), int64. The terms are the losses of
-            the rows, M = B; or, if the loss is a sum over positions, those of the positions, M = P.
-        per_token: Whether each position has a term of its own.
-        size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
-        width: Size of a hidden state.
-        num_layers_above: Number of layers above the tuned one.
-        shifts_all_tokens: Whether :meth:`token_shifts` has directions of all tokens that the loss depends on.
-        whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
-        points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
-    """
-
-    keys: tuple[int, ...]
-    counts: tuple[int, ...]
-    term: Tensor
-    per_token: bool
-    size: Tensor
-    width: int
-    num_layers_above: int
-    shifts_all_tokens: bool
-    whole_vocabulary: bool
-    points_at_once: int
-
-    @property
-    def num_terms(self) -> int:
-        """Number of terms of the loss, M."""
-        return sum(self.counts) if self.per_token else len(self.keys)
-
-    @abstractmethod
-    def losses(self, shifts: Tensor) -> Tensor:
-        """Return the M terms of the total loss of the batch at N points, shape (N, M), float32.
-
-        Args:
-            shifts: What is added to the output, shape (N, P, width), float32.
-        """
-
-    def token_shifts(self, number: int, change: float) -> Tensor | None:
-        """Return shifts that change the logits of the answers' tokens, and of the likeliest tokens of each position.
-
-        Args:
-            number: Number of likely tokens, if the loss needs the likelihood of tokens.
-            change: By how much a difference of two logits changes, if the layers above pass the shift on unchanged.
-
-        Returns:
-            Shifts, shape (K, P, width), float32, orthogonal at each position, 0 where a position has fewer than K. ``None`` if
-            they are not known, as by default.
-        """
-        return None
-
-    @abstractmethod
-    def applied(self, shifts: Tensor) -> Tensor:
-        """Return by how much the output really changes, after rounding to the model's dtype; shape and dtype as ``shifts``."""
-
-
-OutputEstimator = Callable[[LayerOutput], tuple[Tensor, int]]
-"""Returns the gradient of the total loss with respect to a layer's output, shape (P, width), float32, and the number of points at
-which the loss was evaluated for it."""
-
-
-def rms(states: Tensor) -> Tensor:
-    """Return the root mean square of each state, shape (P, 1), of states of shape (P, width)."""
-    return states.square().mean(dim=1, keepdim=True).sqrt()
-
-
-class OutputGradient(NamedTuple):
-    """Result of :meth:`Loss.gradient_from_output`.
-
-    Attributes:
-        loss: Loss at the masters.
-        gradient: Gradient by name of the tuned tensor.
-        evaluations: Cost as a number of forward passes of the batch through the tuned layer and all above. In the last layer of
-            the model these run for the last tokens of each sequence only, see :mod:`slzo.models.logits`.
-    """
-
-    loss: float
-    gradient: Direction
-    evaluations: float
-
-
-class Loss(ABC):
-    """The loss of one batch as a function of the masters, averaged over the rows of every process."""
-
-    @abstractmethod
-    def at(self, points: Sequence[Point]) -> Tensor:
-        """Return the losses at P points, shape (P,), float32, from forward passes alone."""
-
-    def gradient(self) -> tuple[float, Direction]:
-        """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters.
-
-        Raises:
-            SlzoError: The loss has only values. By default always.
-        """
-        raise SlzoError(f"model.estimator: {type(self).__name__} has no gradient; use SPSA")
-
-    def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
-        """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
-
-        Only the tuned layer is differentiated. At positions that predict no answer token its output is treated as constant. The
-        live weights must equal the masters.
-
-        Args:
-            estimate: Estimates the gradient at the output. It is called for each part of the batch that runs in one forward
-                pass.
-
-        Raises:
-            SlzoError: The loss is not a sum over rows. By default always.
-        """
-        raise SlzoError(
-            f"model.estimator: {type(self).__name__} is not a sum over rows of a loss of logits, so a layer's output cannot be "
-            "perturbed; use SPSA"
-        )
-
-    @property
-    def report(self) -> LossReport:
-        """Additional results of the last evaluation; empty by default."""
-        return LossReport()
+from slzo.zo.loss import Loss
+from slzo.zo.tuned import Gradient, TunedTensors
 
 
 @dataclass(frozen=True)
@@ -219,7 +77,7 @@ class Estimate:
     loss_minus: float
     projected_grad: tuple[float, ...]
     num_evaluations: float
-    gradient: Mapping[str, Tensor]
+    gradient: Gradient
     grad_norm: float | None = None
 
     @property
@@ -279,7 +137,7 @@ class Estimator(ABC):
         return type(self).__name__
 
 
-def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: float) -> Estimate:
+def estimate_from_gradient(loss: float, gradient: Gradient, evaluations: float) -> Estimate:
     """Return the estimate of an estimator that perturbs no weights, from the loss at the masters."""
     return Estimate(loss, loss, loss, (), evaluations, gradient, grad_norm=float(get_total_norm(gradient.values())))
 

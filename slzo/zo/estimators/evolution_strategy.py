@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError, check_at_least
-from slzo.zo.estimators.base import Estimate, Estimator, Point, Request, check_has_matrices
+from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
-from slzo.zo.tuned import Direction
+from slzo.zo.tuned import Direction, Point
 
 _SHAPINGS = ("zscore", "rank")
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from slzo.zo.estimators.base import Estimate, Point, Request
+from slzo.zo.estimators.base import Estimate, Request
 from slzo.zo.noise import Noise
+from slzo.zo.tuned import AT_MASTERS, Point
 
 
 def finite_differences(request: Request, noise: Noise, two_sided: bool) -> tuple[Estimate, list[float]]:
@@ -21,7 +22,7 @@ def finite_differences(request: Request, noise: Noise, two_sided: bool) -> tuple
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         # neither order nor number of the points depends on the queries at once, so a step log can be replayed with any number
         points = [Point(z, end) for z in directions for end in ((eps, -eps) if two_sided else (eps,))]
-        first = [] if two_sided or losses else [Point({}, 0.0)]
+        first = [] if two_sided or losses else [AT_MASTERS]
         losses += request.loss.at([*first, *points]).tolist()
         own = losses[-len(points) :]
         highs, lows = (own[::2], own[1::2]) if two_sided else (own, losses[:1] * len(own))

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from slzo.utils.errors import SlzoError, check_at_least
-from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Request, estimate_from_gradient, rms
+from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_from_gradient
+from slzo.zo.layer_output import LayerOutput, rms
 from slzo.zo.noise import row_noise
 
 _SCALE = 0.05

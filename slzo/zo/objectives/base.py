@@ -11,8 +11,10 @@ from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
-from slzo.zo.estimators.base import Loss, LossReport
-from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
+from slzo.zo.answer_loss import BatchAnswerLoss
+from slzo.zo.batch_loss import LossContext
+from slzo.zo.logit_loss import BatchLogitLoss
+from slzo.zo.loss import Loss, LossReport
 from slzo.zo.policy_gradient import AnswerSampling
 
 

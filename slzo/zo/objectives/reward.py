@@ -13,7 +13,7 @@ from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LossReport
+from slzo.zo.loss import LossReport
 from slzo.zo.objectives.base import AnswerObjective
 from slzo.zo.policy_gradient import AnswerSampling
 
