@@ -521,7 +521,8 @@ def stepper_with(objective):
 
 def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
     stepper = stepper_with(Reward("mine.py:length", in_process=True))
-    loss, tensors = stepper.loss(batch_of(), 4), stepper.model.tensors
+    reports, tensors = [], stepper.model.tensors
+    loss = stepper.loss(batch_of(), 4, report=reports.append)
     z = tensors.draw(0, 0, 0)
     losses = loss.at([Point(z, 0.5), Point(z, -0.5)])
     for scale, found in zip((0.5, -0.5), losses.tolist(), strict=True):
@@ -531,7 +532,8 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
         ]
         texts = [answer_text(make_tokenizer(), ids, ()) for ids in made]
         assert found == pytest.approx(-sum(len(text) / 100 for text in texts) / 5, rel=1e-5)
-    values = loss.report.values
+    (report,) = reports  # on both points
+    values = report.values
     assert values["reward"] == pytest.approx(-float(losses.mean()), rel=1e-5)
     assert values.keys() == {"reward", "reward_std", "answer_tokens"}
 

@@ -24,6 +24,7 @@ from slzo.training.prefix_plan import shared_prefix
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
+from slzo.zo.loss import LossReport
 from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.stepper import Stepper
@@ -197,7 +198,8 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> A
     model = stepper.model
     objective = stepper.objective
     batch = next(rows.training_batches(seed)).to(model.parts.model.device)
-    loss = stepper.loss(batch)
+    reports = [LossReport()]  # the last one counts
+    loss = stepper.loss(batch, report=reports.append)
     half = model.parts.model.dtype in HALF
     try:
         return AutoStep.measure(
@@ -210,7 +212,7 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> A
             objective.differentiable,
         )
     except SlzoError as error:
-        if problems := loss.report.problems:
+        if problems := reports[-1].problems:
             raise SlzoError(
                 f"{problems[0]}; therefore no step could be measured (model.eps or model.optimizer.lr auto)"
             ) from error

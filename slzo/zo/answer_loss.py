@@ -1,8 +1,7 @@
 """The loss of a batch whose answers are generated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,43 +35,42 @@ class BatchAnswerLoss(SummedLoss):
     sampling: AnswerSampling
     at_points: AnswerSampling
     losses_of: Callable[[Sequence[Answer], Sequence[Row]], tuple[Sequence[float], LossReport]]
-    _report: LossReport = field(default_factory=LossReport, init=False)
-
-    @property
-    def report(self) -> LossReport:
-        """The report of the answers that were generated last, by this process."""
-        return self._report
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         context, batch, samples = self.context, self.batch, self.at_points.samples
         rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
         keys = None if sampling is None else Sampling(sampling.temperature, sampling.keys * len(points))
-        losses, self._report = self.losses_of(self._answers(points, rows, keys), rows * len(points))
+        losses = self._losses(self._answers(points, rows, keys), rows * len(points))
         totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
         weights = [float(len(batch.rows))] * len(points)
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
 
     def gradient(self) -> tuple[float, Gradient]:
-        sums, policy = self._policy
+        sums, policy = self._sampled_policy()
         return self._mean(sums), policy.gradient()[1]
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
-        sums, policy = self._policy
+        sums, policy = self._sampled_policy()
         return policy.gradient_from_output(estimate)._replace(loss=self._mean(sums))
 
     def _mean(self, sums: Tensor) -> float:
         total, weight = self.context.sum_rows(sums)
         return float(total / weight)
 
-    @cached_property
-    def _policy(self) -> tuple[Tensor, BatchLogitLoss]:
+    def _losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        """Return the loss of each answer, given with its row; report on them."""
+        losses, report = self.losses_of(answers, rows)
+        self.context.report(report)
+        return losses
+
+    def _sampled_policy(self) -> tuple[Tensor, BatchLogitLoss]:
         """Sample answers at the masters; return sum and number of their losses, and the loss that has the policy gradient."""
         context, batch = self.context, self.batch
         self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
         assert keys is not None  # the check refuses a temperature of 0
         answers, states = self._sampled_answers(rows, keys)
-        losses, self._report = self.losses_of(answers, rows)
+        losses = self._losses(answers, rows)
         device = batch.packed.gold.device
         packed, policy, kept = policy_batch(batch.rows, answers, losses, keys.temperature, device)
         vocabulary = context.forward.parts.model.get_output_embeddings().weight.shape[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.zo.forward import SuffixForward
-from slzo.zo.loss import Loss
+from slzo.zo.loss import Loss, LossReport
 from slzo.zo.processes import Part
 from slzo.zo.tuned import Point, TunedTensors
 
@@ -26,6 +26,7 @@ class LossContext:
         evaluator: Generates answers; ``None`` if the objective needs none.
         seed: Seed of the run.
         step: Step of the run.
+        report: Is called with the additional results of each evaluation that has some.
     """
 
     forward: SuffixForward
@@ -35,6 +36,7 @@ class LossContext:
     evaluator: Evaluator | None
     seed: int
     step: int
+    report: Callable[[LossReport], None]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from slzo.zo.tuned import Gradient, Point
 
 @dataclass(frozen=True)
 class LossReport:
-    """Additional results of the last evaluation of a loss.
+    """Additional results of an evaluation of a loss.
 
     Attributes:
         values: Numbers to log, by name.
@@ -72,8 +72,3 @@ class Loss(ABC):
             f"model.estimator: {type(self).__name__} is not a sum over rows of a loss of logits, so a layer's output cannot be "
             "perturbed; use SPSA"
         )
-
-    @property
-    def report(self) -> LossReport:
-        """Additional results of the last evaluation; empty by default."""
-        return LossReport()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.layer_output import LayerOutput, OutputEstimator
-from slzo.zo.loss import Loss, LossReport, OutputGradient
+from slzo.zo.loss import Loss, OutputGradient
 from slzo.zo.tuned import Point
 
 # Many small sums take up to three times as long as one large sum.
@@ -172,11 +172,6 @@ class DividedDirections(Loss):
             own = [torch.zeros_like(tensor) for tensor in own]
         loss, *gradient = sum_tensors(self.processes.sum_points, own)
         return found._replace(loss=loss.item(), gradient=dict(zip(found.gradient, gradient, strict=True)))
-
-    @property
-    def report(self) -> LossReport:
-        """The report of the points that this process evaluated last."""
-        return self.loss.report
 
 
 def _share(points: int, processes: Processes) -> slice:

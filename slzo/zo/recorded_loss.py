@@ -8,7 +8,7 @@ from torch import Tensor
 from slzo.checkpoints.step_log import StepRecord
 from slzo.utils.errors import SlzoError
 from slzo.zo.layer_output import OutputEstimator
-from slzo.zo.loss import Loss, LossReport, OutputGradient
+from slzo.zo.loss import Loss, OutputGradient
 from slzo.zo.tuned import Gradient, Point
 
 
@@ -30,10 +30,6 @@ class RecordedLoss(Loss):
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         return self._loss.gradient_from_output(estimate)
-
-    @property
-    def report(self) -> LossReport:
-        return self._loss.report
 
 
 class ReplayedLoss(Loss):

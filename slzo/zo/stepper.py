@@ -4,7 +4,7 @@ Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trial
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class StepResult:
     Attributes:
         estimate: The estimate without its gradient, which is as large as the tuned tensors.
         record: Learning rate, eps and losses, as in the step log.
-        report: Values and problems that the loss reported.
+        report: Values and problems of the last evaluation that reported some.
         exchanged_bytes: Bytes that this process sent to the others.
         update_norm: Norm of the update; ``None`` if it was not measured or the loss was not finite.
     """
@@ -93,6 +93,10 @@ class Snapshot(NamedTuple):
     step: int
     masters: dict[str, Tensor]
     means: dict[str, float]
+
+
+def _ignore(report: LossReport) -> None:
+    """Ignore a report."""
 
 
 class Stepper:
@@ -160,17 +164,27 @@ class Stepper:
         self.num_nonfinite = self.nonfinite_in_row = 0
         self.problem = ""
 
-    def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
-        """Return the loss over the rows of all processes; ``batch`` has those of this one, on the model's device.
+    def loss(
+        self,
+        batch: TrainBatch,
+        step: int = 0,
+        processes: Processes | None = None,
+        report: Callable[[LossReport], None] = _ignore,
+    ) -> Loss:
+        """Return the loss over the rows of all processes.
 
-        ``processes`` are by default those of the training.
+        Args:
+            batch: The rows of this process, on the model's device.
+            step: Number of the step, counted from 0.
+            processes: By default those of the training.
+            report: Is called with the additional results of each evaluation that has some.
         """
         processes, model = self.processes if processes is None else processes, self.model
         sum_rows = processes.sum_rows if processes.of_rows.total > 1 else identity
         if self.shared_prefix is not None:
             self.shared_prefix.fill(batch.packed, sum_rows, batch.max_tokens)
         context = LossContext(
-            model.forward, model.tensors, sum_rows, processes.of_rows, self.evaluator, self.seed, step
+            model.forward, model.tensors, sum_rows, processes.of_rows, self.evaluator, self.seed, step, report
         )
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
@@ -200,11 +214,12 @@ class Stepper:
         tensors = self.model.tensors
         eps = self.eps
         known = self.known.pop(step, None)
+        reports = [LossReport()]  # the last one counts
         rows, points = CountedSum(self.processes.sum_rows), CountedSum(self.processes.sum_points)
         if known is None:
             assert batch is not None
             counted = replace(self.processes, sum_rows=rows, sum_points=points)
-            loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted))
+            loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted, reports.append))
         else:
             loss = ReplayedLoss(known)
         at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
@@ -218,9 +233,8 @@ class Stepper:
             _check_replayed(known, record)
         if self.log is not None:
             self.log.append(record)
-        report = loss.report
-        self._count(estimate, step, report)
-        return StepResult(estimate, record, report, rows.num_bytes + points.num_bytes, norm)
+        self._count(estimate, step, reports[-1])
+        return StepResult(estimate, record, reports[-1], rows.num_bytes + points.num_bytes, norm)
 
     def snapshot(self, step: int) -> Snapshot:
         """Return a copy of the state after ``step`` steps."""
