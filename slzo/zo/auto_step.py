@@ -3,7 +3,8 @@
 import math
 import statistics
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -57,7 +58,7 @@ class AutoRate(ABC):
 
     steps: int = 0
     factor: float = 1.0
-    eps: float | None = None
+    eps: float | None
     evaluations: int = 0
 
     @property
@@ -80,8 +81,11 @@ class AutoRate(ABC):
 
     @property
     def means(self) -> dict[str, float]:
-        """The attributes that the rate follows, to be set again with earlier masters; none by default."""
+        """The values that the rate follows, for :meth:`restore_means`; none by default."""
         return {}
+
+    def restore_means(self, means: Mapping[str, float]) -> None:  # noqa: B027  not every rate has some
+        """Go back to earlier ``means``, together with earlier masters; by default there are none."""
 
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
@@ -113,7 +117,7 @@ class AutoStep(AutoRate):
         first_square: Mean squared slope before training; 0 if unknown, or if ``largest`` is set, since slopes grow then.
     """
 
-    eps: float = field()  # required here
+    eps: float
     loss: float
     square: float
     curvature: float = 0.0
@@ -181,6 +185,10 @@ class AutoStep(AutoRate):
     @property
     def means(self) -> dict[str, float]:
         return {"loss": self.loss, "square": self.square, "weight": self.weight}
+
+    def restore_means(self, means: Mapping[str, float]) -> None:
+        if means:  # those of a run with another kind of rate are empty
+            self.loss, self.square, self.weight = means["loss"], means["square"], means["weight"]
 
     @property
     def slope(self) -> float:

@@ -1,7 +1,7 @@
 """A learning rate for Adam from the size of the tuned weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Self
 
 from torch.optim import Optimizer
@@ -30,10 +30,13 @@ class RelativeRate(AutoRate):
     Attributes:
         size: Root mean square of the tuned matrices before training, without those that are 0.
         share: :math:`\kappa`: 0.005; 0.2 for LoRA; 0.05 for the coordinates of a subspace.
+        eps: ``None``, since no weights are perturbed.
     """
 
     size: float
     share: float = _SHARE
+    _: KW_ONLY
+    eps: float | None = None
 
     @classmethod
     def of(cls, tuned: TunedTensors, multiplies: bool = False) -> Self:

@@ -253,7 +253,7 @@ class Stepper:
             self.model.tensors.load(to.masters)
             optimizer.state = defaultdict(dict)
             if self.rate is not None:
-                vars(self.rate).update(to.means)
+                self.rate.restore_means(to.means)
         if self.rate is not None:
             self.rate.factor /= 2
         else:
