@@ -114,6 +114,13 @@ def layer_forward(parts, layer, cache_gb=1.0, **options):
     return SuffixForward(parts, Span(layer, layer + 1), PrefixCache(layer, cache_gb), **options)
 
 
+class WholeVocabulary(CandidateCrossEntropy):
+    """The cross-entropy over the candidates, from the logits of the whole vocabulary."""
+
+    def needs_vocabulary(self, batch):
+        return True
+
+
 class LossAt:
     """A loss for estimators made from a function of the points."""
 

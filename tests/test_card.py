@@ -75,7 +75,7 @@ def test_losses_equal_the_plain_computation(family, examples):
         parts = ModelParts(tiny_model(family, scale=1.5).to(CARD), packed)
         tuned = tune_layer(parts, LAYER)
         for paired in (True, False):
-            forward = layer_forward(parts, LAYER, candidate_logits=paired, paired=paired)
+            forward = layer_forward(parts, LAYER, paired=paired)
             batch = pack(examples).to(CARD)
             forward.prefix(batch)
             hidden = forward.prefix(batch)  # from pinned memory

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from helpers import (
+    WholeVocabulary,
     each_family,
     layer_forward,
     plain_two_passes,
@@ -25,7 +26,6 @@ from slzo.zo.stepper import StepOptions, Stepper
 
 EPS = 1e-3
 LAYER = 2
-OBJECTIVES = (CandidateCrossEntropy(), AnswerLikelihood())
 
 
 @each_family
@@ -33,24 +33,29 @@ def test_losses_equal_the_plain_computation(family, examples, one_token_examples
     for rows in (one_token_examples, examples):
         direction = tune_layer(ModelParts(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)
         points = [Point(direction, EPS), Point(direction, -EPS)]
-        expected = plain_two_passes(family, rows, direction, EPS)
+        of_candidates, of_answers = plain_two_passes(family, rows, direction, EPS)
+        expected = [
+            (CandidateCrossEntropy(), of_candidates),
+            (WholeVocabulary(), of_candidates),
+            (AnswerLikelihood(), of_answers),
+        ]
         for packed, onednn in itertools.product((True, False), (True, False)):
             onednn = onednn and torch.backends.mkldnn.is_available()
             parts = ModelParts(tiny_model(family, scale=1.5), packed, onednn=onednn)
             tuned = tune_layer(parts, LAYER)
-            for shared, warm in itertools.product((True, False), repeat=2):
+            for warm in (True, False):
                 filling = layer_forward(parts, LAYER)
                 if warm:  # states from other batches, in another order
                     for example in reversed(rows):
-                        filling.prefix(pack([example], share_prompts=shared))
+                        filling.prefix(pack([example]))
                 for grouped, paired in itertools.product((True, False), repeat=2):
-                    forward = layer_forward(parts, LAYER, candidate_logits=paired, paired=paired)
+                    forward = layer_forward(parts, LAYER, paired=paired)
                     forward.cache = filling.cache
-                    batch = pack(rows, share_prompts=shared)
+                    batch = pack(rows)
                     if not grouped:
                         batch = replace(batch, layout=batch.layout.in_one_group)
                     hidden = forward.prefix(batch, keep=warm)
-                    for objective, losses in zip(OBJECTIVES, expected, strict=True):
+                    for objective, losses in expected:
                         sums = forward.losses(batch, hidden, tuned, points, objective)
                         torch.testing.assert_close((sums[0] / sums[1]).double(), losses, rtol=1e-5, atol=1e-6)
 
@@ -62,13 +67,13 @@ def train(plain, steps=50):
     parts = ModelParts(tiny_model("llama", scale=1.5), packed=not plain, onednn=False if plain else None)
     engine = Engine(paired=not plain, cache_gb=0 if plain else 1)
     model = tuned_layer(parts, LAYER, engine=engine)
-    model.forward.candidate_logits = not plain
     optimizer = torch.optim.SGD(model.tensors.masters, lr=3e-4)
-    stepper = Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions(EPS))
+    objective = WholeVocabulary() if plain else CandidateCrossEntropy()
+    stepper = Stepper(model, objective, SPSA(), StepOptions(EPS))
     curve = []
     for step in range(steps):
         picked = [rows[(8 * step + i) % len(rows)] for i in range(8)]
-        packed = pack(picked, share_prompts=not plain)
+        packed = pack(picked)
         if plain:
             packed = replace(packed, layout=packed.layout.in_one_group)
         curve.append(stepper.step(TrainBatch(packed, ()), step, optimizer).estimate.loss)

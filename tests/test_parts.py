@@ -8,6 +8,7 @@ import torch
 from helpers import FAMILIES, plain_logits, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import pack
 from slzo.models import linear
 from slzo.models.decoder_layers import find_decoder_layers
@@ -73,7 +74,9 @@ def test_the_model_is_not_changed_by_its_views(examples):
 
 @torch.no_grad()
 def test_shared_prompts_are_stored_once(examples):
-    shared, separate = pack(examples), pack(examples, share_prompts=False)
+    candidates = [candidate for example in examples for candidate in example.sequences]
+    shared = pack(examples)
+    separate = pack([EncodedExample(i, (candidate,), (0,)) for i, candidate in enumerate(candidates)])
     assert separate.num_tokens > shared.num_tokens
     parts = ModelParts(tiny_model("llama"))
     one, other = (needed_logits(parts, batch)[batch.token_needed] for batch in (shared, separate))

@@ -11,6 +11,7 @@ import torch
 from helpers import (
     FAMILIES,
     PEFT_HEADS,
+    WholeVocabulary,
     batch_loss,
     described,
     layer_forward,
@@ -240,8 +241,8 @@ def test_losses_of_a_scope_equal_those_of_the_whole_model(scope, examples):
     for point in points:
         tuned.write(point)
         span = Span(0, parts.num_layers, inside=False)
-        whole = SuffixForward(parts, span, PrefixCache(0, budget_gb=0), candidate_logits=False)
-        total, weight = whole.loss(batch, None, CandidateCrossEntropy())
+        whole = SuffixForward(parts, span, PrefixCache(0, budget_gb=0))
+        total, weight = whole.loss(batch, None, WholeVocabulary())
         expected.append(total / weight)
     tuned.restore()
     assert len({round(float(e), 4) for e in expected}) > 1

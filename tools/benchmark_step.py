@@ -99,8 +99,6 @@ def draw_batches(rows: list[EncodedExample], options: Options) -> list[list[Enco
 
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "without shared prompts": {"share_prompts": False},
-    "without candidate rows": {"candidate_logits": False},
     "paired always": {"paired": True},
     "paired never": {"paired": False},
     "without oneDNN": {"onednn": False},

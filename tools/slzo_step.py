@@ -55,16 +55,12 @@ class SlzoStep:
         parts: ModelParts,
         layer: int,
         objective: LogitObjective,
-        share_prompts: bool = True,
-        candidate_logits: bool = True,
         estimator: Estimator | None = None,
         **engine: Any,
     ) -> None:
         self.objective = objective
-        self.share_prompts = share_prompts
         self.model = TunedModel.from_scope(parts, LayerScope(), layer, engine=Engine(**engine))
         self.parts, self.forward, self.tuned = parts, self.model.forward, self.model.tensors
-        self.forward.candidate_logits = candidate_logits
         estimator = SPSA() if estimator is None else estimator
         self.stepper = Stepper(self.model, objective, estimator, StepOptions(EPS))
         optimizer = torch.optim.SGD if estimator.perturbs == "weights" else torch.optim.AdamW
@@ -75,7 +71,7 @@ class SlzoStep:
         """Pack rows as the data loader does; generation and choice tasks train on the gold answer only."""
         if self.objective.only_gold:
             examples = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
-        return pack(examples, share_prompts=self.share_prompts).to(self.parts.model.device)
+        return pack(examples).to(self.parts.model.device)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> None:
         """Take one step."""
@@ -84,7 +80,7 @@ class SlzoStep:
 
     def head_ids(self, batch: PackedBatch) -> Tensor | None:
         """Return the tokens whose logits are needed; ``None`` for the whole vocabulary."""
-        return batch.choice_ids if self.forward.selects(self.objective, batch) else None
+        return None if self.objective.needs_vocabulary(batch) else batch.choice_ids
 
     def breakdown(self, examples: Sequence[EncodedExample], clock: Clock) -> dict[str, float]:
         """Return the seconds of each part of a step, run one by one."""

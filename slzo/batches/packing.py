@@ -140,14 +140,8 @@ def _num_shared(example: EncodedExample) -> int:
     return limit
 
 
-def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True) -> PackedBatch:
-    """Create a batch without padding.
-
-    Args:
-        examples: The examples, in the order of the batch.
-        share_prompts: Store a prompt once for all its candidates. ``False``, for comparison, gives each candidate its own copy;
-            such a batch must not be cut.
-    """
+def pack(examples: Sequence[EncodedExample]) -> PackedBatch:
+    """Create a batch without padding, with the examples in this order. A prompt is stored once for all its candidates."""
     ids: list[int] = []
     positions: list[int] = []
     sequences: list[tuple[int, ...]] = []
@@ -157,7 +151,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True) -> P
     example_needed: list[int] = []
     for example in examples:
         start, before = len(ids), len(needed)
-        shared = _num_shared(example) if share_prompts or len(example.sequences) == 1 else 0
+        shared = _num_shared(example)
         common = tuple(range(start, start + shared))
         ids.extend(example.sequences[0].ids[:shared])
         positions.extend(range(shared))

@@ -56,14 +56,12 @@ class SuffixForward:
         parts: The model.
         span: The layers that hold tuned tensors.
         cache: Keeps the hidden states that enter the first tuned layer between steps.
-        candidate_logits: Compute only the candidates' logits if the loss allows it; ``False`` for comparison.
         paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
     """
 
     parts: ModelParts
     span: Span
     cache: PrefixCache
-    candidate_logits: bool = True
     paired: bool | None = None
 
     @cached_property
@@ -106,7 +104,7 @@ class SuffixForward:
         return self._loss_of(final_states(self.parts, batch, self.span.start, hidden)[0], batch, objective)
 
     def _loss_of(self, final: Tensor, batch: PackedBatch, objective: LogitLoss) -> Tensor:
-        selected = self.selects(objective, batch)
+        selected = not objective.needs_vocabulary(batch)
         logits = self.parts.head(final, batch.choice_ids if selected else None)
         return checked_row_losses(objective, logits, batch, selected).sum()
 
@@ -145,10 +143,6 @@ class SuffixForward:
             outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
         final = final_states(self.parts, batch, self.span.stop, torch.cat(outputs), len(points))
         return torch.stack([self._loss_of(own, batch, objective) for own in final], dim=1)
-
-    def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
-        """Return whether only the candidates' logits are computed."""
-        return self.candidate_logits and not objective.needs_vocabulary(batch)
 
     def _pairs(self, batch: PackedBatch, num_points: int, max_tokens: int | None) -> bool:
         """Return whether the layers above the tuned ones run once for all points."""

@@ -76,7 +76,7 @@ class PackedLayerOutput(LayerOutput):
     ) -> None:
         parts, span = forward.parts, forward.span
         self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
-        self._selected = self.shifts_all_tokens = forward.selects(objective, batch)
+        self._selected = self.shifts_all_tokens = not objective.needs_vocabulary(batch)
         self._above = layers_above(parts, span.stop, batch, output)
         self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
         here = output[batch.needed].float()
