@@ -1,7 +1,6 @@
 """A language model with tuned tensors, adapter and prefix cache."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch
 from slzo.evaluation.prompt_states import PromptStates
-from slzo.models.adapters import Adapter, adapter_from_dict
+from slzo.models.adapters import adapter_from_dict
+from slzo.models.changes import ModelChanges
 from slzo.models.decoder_layers import layer_of
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
-from slzo.models.full_precision import FullPrecision
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.peft_files import PeftFiles, lora_files
@@ -36,37 +35,33 @@ class TunedModel:
     Create one with :meth:`from_scope` or :meth:`from_description`.
 
     Args:
-        parts: The model, including the modules of the adapter.
+        changes: The model with the modules that the scope added, and with full-precision layers in place of quantized ones.
         tensors: Masters of the tuned tensors.
         scope: Class and arguments of the scope, primitives only.
-        base: Fingerprint of the model before the adapter was added.
-        adapter: The modules that the scope added; ``None`` if there are none.
+        base: Fingerprint of the model before the changes.
         layer: The dominant layer; ``None`` if the scope needs none.
         engine: How losses are computed. ``packed`` and ``onednn`` are not used here; ``parts`` has its own.
         cache: Prefix cache of an earlier tuned model on the same rows. It is used if its states enter the same layer.
-        full_precision: The quantized linear maps that full-precision ones replace while they are tuned.
     """
 
     def __init__(
         self,
-        parts: ModelParts,
+        changes: ModelChanges,
         tensors: TunedTensors,
         scope: Mapping[str, Any],
         base: Fingerprint,
         *,
-        adapter: Adapter | None = None,
         layer: int | None = None,
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
-        full_precision: FullPrecision | None = None,
     ) -> None:
         engine = Engine() if engine is None else engine
-        self.parts = parts
+        self._changes = changes
+        self.parts = parts = changes.parts
+        self.adapter = adapter = changes.adapter
+        self.full_precision = full_precision = changes.full_precision
         self.tensors = tensors.to(parts.model.device)
         self.scope = dict(scope)
-        self.adapter = adapter
-        self.full_precision = full_precision
-        self._undo = ExitStack()  # reverts the changes of the model
         self.layer = layer
         self.engine = engine
         # an adapter's tensors are not in the base model, and dequantized values depend on the processor
@@ -107,25 +102,12 @@ class TunedModel:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
         settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
-        with ExitStack() as undo:
-            plain, full_precision = _make_tunable(parts, partial(_changed_layers, scope, context), undo)
-            adapter = scope.adapter(replace(context, parts=plain))
-            adapted = _add_adapter(plain, adapter, undo)
-            tensors = tensors_of(scope, replace(context, parts=adapted))
+        with ModelChanges(parts) as changes:
+            changes.make_tunable(partial(_changed_layers, scope, context))
+            changes.add_adapter(scope.adapter(replace(context, parts=changes.parts)))
+            tensors = tensors_of(scope, replace(context, parts=changes.parts))
             _check_plain(tensors)
-            model = cls(
-                adapted,
-                tensors,
-                settings,
-                base,
-                adapter=adapter,
-                layer=layer,
-                engine=engine,
-                cache=cache,
-                full_precision=full_precision,
-            )
-            model._undo = undo.pop_all()
-            return model
+            return cls(changes, tensors, settings, base, layer=layer, engine=engine, cache=cache)
 
     @classmethod
     def from_description(
@@ -153,24 +135,14 @@ class TunedModel:
             ) from error
         owners = {layer_of(name, parts.layers_path) for name in description["tensors"]}
         layers = sorted(layer for layer in owners if layer is not None and layer < parts.num_layers)
-        with ExitStack() as undo:
-            plain, full_precision = _make_tunable(parts, lambda: layers, undo)
-            adapted = _add_adapter(plain, adapter, undo)
+        with ModelChanges(parts) as changes:
+            changes.make_tunable(lambda: layers)
+            changes.add_adapter(adapter)
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
-            model = cls(
-                adapted,
-                tensors,
-                description["scope"],
-                base,
-                adapter=adapter,
-                layer=description["layer"],
-                engine=engine,
-                full_precision=full_precision,
-            )
+            model = cls(changes, tensors, description["scope"], base, layer=description["layer"], engine=engine)
             model.base.check(description.get("base", {}))
-            model._undo = undo.pop_all()
             return model
 
     def description(self) -> dict[str, Any]:
@@ -201,7 +173,7 @@ class TunedModel:
 
         Do not use this object afterwards.
         """
-        self._undo.close()
+        self._changes.undo()
         self.adapter = self.full_precision = None
 
     def merge(self) -> None:
@@ -257,30 +229,6 @@ class TunedModel:
         return (
             f"Frozen layers are quantized ({method}); the tuned layers are in full precision, {full_precision.source}."
         )
-
-
-# The next two functions change the model and register the reverse change with ``undo``.
-def _make_tunable(
-    parts: ModelParts, changed_layers: Callable[[], Sequence[int]], undo: ExitStack
-) -> tuple[ModelParts, FullPrecision | None]:
-    """Move the layers that will change to the model's main device, and put them in full precision."""
-    if not (placement := placement_of(parts.model)).is_here:
-        layers = changed_layers()
-        placement.load_layers(layers)
-        undo.callback(placement.return_layers, layers)
-    if method_of(parts.model) is None:
-        return parts, None
-    full_precision = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in changed_layers()])
-    undo.callback(full_precision.undo, parts.model)
-    return parts.rebuilt(parts.virtual_tokens), full_precision
-
-
-def _add_adapter(parts: ModelParts, adapter: Adapter | None, undo: ExitStack) -> ModelParts:
-    if adapter is None:
-        return parts
-    virtual_tokens = adapter.inject(parts.model)
-    undo.callback(adapter.remove, parts.model)
-    return parts.rebuilt(virtual_tokens)
 
 
 def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
