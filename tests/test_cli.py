@@ -23,6 +23,7 @@ from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.datamodule import TaskDataModule
 from slzo.models import parts as parts_of_models
+from slzo.models import views
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
@@ -220,7 +221,7 @@ def test_a_resume_keeps_the_choice_of_kernels(options, monkeypatch):
     kernels = []
     fastest = {"onednn": True}
     monkeypatch.setattr(parts_of_models, "onednn_is_faster", lambda layer: fastest["onednn"])
-    monkeypatch.setattr(parts_of_models, "with_onednn", lambda layer: kernels.append("onednn") or layer)
+    monkeypatch.setattr(views, "with_onednn", lambda layer: kernels.append("onednn") or layer)
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     assert kernels
     assert read_checkpoint(last_checkpoint()).note["onednn"] is True

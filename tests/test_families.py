@@ -14,8 +14,7 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.decoding import generate
-from slzo.models import attention
-from slzo.models import parts as model_parts
+from slzo.models import attention, linear
 from slzo.models.load import load_model
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
@@ -177,7 +176,7 @@ def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
     def fails(self, hidden_states):
         raise AttributeError("'SelectedHead' object has no attribute 'other'")
 
-    monkeypatch.setattr(model_parts.SelectedHead, "forward", fails)
+    monkeypatch.setattr(linear.SelectedHead, "forward", fails)
     parts = split_and_verify(tiny_model("llama"))
     assert not parts.limits.selects_tokens
     hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])

@@ -1,35 +1,24 @@
-"""Run the prefix and the suffix of any Hugging Face decoder separately, without code for single model families.
-
-A view is a shallow copy of the module that owns the decoder layers. It shares every weight, but stand-ins that pass, inject or
-record hidden states replace some layers. The model's own forward still prepares masks, positions and rotary embeddings for
-each layer. The original model is never modified.
-"""
+"""Run the prefix and the suffix of any Hugging Face decoder separately, without code for single model families."""
 
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
+from torch import Tensor
 
 from slzo.batches.packing import TokenBatch
 from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, Attend, VirtualTokens, use_packed_attention
-from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
-from slzo.models.linear import OneDNNLinear, SelectedHead, is_plain_linear, onednn_is_faster, with_onednn
+from slzo.models.decoder_layers import find_decoder_layers
+from slzo.models.linear import onednn_is_faster
 from slzo.models.quantization import is_plain
-from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed
-from slzo.private.modules import with_submodule
+from slzo.models.views import Decoder, Views
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_View = tuple[nn.Module, Inject | None, "Capture | CaptureOutput | None"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +60,11 @@ class ModelParts:
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and use_packed_attention(model)
-        self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
-        self._stack = model.get_submodule(self._stack_path)
-        self.use_onednn((model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn)
+        self._decoder = Decoder(model, self.layers_path, self.layers)
+        if onednn is None:
+            onednn = model.device.type == "cpu" and onednn_is_faster(self.layers[0])
+        self.onednn = onednn
+        self._views = Views(self._decoder, onednn)
 
     def rebuilt(self, virtual_tokens: VirtualTokens | None, onednn: bool | None = None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended.
@@ -84,7 +75,8 @@ class ModelParts:
         """
         parts = copy.copy(self)
         parts.virtual_tokens = virtual_tokens
-        parts.use_onednn(self.onednn if onednn is None else onednn)
+        parts.onednn = self.onednn if onednn is None else onednn
+        parts._views = Views(self._decoder, parts.onednn)
         return parts
 
     @property
@@ -92,21 +84,9 @@ class ModelParts:
         """Size of a hidden state."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
-    def use_onednn(self, onednn: bool) -> None:
-        """Run float32 linear layers on the CPU through oneDNN, or not."""
-        self.onednn = onednn
-        self._runnable = [with_onednn(layer) for layer in self.layers] if onednn else list(self.layers)
-        self._views: dict[tuple[int, int, bool], _View] = {}
-        self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
-
-    @cached_property
-    def _outputs(self) -> tuple[int, type[ModelOutput]]:
-        """Outputs of a layer and of the decoder, see :func:`_inspect_outputs`. Lazy: loading and saving need no forward pass."""
-        return _inspect_outputs(self.model, self.layers[0], self._stack)
-
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""
-        _ = self._outputs
+        _ = self._decoder.outputs
 
     def run(
         self,
@@ -142,21 +122,15 @@ class ModelParts:
                 f"data.max_length: with a sequence of more than {longest} tokens {type(self.model).__name__} computes the "
                 f"others of its batch differently; set it to {longest} or less"
             )
-        view, inject, capture = self._view(start, stop, norm)
-        if inject is not None:
+        if not 0 <= start <= stop <= self.num_layers:
+            raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
+        entering: Tensor | None = None
+        if start > 0:
             if hidden is None:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
-            inject.value = hidden[None] if self.packed else hidden[batch.layout.in_one_group.groups[0]]
-        try:
-            output = view(**self._inputs(batch, attend), use_cache=False)
-            final = output.last_hidden_state if capture is None else capture.value
-            assert final is not None
-            return self.to_packed(final, batch)
-        finally:
-            if inject is not None:
-                inject.value = None
-            if capture is not None:
-                capture.value = None
+            entering = hidden[None] if self.packed else hidden[batch.layout.in_one_group.groups[0]]
+        final = self._views.of_layers(start, stop, norm).run(entering, self._inputs(batch, attend))
+        return self.to_packed(final, batch)
 
     def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Compute the logits of final hidden states.
@@ -172,49 +146,7 @@ class ModelParts:
             self.limits.selects_tokens and is_plain(self.model.get_output_embeddings().weight)
         ):
             return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
-        view, precomputed, selected = self._head_view(token_ids is not None)
-        precomputed.value = hidden.unsqueeze(0)
-        if selected is not None and token_ids is not None:
-            selected.token_ids = token_ids
-        try:
-            # the stand-in ignores the ids, but some models read their shape
-            ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
-            return view(input_ids=ids, use_cache=False).logits[0].float()
-        finally:
-            precomputed.value = None
-
-    def _view(self, start: int, stop: int, norm: bool) -> _View:
-        if not 0 <= start <= stop <= self.num_layers:
-            raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
-        norm = norm or stop < self.num_layers
-        if (start, stop, norm) not in self._views:
-            inject = Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
-            capture: Capture | CaptureOutput | None = None
-            layers: list[nn.Module] = [Pass(layer, self._outputs[0]) for layer in self.layers]
-            layers[start:stop] = self._runnable[start:stop]
-            if inject is not None:
-                layers[start - 1] = inject
-            if stop < self.num_layers:
-                layers[stop] = capture = Capture(self.layers[stop], self._outputs[0])
-            elif not norm:
-                layers[-1] = capture = CaptureOutput(layers[-1])
-            view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
-            self._views[start, stop, norm] = (view, inject, capture)
-        return self._views[start, stop, norm]
-
-    def _head_view(self, selected: bool) -> tuple[nn.Module, Precomputed, SelectedHead | None]:
-        if selected not in self._head_views:
-            precomputed = Precomputed(self._stack, self._outputs[1])
-            view = with_submodule(self.model, self._stack_path, precomputed)
-            original = self.model.get_output_embeddings()
-            head: nn.Module | None = SelectedHead(original, self.onednn) if selected else None
-            if not selected and self.onednn and is_plain_linear(original):
-                head = OneDNNLinear(original)
-            if head is not None:
-                path = next(name for name, module in self.model.named_modules() if module is original)
-                view = with_submodule(view, path, head)
-            self._head_views[selected] = (view, precomputed, head if isinstance(head, SelectedHead) else None)
-        return self._head_views[selected]
+        return self._views.of_head(token_ids is not None).run(hidden, token_ids).float()
 
     def _inputs(self, batch: TokenBatch, attend: Attend | None) -> dict[str, Any]:
         if self.packed:
@@ -240,20 +172,3 @@ class ModelParts:
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Convert hidden states from the model's shape to packed form, shape (T, hidden)."""
         return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group.inverse)
-
-
-@torch.no_grad()
-def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[int, type[ModelOutput]]:
-    """Return the length of a decoder layer's output tuple, 0 if it returns no tuple, and the class of the decoder's output."""
-    seen: dict[nn.Module, Any] = {}
-    with ExitStack() as hooks:
-        for module in (layer, stack):
-            hooks.enter_context(module.register_forward_hook(lambda module, _, output: seen.update({module: output})))
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    returned, output = seen[layer], seen[stack]
-    hidden = returned[0] if isinstance(returned, tuple | list) else returned
-    if hidden.shape[:2] != (1, 2):
-        raise refusal(
-            model, f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens"
-        )
-    return len(returned) if isinstance(returned, tuple | list) else 0, type(output)

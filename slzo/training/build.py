@@ -69,7 +69,7 @@ def load_parts(
     engine = options.engine
     parts = split_and_verify(cast("Any", model), engine.packed, engine.onednn)
     if (agreed := broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
-        parts.use_onednn(agreed)
+        parts = parts.rebuilt(parts.virtual_tokens, onednn=agreed)
     return parts
 
 

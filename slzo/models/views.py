@@ -1,0 +1,192 @@
+"""Views of a model: shallow copies that run some of its decoder layers, or its head alone.
+
+A view shares every weight, but stand-ins that pass, inject or record hidden states replace some layers. The model's own forward
+still prepares masks, positions and rotary embeddings for each layer. The original model is never modified.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from slzo.models.decoder_layers import decoder_of, refusal
+from slzo.models.linear import OneDNNLinear, SelectedHead, is_plain_linear, with_onednn
+from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed
+from slzo.private.modules import with_submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Outputs(NamedTuple):
+    """What the modules of a model return.
+
+    Attributes:
+        of_layer: Length of a decoder layer's output tuple, 0 if it returns no tuple.
+        of_decoder: Class of the decoder's output.
+    """
+
+    of_layer: int
+    of_decoder: type[ModelOutput]
+
+
+class Decoder:
+    """The module of a model that owns the decoder layers and takes token ids.
+
+    Args:
+        model: The model.
+        layers_path: Path of the layers in it.
+        layers: The layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers_path: str, layers: nn.ModuleList) -> None:
+        self.model = model
+        self.layers = layers
+        self.path, self.layers_name = decoder_of(model, layers_path)
+        self.module = model.get_submodule(self.path)
+
+    @cached_property
+    @torch.no_grad()
+    def outputs(self) -> Outputs:
+        """What a layer and the decoder return, from a forward pass. Lazy: loading and saving need none."""
+        layer, seen = self.layers[0], {}
+        with ExitStack() as hooks:
+            for module in (layer, self.module):
+                hooks.enter_context(
+                    module.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+                )
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.model.device), use_cache=False)
+        returned, output = seen[layer], seen[self.module]
+        is_tuple = isinstance(returned, tuple | list)
+        hidden = returned[0] if is_tuple else returned
+        if hidden.shape[:2] != (1, 2):
+            raise refusal(
+                self.model,
+                f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens",
+            )
+        return Outputs(len(returned) if is_tuple else 0, type(output))
+
+
+@dataclass(frozen=True)
+class LayersView:
+    """Some of the decoder layers.
+
+    Attributes:
+        module: The view.
+        inject: Stands before the first layer; ``None`` if this is the first layer of the model.
+        capture: Stands after the last layer; ``None`` if the final norm follows.
+    """
+
+    module: nn.Module
+    inject: Inject | None
+    capture: Capture | CaptureOutput | None
+
+    def run(self, hidden: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """Return the states after the layers, in the model's shape.
+
+        Args:
+            hidden: States that enter the first layer, in the model's shape; not read by a view without ``inject``.
+            inputs: Arguments of the model's own forward.
+        """
+        try:
+            if self.inject is not None:
+                self.inject.value = hidden
+            output = self.module(**inputs, use_cache=False)
+            final = output.last_hidden_state if self.capture is None else self.capture.value
+            assert final is not None
+            return final
+        finally:
+            for stand_in in (self.inject, self.capture):
+                if stand_in is not None:
+                    stand_in.value = None
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """The head.
+
+    Attributes:
+        module: The view.
+        decoder: Stands in place of the decoder.
+        selected: Computes the logits of some tokens; ``None`` if those of the whole vocabulary are computed.
+    """
+
+    module: nn.Module
+    decoder: Precomputed
+    selected: SelectedHead | None
+
+    def run(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
+        """Return logits, shape (U, K or vocabulary), from final states (U, hidden) and, with ``selected``, token ids (K,)."""
+        self.decoder.value = hidden.unsqueeze(0)
+        if self.selected is not None and token_ids is not None:
+            self.selected.token_ids = token_ids
+        try:
+            # the stand-in ignores the ids, but some models read their shape
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            return self.module(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self.decoder.value = None
+
+
+class Views:
+    """Makes the views of a model, each once.
+
+    Args:
+        decoder: The decoder of the model.
+        onednn: Whether linear layers run through oneDNN.
+    """
+
+    def __init__(self, decoder: Decoder, onednn: bool) -> None:
+        self._decoder = decoder
+        self._onednn = onednn
+        self._runnable = [with_onednn(layer) if onednn else layer for layer in decoder.layers]
+        self._of_layers: dict[tuple[int, int, bool], LayersView] = {}
+        self._of_head: dict[bool, HeadView] = {}
+
+    def of_layers(self, start: int, stop: int, norm: bool) -> LayersView:
+        """Return the view of layers ``start`` to ``stop - 1``; after the model's last layer, ``norm`` adds the final norm."""
+        key = (start, stop, norm or stop < len(self._runnable))
+        if key not in self._of_layers:
+            self._of_layers[key] = self._make_layers(*key)
+        return self._of_layers[key]
+
+    def of_head(self, selects: bool) -> HeadView:
+        """Return the view of the head, for some tokens if ``selects``, else for the whole vocabulary."""
+        if selects not in self._of_head:
+            self._of_head[selects] = self._make_head(selects)
+        return self._of_head[selects]
+
+    def _make_layers(self, start: int, stop: int, norm: bool) -> LayersView:
+        own, length = self._decoder.layers, self._decoder.outputs.of_layer
+        layers: list[nn.Module] = [Pass(layer, length) for layer in own]
+        layers[start:stop] = self._runnable[start:stop]
+        inject: Inject | None = None
+        if start > 0:
+            layers[start - 1] = inject = Inject(own[start - 1], length)
+        capture: Capture | CaptureOutput | None = None
+        if stop < len(own):
+            layers[stop] = capture = Capture(own[stop], length)
+        elif not norm:
+            layers[-1] = capture = CaptureOutput(layers[-1])
+        replaced = nn.ModuleList(layers).eval()
+        return LayersView(with_submodule(self._decoder.module, self._decoder.layers_name, replaced), inject, capture)
+
+    def _make_head(self, selects: bool) -> HeadView:
+        model = self._decoder.model
+        precomputed = Precomputed(self._decoder.module, self._decoder.outputs.of_decoder)
+        view = with_submodule(model, self._decoder.path, precomputed)
+        original = model.get_output_embeddings()
+        selected = SelectedHead(original, self._onednn) if selects else None
+        head: nn.Module | None = selected
+        if head is None and self._onednn and is_plain_linear(original):
+            head = OneDNNLinear(original)
+        if head is not None:
+            path = next(name for name, module in model.named_modules() if module is original)
+            view = with_submodule(view, path, head)
+        return HeadView(view, precomputed, selected)
