@@ -4,7 +4,7 @@ Shapes: ``T`` tokens in the batch, ``B`` examples, ``C`` candidates, ``U`` posit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -60,6 +60,8 @@ class PackedBatch(TokenBatch):
             of an example follow the same tokens.
         token_choice: Index in ``choice_ids`` of each answer token, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
+        shares_tokens: Whether tokens belong to several examples, see :func:`slzo.batches.sharing.share_beginnings`. Then
+            ``examples`` and ``example_tokens`` are empty, and the batch cannot be cut.
         source: The batch on the CPU that this one is a copy of, if it is on another device. If you replace a field, replace that
             of ``source`` too.
     """
@@ -81,6 +83,7 @@ class PackedBatch(TokenBatch):
     choice_ids: Tensor | None
     token_choice: Tensor | None
     most_candidates: int
+    shares_tokens: bool = False
     source: Self | None = None
 
     @property
@@ -140,41 +143,59 @@ def _num_shared(example: EncodedExample) -> int:
     return limit
 
 
+@dataclass
+class _Tokens:
+    """The tokens of packed examples. The attributes become those of :class:`PackedBatch`, ``sequences`` its layout."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    sequences: list[tuple[int, ...]] = field(default_factory=list)
+    needed: dict[int, int] = field(default_factory=dict)  # position -> its number, in order
+    token_needed: list[int] = field(default_factory=list)
+    example_tokens: list[int] = field(default_factory=list)
+    example_needed: list[int] = field(default_factory=list)
+
+    def add(self, example: EncodedExample) -> None:
+        """Add an example: the tokens that its candidates share, then those that each adds."""
+        start, before = len(self.ids), len(self.needed)
+        shared = _num_shared(example)
+        common = self._append(example.sequences[0].ids[:shared], 0)
+        for slot, sequence in enumerate(example.sequences):
+            branch = self._append(sequence.ids[shared:-1], shared)
+            packed = common + branch
+            if branch or slot == 0:
+                self.sequences.append(packed)
+            # a token is predicted by the logits of the token before it
+            self.token_needed += [self.needed.setdefault(packed[at], len(self.needed)) for at in sequence.places]
+        self.example_tokens.append(len(self.ids) - start)
+        self.example_needed.append(len(self.needed) - before)
+
+    def _append(self, ids: Sequence[int], position: int) -> tuple[int, ...]:
+        """Append tokens, the first at this position of its sequence; return where they are in the packed row."""
+        start = len(self.ids)
+        self.ids.extend(ids)
+        self.positions.extend(range(position, position + len(ids)))
+        return tuple(range(start, len(self.ids)))
+
+
+def _chooses_one_token(example: EncodedExample) -> bool:
+    """Return whether all candidates are one token after the same tokens."""
+    before = example.sequences[0].ids[:-1]
+    return all(len(sequence.places) == 1 and sequence.ids[:-1] == before for sequence in example.sequences)
+
+
 def pack(examples: Sequence[EncodedExample]) -> PackedBatch:
     """Create a batch without padding, with the examples in this order. A prompt is stored once for all its candidates."""
-    ids: list[int] = []
-    positions: list[int] = []
-    sequences: list[tuple[int, ...]] = []
-    needed: dict[int, int] = {}
-    token_needed: list[int] = []
-    example_tokens: list[int] = []
-    example_needed: list[int] = []
+    tokens = _Tokens()
     for example in examples:
-        start, before = len(ids), len(needed)
-        shared = _num_shared(example)
-        common = tuple(range(start, start + shared))
-        ids.extend(example.sequences[0].ids[:shared])
-        positions.extend(range(shared))
-        for slot, sequence in enumerate(example.sequences):
-            branch = sequence.ids[shared:-1]
-            packed = common + tuple(range(len(ids), len(ids) + len(branch)))
-            ids.extend(branch)
-            positions.extend(range(shared, shared + len(branch)))
-            if branch or slot == 0:
-                sequences.append(packed)
-            # a token is predicted by the logits of the token before it
-            token_needed += [needed.setdefault(packed[place], len(needed)) for place in sequence.places]
-        example_tokens.append(len(ids) - start)
-        example_needed.append(len(needed) - before)
+        tokens.add(example)
     candidates = [candidate for example in examples for candidate in example.sequences]
     token_id = [candidate.ids[place] for candidate in candidates for place in candidate.places]
     lengths = [len(candidate.places) for candidate in candidates]
     owners = [number for number, example in enumerate(examples) for _ in example.sequences]
     slots = [slot for example in examples for slot in range(len(example.sequences))]
     # the normalizer cancels only between candidates that follow the same tokens
-    one_token = all(length == 1 for length in lengths) and all(
-        sequence.ids[:-1] == example.sequences[0].ids[:-1] for example in examples for sequence in example.sequences
-    )
+    one_token = all(map(_chooses_one_token, examples))
     choices = sorted(set(token_id)) if one_token else []
     choice_index = {token: i for i, token in enumerate(choices)}
 
@@ -182,16 +203,16 @@ def pack(examples: Sequence[EncodedExample]) -> PackedBatch:
         return torch.tensor(values, dtype=torch.int64)
 
     return PackedBatch(
-        input_ids=tensor(ids),
-        position_ids=tensor(positions),
-        layout=build_layout(sequences, len(ids)),
+        input_ids=tensor(tokens.ids),
+        position_ids=tensor(tokens.positions),
+        layout=build_layout(tokens.sequences, len(tokens.ids)),
         examples=tuple(examples),
         example_index=tuple(example.index for example in examples),
-        example_tokens=tuple(example_tokens),
-        example_needed=tuple(example_needed),
-        needed=tensor(list(needed)),
-        needed_example=tensor([number for number, count in enumerate(example_needed) for _ in range(count)]),
-        token_needed=tensor(token_needed),
+        example_tokens=tuple(tokens.example_tokens),
+        example_needed=tuple(tokens.example_needed),
+        needed=tensor(list(tokens.needed)),
+        needed_example=tensor([number for number, count in enumerate(tokens.example_needed) for _ in range(count)]),
+        token_needed=tensor(tokens.token_needed),
         token_id=tensor(token_id),
         token_candidate=tensor([number for number, length in enumerate(lengths) for _ in range(length)]),
         candidate_length=tensor(lengths),

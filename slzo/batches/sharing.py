@@ -12,9 +12,8 @@ from slzo.batches.packing import PackedBatch
 def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
     """Store, and so evaluate, every common beginning of a batch's sequences once.
 
-    The result is the same, because the hidden state of a token depends only on the tokens before it. The tokens no longer belong
-    to single examples: ``examples`` and ``example_tokens`` are empty, the result cannot be cut, and the hidden states must not be
-    cached by example. The batch must be on the CPU.
+    The result is the same, because the hidden state of a token depends only on the tokens before it. The result
+    ``shares_tokens``, so its hidden states must not be cached by example. The batch must be on the CPU.
 
     Returns:
         The new batch, and the position of each of its T tokens in ``batch``, shape (T,), int64.
@@ -46,6 +45,7 @@ def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
         layout=build_layout(sequences, len(kept)),
         examples=(),
         example_tokens=(),
+        shares_tokens=True,
         needed=torch.tensor(merged)[batch.needed],
     )
     return shared, source

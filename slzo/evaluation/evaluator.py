@@ -97,8 +97,7 @@ class Evaluator:
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
             return Outcome(texts, [], gold_loss, tuple(answer.num_tokens for answer in answers), rewarded)
-        # without example_tokens, examples of the batch share tokens, so no states belong to a single example
-        if self.states is None or not packed.example_tokens:
+        if self.states is None or packed.shares_tokens:  # states are cached by example
             final = final_states(self.parts, packed, 0, None)[0]
         else:
             final = self.states(packed, keep_prefix)
