@@ -1,16 +1,21 @@
 """Fixtures: a tiny model and made-up rows on disk, options of a short run, a clean environment."""
 
+import gc
+import importlib.metadata
 import io
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 # one thread per worker and its child processes, because several share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import docstring_parser
 import numpy as np
 import pytest
 from helpers import random_example
@@ -19,8 +24,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 import tiny
+from slzo.models import startup_check
+from slzo.private.models import attention_of
 from slzo.utils import pip_download
 from slzo.utils.hub import model_folder
+
+# what each parser of options and each run asks for again does not change
+docstring_parser.parse = cache(docstring_parser.parse)
+importlib.metadata.version = cache(importlib.metadata.version)
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of each search for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -147,6 +163,25 @@ def options(sst2_options):
     ]
 
 
+_MADE = {}
+
+
+@pytest.fixture
+def once(tmp_path_factory, monkeypatch):
+    """Copy what ``make(*args)`` writes into the working folder; tests with the same arguments share one call."""
+
+    def copy_of(make, *args):
+        if (make, *args) not in _MADE:
+            folder = tmp_path_factory.mktemp("made")
+            with monkeypatch.context() as patch:
+                patch.chdir(folder)
+                make(*args)
+            _MADE[make, *args] = folder
+        shutil.copytree(_MADE[make, *args], ".", dirs_exist_ok=True)
+
+    return copy_of
+
+
 @pytest.fixture(autouse=True)
 def _blank_pictures(request, monkeypatch):
     """Skip pictures and reports, which take longer than a tiny run, except in tests marked ``pictures``."""
@@ -163,3 +198,32 @@ def _blank_pictures(request, monkeypatch):
             Path(place).write_bytes(blank.getvalue())
 
     monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+@pytest.fixture(autouse=True)
+def _no_flushes(monkeypatch):
+    """Do not wait for the disk: only a loss of power would show it. Tests of failing disks replace this."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+_TWINS = {}
+
+
+@pytest.fixture(autouse=True)
+def _one_check_of_a_twin(monkeypatch):
+    """Check the twin of a config once, not in each run: its result depends on the config alone. A direct check is not shared."""
+    twin = startup_check._Twin
+
+    def shared(model):
+        key = (type(model), attention_of(model), model.device, model.config.to_json_string())
+        if key not in _TWINS:
+            _TWINS[key] = twin(model)
+            _TWINS[key].longest = cache(_TWINS[key].longest)
+        return _TWINS[key]
+
+    def split_and_verify(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(startup_check, "_Twin", shared)
+            return startup_check.split_and_verify(*args)
+
+    monkeypatch.setattr("slzo.training.build.split_and_verify", split_and_verify)

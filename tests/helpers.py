@@ -167,6 +167,11 @@ def random_prompts(count=12):
     return [random_example(generator, i, 4 + i % 5, (1,)) for i in range(count)]
 
 
+def run_fit(*options):
+    """``slzo fit`` with these options."""
+    assert main(["fit", *options]) == 0
+
+
 def last_checkpoint(number=0):
     """The file of a run's newest state."""
     return run_dir(number) / "checkpoints" / "last.ckpt"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, run_dir, tiny_model, tuned
+from helpers import error_line, last_checkpoint, run_dir, run_fit, tiny_model, tuned
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
@@ -27,30 +27,24 @@ EXPORT = ["export", f"--ckpt_path={CHECKPOINT}", "--output=out"]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, model_dir, data_dir):
+def train(model_dir, data_dir):
     """A run of four steps, with its model and rows."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(model_dir, folder / "model")
-    shutil.copytree(data_dir, folder / "data")
+    shutil.copytree(model_dir, "model")
+    shutil.copytree(data_dir, "data")
     options = (
         "--model.model=model --data.task=sst2 --data.data_dir=data --data.num_train=12 --data.num_dev=4 --data.num_test=4 "
         "--data.batch_size=4 --trainer.accelerator=cpu --trainer.max_steps=4 --trainer.val_check_interval=2 --model.layer=0 "
         "--model.eps=1e-3 --model.optimizer=Adam --model.optimizer.lr=1e-3 --model.engine.onednn=false"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["fit", *options.split()]) == 0
-        run_dir().rename("run")
-        Path("runs").rmdir()
-    return folder
+    run_fit(*options.split())
+    run_dir().rename("run")
+    Path("runs").rmdir()
 
 
 @pytest.fixture
-def run(trained, tmp_path, monkeypatch):
-    """A copy of the run, its model and its rows as the current folder."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def run(once, model_dir, data_dir, own_folder):
+    """The run, its model and its rows in the current folder."""
+    once(train, model_dir, data_dir)
 
 
 def change(function):
@@ -86,21 +80,24 @@ def other_config(model):
     model.config.rms_norm_eps = 1e-5
 
 
+GIVEN = f"--ckpt_path={CHECKPOINT}"
+COMMANDS = (FIT, EXPORT, ["validate", GIVEN], ["test", GIVEN], ["predict", GIVEN, "--output=p.jsonl"])
+
+
 @pytest.mark.parametrize(
-    ("become", "told"),
+    ("become", "told", "commands"),
     [
-        pytest.param(other_weights, "different weights", marks=pytest.mark.slow),
-        (other_frozen_weights, "different weights"),
-        pytest.param(one_tuned_weight, "different weights", marks=pytest.mark.slow),
-        (other_config, "rms_norm_eps: 1e-06 -> 1e-05"),
+        pytest.param(other_weights, "different weights", COMMANDS, marks=pytest.mark.slow),
+        (other_frozen_weights, "different weights", COMMANDS),
+        pytest.param(one_tuned_weight, "different weights", COMMANDS, marks=pytest.mark.slow),
+        (other_config, "rms_norm_eps: 1e-06 -> 1e-05", COMMANDS[:1]),
     ],
 )
-def test_a_folder_that_holds_another_model_of_the_same_shape_is_refused(run, capsys, become, told):
+def test_a_folder_that_holds_another_model_of_the_same_shape_is_refused(run, capsys, become, told, commands):
     model = AutoModelForCausalLM.from_pretrained("model")
     become(model)
     model.save_pretrained("model")
-    given = f"--ckpt_path={CHECKPOINT}"
-    for command in (FIT, EXPORT, ["validate", given], ["test", given], ["predict", given, "--output=p.jsonl"]):
+    for command in commands:
         line = error_line(capsys, *command)
         assert "was trained on another base model" in line, command
         assert told in line, command

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, run_dir, same_tensors, summary, tiny_model, tuned
+from helpers import error_line, last_checkpoint, run_dir, run_fit, same_tensors, summary, tiny_model, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,8 +82,8 @@ def test_fit_writes_profile_summary_and_curves(options, model_dir, capsys):
     assert events.Scalars("train/projected_grad")[3].value == pytest.approx((plus - minus) / 2e-3, rel=1e-3, abs=1e-2)
 
 
-def test_checkpoint_and_export_hold_the_tuned_layer_and_the_rest_stays(options, model_dir):
-    assert main(["fit", *options]) == 0
+def test_checkpoint_and_export_hold_the_tuned_layer_and_the_rest_stays(options, model_dir, once):
+    once(run_fit, *options)
     checkpoint = read_checkpoint(last_checkpoint()).content
     state, layer = checkpoint["state_dict"], checkpoint["slzo"]["layer"]
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
@@ -245,8 +245,8 @@ def test_all_processes_use_the_kernels_of_the_first(of_first, options, monkeypat
     assert read_checkpoint(last_checkpoint()).note["onednn"] is of_first
 
 
-def test_a_resume_reads_the_checkpoint_to_find_it_and_to_load_it(options, monkeypatch):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_a_resume_reads_the_checkpoint_to_find_it_and_to_load_it(options, monkeypatch, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     read = []
     original = checkpoint_file.read
     monkeypatch.setattr(checkpoint_file, "read", lambda path, *entry: read.append(str(path)) or original(path, *entry))
@@ -265,8 +265,8 @@ def test_epochs_can_be_resumed_and_a_finished_run_is_left_alone(options, capsys)
     assert not run_dir(2).exists()
 
 
-def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     more = ["--seed_everything=5", "--model.optimizer.lr=7", "--model.eps=2e-3"]
     assert "row 0 of the train rows" in error_line(
         capsys, "fit", *options, "--ckpt_path=last", *more
@@ -279,7 +279,7 @@ def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys):
     assert summary(1)["seed"] == 0
 
 
-def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options, monkeypatch):
+def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options, monkeypatch, once):
     original = fit.score_test_rows
 
     def score(prepared, rows, when, **more):
@@ -287,7 +287,7 @@ def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options,
             raise KeyboardInterrupt
         return original(prepared, rows, when, **more)
 
-    assert main(["fit", *options]) == 0
+    once(run_fit, *options)
     with monkeypatch.context() as patch:
         patch.setattr(fit, "score_test_rows", score)
         assert main(["fit", *options]) == 130
@@ -325,14 +325,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(options):
 # ---- other commands -----------------------------------------------------------------------------------------------------
 
 
-def test_test_scores_the_checkpoint_and_says_when_there_is_none(options, capsys):
+def test_test_scores_the_checkpoint_and_says_when_there_is_none(options, capsys, once):
     def accuracy(*args):
         capsys.readouterr()
         assert main(["test", *args]) == 0
         output = capsys.readouterr().out
         return "scoring the untuned model" in output, float(re.search(r"test/accuracy\W+([\d.]+)", output)[1])
 
-    assert main(["fit", *options]) == 0
+    once(run_fit, *options)
     found = summary()
     tuned_score = accuracy("--ckpt_path", found["best_checkpoint"])  # options from the run's config.yaml
     assert tuned_score == (False, pytest.approx(found["score_after"], abs=1e-4))
@@ -383,9 +383,9 @@ def test_every_layer_over_the_thresholds_is_told(options, capsys):
     assert "model.layer 1: is not used, because slzo profile chooses a layer by profiler.rule" in printed.err
 
 
-def test_what_export_refuses(options, capsys):
+def test_what_export_refuses(options, capsys, once):
     assert "ckpt_path: is required; give --ckpt_path VALUE: " in error_line(capsys, "export", "--output=x")
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    once(run_fit, *options, "--trainer.max_steps=2")
     Path("full").mkdir()
     Path("full/file").touch()
     assert "output 'full': exists" in error_line(capsys, "export", "--ckpt_path=last", "--output=full")
@@ -399,8 +399,8 @@ def test_what_export_refuses(options, capsys):
     assert main([*args, "--trust_remote_code=true"]) == 0
 
 
-def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     line = error_line(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")

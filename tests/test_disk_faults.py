@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, run_dir
+from helpers import error_line, last_checkpoint, run_dir, run_fit
 from torch.utils.tensorboard import SummaryWriter
 
 from slzo.__main__ import main
@@ -106,11 +106,11 @@ OTHERS = [pytest.param(code, marks=pytest.mark.slow) for code in (errno.EROFS, e
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, *OTHERS])
 @pytest.mark.parametrize("command", ["fit", "predict", "export"])
-def test_a_write_that_fails_is_one_line(options, capsys, monkeypatch, code, command):
+def test_a_write_that_fails_is_one_line(options, capsys, monkeypatch, code, command, once):
     """Whatever the disk says, wherever: permission bits prove nothing for root."""
     given = options
     if command != "fit":
-        assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+        once(run_fit, *options, "--trainer.max_steps=2")
         given = ["--ckpt_path=last", *(["--output=out"] if command == "export" else options)]
 
     def fail(number):

@@ -9,7 +9,7 @@ from types import MappingProxyType, ModuleType
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, summary, tuned
+from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, run_fit, summary, tuned
 
 from slzo import export
 from slzo.__main__ import main
@@ -53,11 +53,11 @@ def test_a_reward(options):
     assert scope["brief"](["a" * arguments["limit"], "a" * 2 * arguments["limit"]], **arguments) == [1.0, 0.5]
 
 
-def test_an_export_format(options, monkeypatch):
+def test_an_export_format(options, monkeypatch, once):
     scope = {}
     exec(page_code(PAGE, "export"), scope)
     monkeypatch.setattr(export, "FORMATS", MappingProxyType({**export.FORMATS, "npz": scope["NPZ"]}))
-    assert main(["fit", *options]) == 0
+    once(run_fit, *options)
     path = last_checkpoint()
     folder = export.export_checkpoint(read_checkpoint(path), "out", "npz")
     with np.load(folder / "tuned.npz") as arrays:

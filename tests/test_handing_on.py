@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, run_dir, summary
+from helpers import error_line, last_checkpoint, run_dir, run_fit, summary
 
 from slzo.__main__ import main
 
@@ -56,8 +56,8 @@ def test_without_a_last_checkpoint_the_newest_of_the_same_run_is_last(options, c
     assert summary(2)["steps"] == 6
 
 
-def test_a_newer_run_without_a_checkpoint_is_named(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_a_newer_run_without_a_checkpoint_is_named(options, capsys, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     interrupted = run_dir(1)
     interrupted.mkdir()
     (interrupted / "environment.json").write_text("{}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import error_line, run_dir, summary
+from helpers import error_line, run_dir, run_fit, summary
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,9 +14,9 @@ from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import log_picture
 
 
-def test_tensorboard_has_one_score_before_and_one_after(options):
+def test_tensorboard_has_one_score_before_and_one_after(options, once):
     """And it shows the options next to the score after."""
-    assert main(["fit", *options]) == 0
+    once(run_fit, *options)
     events, scores = EventAccumulator(str(run_dir()), {"scalars": 0}).Reload(), summary()
     found = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test/accuracy")]
     assert found == [(0, scores["score_before"]), (8, scores["score_after"])]

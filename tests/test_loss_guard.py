@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import last_checkpoint, logged, summary, tuned
+from helpers import last_checkpoint, logged, run_fit, summary, tuned
 from torch import nn
 from torch.optim import lr_scheduler
 from transformers import AutoModelForCausalLM
@@ -136,8 +136,8 @@ def test_null_never_rolls_back(options, capsys):
     assert state_of()[1]["good"] is None
 
 
-def test_a_calm_run_is_left_alone(options):
-    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+def test_a_calm_run_is_left_alone(options, once):
+    once(run_fit, *options, "--trainer.max_steps=4")
     content, state = state_of()
     assert (state["rollbacks"], summary()["rollbacks"], summary()["lr_at_end"]) == (0, 0, 1e-3)
     assert content["optimizer_states"]

@@ -14,6 +14,7 @@ from helpers import (
     last_checkpoint,
     peft_prefix,
     random_example,
+    run_fit,
     summary,
     tiny_model,
     tune_scope,
@@ -98,8 +99,8 @@ def test_an_exported_prefix_is_an_adapter_of_peft(options, model_dir):
     check_score(model, options, last_checkpoint())
 
 
-def test_a_resume_with_another_scope_is_refused(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_a_resume_with_another_scope_is_refused(options, capsys, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     for scope, change in (
         (["--model.scope=LoRA"], "class: LayerScope -> LoRA"),
         (["--model.scope=LayerScope", "--model.scope.part=mlp"], "part: layer -> mlp"),

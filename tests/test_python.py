@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import last_checkpoint, on_tiny, run_dir, summary
+from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
@@ -80,12 +80,11 @@ def test_the_example_of_the_package(model_dir, data_dir, capsys):
     assert float(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(summary()["score_after"])
 
 
-def fitted(model_dir, data_dir, scope, layer=2):
-    """A run of two steps with a scope; the trainer and the module."""
+def fitted(model_dir, data_dir, scope=None, layer=2):
+    """A run of two steps with a scope."""
     module = ZOModule(str(model_dir), layer, scope, eps=1e-3, seed=0)
     trainer = ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
     trainer.fit(module, datamodule=rows(data_dir))
-    return module
 
 
 @pytest.mark.parametrize("scope", [LoRA(rank=2), PrefixTuning(num_tokens=2)], ids=lambda scope: scope.describe())
@@ -136,8 +135,8 @@ def test_reading_the_folder_of_a_run_makes_none():
     assert not run_dir().exists()
 
 
-def test_arguments_of_lightnings_load_from_checkpoint(model_dir, data_dir):
-    fitted(model_dir, data_dir, LayerScope())
+def test_arguments_of_lightnings_load_from_checkpoint(model_dir, data_dir, once):
+    once(fitted, model_dir, data_dir)
     path = last_checkpoint()
     assert ZOModule.load_from_checkpoint(path, map_location="cpu", strict=True, weights_only=True).is_tuned
     for wrong in ({"hparams_file": "x.yaml"}, {"strict": False}):
@@ -157,9 +156,9 @@ def test_lightnings_schedule_by_epochs(model_dir, data_dir):
         find_checkpoint("best", "runs")
 
 
-def test_a_plain_trainer_does_not_go_on_by_itself(model_dir, data_dir):
+def test_a_plain_trainer_does_not_go_on_by_itself(model_dir, data_dir, once):
     """Lightning keeps the path of a checkpoint that it has loaded."""
-    fitted(model_dir, data_dir, LayerScope())
+    once(fitted, model_dir, data_dir)
     plugin = AtomicCheckpointIO()
     trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, plugins=[plugin], **QUIET)
     data, module = rows(data_dir), ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
@@ -170,13 +169,13 @@ def test_a_plain_trainer_does_not_go_on_by_itself(model_dir, data_dir):
 
 
 @pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"logger": False}])
-@pytest.mark.parametrize("name", ["best", "last"])
-def test_a_run_without_checkpoints_has_no_best_one(model_dir, data_dir, options, name):
-    fitted(model_dir, data_dir, LayerScope())  # the checkpoint of another run
+def test_a_run_without_checkpoints_has_no_best_one(model_dir, data_dir, options, once):
+    once(fitted, model_dir, data_dir)  # the checkpoint of another run
     trainer, module = ZOTrainer(max_steps=1, **QUIET, **options), ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
     trainer.fit(module, datamodule=rows(data_dir))
-    with pytest.raises(SlzoError, match=f"ckpt_path '{name}': the run of this trainer has no checkpoints"):
-        trainer.test(module, datamodule=rows(data_dir), ckpt_path=name)
+    for name in ("best", "last"):
+        with pytest.raises(SlzoError, match=f"ckpt_path '{name}': the run of this trainer has no checkpoints"):
+            trainer.test(module, datamodule=rows(data_dir), ckpt_path=name)
 
 
 def test_a_callback_that_saves_is_not_dropped():
@@ -232,8 +231,8 @@ def test_all_logged_metrics_can_be_watched(module, monitor, model_dir, data_dir)
         )
 
 
-def test_a_scheduler_is_not_added_to_a_run(model_dir, data_dir):
-    fitted(model_dir, data_dir, LayerScope())
+def test_a_scheduler_is_not_added_to_a_run(model_dir, data_dir, once):
+    once(fitted, model_dir, data_dir)
     make = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
     module = ZOModule(
         str(model_dir), 2, eps=1e-3, seed=0, optimizer=partial(torch.optim.SGD, lr=1e-3), lr_scheduler=make
@@ -244,8 +243,8 @@ def test_a_scheduler_is_not_added_to_a_run(model_dir, data_dir):
         ZOTrainer(max_steps=9, **QUIET).fit(module, datamodule=rows(data_dir), ckpt_path="last")
 
 
-def test_other_types_of_a_checkpoint_are_reported_when_it_is_scored(model_dir, data_dir, capsys):
-    fitted(model_dir, data_dir, LayerScope())
+def test_other_types_of_a_checkpoint_are_reported_when_it_is_scored(model_dir, data_dir, capsys, once):
+    once(fitted, model_dir, data_dir)
     for dtype, words in (
         ("float32", ""),
         ("bfloat16", "model.dtype: float32 -> bfloat16; scores may differ from those of its run"),
@@ -422,8 +421,8 @@ def fail(*_, **__):
     raise SlzoError("out of luck")
 
 
-def test_the_layer_of_a_checkpoint_is_not_replaced(model_dir, data_dir):
-    fitted(model_dir, data_dir, LayerScope(), layer=2)
+def test_the_layer_of_a_checkpoint_is_not_replaced(model_dir, data_dir, once):
+    once(fitted, model_dir, data_dir)
     module = ZOModule.load_from_checkpoint(last_checkpoint(), layer=1)
     with pytest.raises(SlzoError, match=r"model\.layer 1: the checkpoint tunes layer 2"):
         ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=rows(data_dir))
@@ -479,8 +478,9 @@ def test_a_plain_trainer_does_not_warn_of_modules_in_eval_mode(model_dir, data_d
     assert not [str(each.message) for each in recwarn if "eval mode" in str(each.message)]
 
 
-def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir):
-    before = fitted(model_dir, data_dir, LayerScope()).state_dict()
+def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir, once):
+    once(fitted, model_dir, data_dir)
+    before = tuned(last_checkpoint())
     wrong = ZOModule.load_from_checkpoint(last_checkpoint(), scope=LoRA())
     with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
         ZOTrainer(max_steps=1, **QUIET).fit(wrong, datamodule=rows(data_dir))
@@ -519,9 +519,9 @@ def test_a_second_data_module_gets_no_states_of_the_first(model_dir, tmp_path):
     assert all(tensor.equal(other.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
-def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir):
+def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir, once):
     """The tuned weights of a scored checkpoint are not taken for those of the base model."""
-    fitted(model_dir, data_dir, LayerScope())
+    once(fitted, model_dir, data_dir)
     module, same = (ZOModule.load_from_checkpoint(last_checkpoint(), eps=1e-3) for _ in range(2))
     trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
     trainer.test(module, datamodule=rows(data_dir), verbose=False)
@@ -582,8 +582,8 @@ def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
     assert json.loads(Path("out/slzo.json").read_text())["task"] == "sst2"
 
 
-def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir):
-    fitted(model_dir, data_dir, LayerScope())
+def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir, once):
+    once(fitted, model_dir, data_dir)
     sent = []
     first = Processes(2, 0, broadcast=lambda value: sent.append(value) or value)
     expected = best_state(str(last_checkpoint()), first)
@@ -621,10 +621,10 @@ def test_rates_are_known_before_the_first_step(model_dir, data_dir):
     assert 0 < rates[1] <= rates[0] < 1
 
 
-def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch):
+def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch, once):
     with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
         ZOModule.load_from_checkpoint("nope.ckpt")
-    fitted(model_dir, data_dir, LayerScope())
+    once(fitted, model_dir, data_dir)
     assert ZOModule.load_from_checkpoint("last").options.model == str(model_dir)
     content = read_checkpoint(last_checkpoint())
     content.note["trust_remote_code"] = True

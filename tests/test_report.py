@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import error_line, run_dir, summary
+from helpers import error_line, run_dir, run_fit, summary
 
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
@@ -216,8 +216,8 @@ def test_a_run_ends_with_its_page_and_pictures(options, capsys):
     assert [row["after"] for row in rows] == predicted[:8]
 
 
-def test_a_resumed_run_goes_on_with_the_history(options):
-    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+def test_a_resumed_run_goes_on_with_the_history(options, once):
+    once(run_fit, *options, "--trainer.max_steps=4")
     assert main(["fit", *options, "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
     first, second = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
     assert [point["step"] for point in second] == [2, 4, 6]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import last_checkpoint, run_dir, same_tensors, summary, tuned
+from helpers import last_checkpoint, run_dir, run_fit, same_tensors, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slzo
@@ -66,8 +66,8 @@ def test_a_saved_config_gives_the_same_weights_and_the_record_says_with_what(opt
     assert {**first, "command": ""} == {**second, "command": ""}
 
 
-def test_a_resumed_run_names_its_checkpoint_and_goes_on_with_its_points(options):
-    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+def test_a_resumed_run_names_its_checkpoint_and_goes_on_with_its_points(options, once):
+    once(run_fit, *options, "--trainer.max_steps=4")
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
     assert record("environment.json", 1)["continued_from"].endswith("last.ckpt")
     before, points = (record("history.json", number)["points"] for number in (0, 1))
@@ -127,8 +127,8 @@ def test_after_a_chain_of_crashes_the_record_is_that_of_an_uninterrupted_run(opt
     assert all(summary(last)[name] > continued[name] > 0 for name in ("seconds", "train_seconds"))
 
 
-def test_a_run_without_validations_has_a_history(options):
-    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+def test_a_run_without_validations_has_a_history(options, once):
+    once(run_fit, *options, "--trainer.max_steps=4")
     assert main(["fit", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"]) == 0
     assert [[p["step"] for p in record("history.json", number)["points"]] for number in (0, 1)] == [[2, 4]] * 2
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import last_checkpoint, run_dir, summary
+from helpers import last_checkpoint, run_dir, run_fit, summary
 
 from slzo import TaskDataModule, fit
 from slzo.__main__ import main
@@ -278,8 +278,8 @@ def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):
     assert "held-out accuracy" not in capsys.readouterr().out
 
 
-def test_the_command_for_more_steps_goes_on(options):
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def test_the_command_for_more_steps_goes_on(options, once):
+    once(run_fit, *options, "--trainer.max_steps=2")
     config, last = str(run_dir() / "config.yaml"), str(last_checkpoint())
     facts = run_facts(config=config, last=last, best=None, limit=("max_steps", 2), num_rows=24, requested_rows=None)
     command = shlex.split(next_command(WITHIN, losses(0.6, 0.5), facts), comments=True)

@@ -1,7 +1,7 @@
 """Steps without progress cause a warning and end a run; skipped steps are in the summary; projected gradients can be clipped."""
 
 import pytest
-from helpers import error_line, last_checkpoint, summary, tuned
+from helpers import error_line, last_checkpoint, run_fit, summary, tuned
 
 from slzo.__main__ import main
 from slzo.report.summary import format_summary
@@ -51,6 +51,6 @@ def test_a_loss_at_its_lower_bound_stops_the_automatic_rate_and_is_told(options,
     )
 
 
-def test_skipped_steps_are_in_the_summary(options):
-    assert main(["fit", *options]) == 0
+def test_skipped_steps_are_in_the_summary(options, once):
+    once(run_fit, *options)
     assert "3 steps without a finite loss" in format_summary({**summary(), "skipped_steps": 3})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import error_line, last_checkpoint, run_dir, summary
+from helpers import error_line, last_checkpoint, run_dir, run_fit, summary
 
 from command_parsers import parser_of
 from slzo.__main__ import main
@@ -184,10 +184,10 @@ def test_code_of_a_model_needs_the_option(options, capsys):
     assert line.endswith("runs its own code; if you trust it, give --trust_remote_code true")
 
 
-def test_a_card_imports_no_task_of_a_checkpoint(options, monkeypatch):
+def test_a_card_imports_no_task_of_a_checkpoint(options, monkeypatch, once):
     Path("card_task.py").write_text("open('ran', 'w')")
     monkeypatch.syspath_prepend(str(Path.cwd()))
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    once(run_fit, *options, "--trainer.max_steps=2")
     content = read_checkpoint(last_checkpoint()).content
     content["slzo"]["settings"]["data.task"] = "card_task.Task"
     checkpoint_file.write(content, last_checkpoint())
