@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, tiny_model
+from helpers import error_line, last_checkpoint, run_fit, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -34,12 +34,12 @@ SCOPES = {
 
 
 @pytest.fixture
-def tuned(options):
+def tuned(options, once):
     """A short run that moved a scope far."""
 
     def fit(scope, *given):
         more = [*SCOPES[scope], "--trainer.max_steps=2", "--record.test_before=false", *given]
-        assert main(["fit", *options, f"--model.scope={scope}", "--trainer.enable_progress_bar=false", *more]) == 0
+        once(run_fit, *options, f"--model.scope={scope}", "--trainer.enable_progress_bar=false", *more)
         return str(last_checkpoint())
 
     return fit
