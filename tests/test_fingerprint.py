@@ -6,7 +6,7 @@ import shutil
 from datetime import date
 
 import pytest
-from helpers import error_line, run_dir
+from helpers import error_line, run_dir, run_fit
 
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
@@ -19,14 +19,18 @@ from tiny import make_tokenizer
 ALLOW = "--data.allow_changed_rows=true"
 
 
+def train(model_dir, data_dir, *options):
+    """A run of two steps on its own copies of model and rows."""
+    shutil.copytree(model_dir, "model")
+    shutil.copytree(data_dir, "rows")
+    run_fit(*options, "--trainer.max_steps=2")
+
+
 @pytest.fixture
-def run(options, model_dir, data_dir, tmp_path):
-    """A run of two steps on its own copies of model and rows; returns its options."""
-    shutil.copytree(model_dir, tmp_path / "model")
-    shutil.copytree(data_dir, tmp_path / "rows")
-    options = [*options, f"--model.model={tmp_path / 'model'}", f"--data.data_dir={tmp_path / 'rows'}"]
-    options += ["--model.layer=1", "--trainer.max_steps=4"]
-    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+def run(options, once, model_dir, data_dir):
+    """The options of a run, whose files, model and rows are in the current folder."""
+    options = [*options, "--model.model=model", "--data.data_dir=rows", "--model.layer=1", "--trainer.max_steps=4"]
+    once(train, model_dir, data_dir, *options)
     return options
 
 
