@@ -183,9 +183,9 @@ def test_eps_alone_may_be_measured_and_lr_alone(auto):
 def test_the_step_is_measured_on_the_first_batch_of_the_run(auto, monkeypatch):
     rows, loss = [], Stepper.loss
 
-    def noted(self, batch, step=0, *more):
+    def noted(self, batch, step=0, *more, **named):
         rows.append(batch.packed.example_index)
-        return loss(self, batch, step, *more)
+        return loss(self, batch, step, *more, **named)
 
     monkeypatch.setattr(Stepper, "loss", noted)
     assert main(["fit", *auto, "--trainer.max_steps=2", "--model.layer=1"]) == 0

@@ -327,8 +327,8 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
     datamodule = TaskDataModule(task, str(model_dir), objective="metric", **options)
     seen, real = [], Stepper.loss
 
-    def recorded(stepper, batch, step=0, *more):
-        loss = real(stepper, batch, step, *more)
+    def recorded(stepper, batch, step=0, *more, **named):
+        loss = real(stepper, batch, step, *more, **named)
         losses_at = loss.at
 
         def at(points):

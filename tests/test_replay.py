@@ -63,9 +63,9 @@ def forward_passes(monkeypatch):
     """Steps that ran the model."""
     seen, loss = [], Stepper.loss
 
-    def noted(self, batch, step=0, *more):
+    def noted(self, batch, step=0, *more, **named):
         seen.append(step)
-        return loss(self, batch, step, *more)
+        return loss(self, batch, step, *more, **named)
 
     monkeypatch.setattr(Stepper, "loss", noted)
     return seen

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,11 +47,11 @@ class BatchAnswerLoss(SummedLoss):
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
 
     def gradient(self) -> tuple[float, Gradient]:
-        sums, policy = self._sampled_policy()
+        sums, policy = self._sampled_policy
         return self._mean(sums), policy.gradient()[1]
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
-        sums, policy = self._sampled_policy()
+        sums, policy = self._sampled_policy
         return policy.gradient_from_output(estimate)._replace(loss=self._mean(sums))
 
     def _mean(self, sums: Tensor) -> float:
@@ -63,6 +64,7 @@ class BatchAnswerLoss(SummedLoss):
         self.context.report(report)
         return losses
 
+    @cached_property  # a step asks for the rewards once, however often its gradient is needed
     def _sampled_policy(self) -> tuple[Tensor, BatchLogitLoss]:
         """Sample answers at the masters; return sum and number of their losses, and the loss that has the policy gradient."""
         context, batch = self.context, self.batch
