@@ -39,8 +39,9 @@ from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import LayerOutputPerturbation, Request
-from slzo.zo.estimators.base import LayerOutput, OutputGradient
+from slzo.zo.layer_output import LayerOutput
 from slzo.zo.layers_above import layers_vjp
+from slzo.zo.loss import OutputGradient
 from slzo.zo.noise import row_noise
 from slzo.zo.objectives import (
     AnswerLikelihood,

@@ -239,6 +239,21 @@ def test_what_a_users_objective_returns_for_positions_is_checked(returned, examp
     assert re.match(expected, error)
 
 
+def test_changed_totals_without_their_positions_are_refused(examples):
+    """The estimator would measure the positions alone, and ignore the change."""
+
+    class Own(AnswerLikelihood):
+        def row_losses(self, logits, batch, selected):
+            found = super().row_losses(logits, batch, selected)
+            return found._replace(totals=found.totals + logits.square().mean())
+
+    model, loss = tiny_loss(examples, objective=Own())
+    error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
+    assert re.match(
+        r"data\.objective \S*Own: row_losses\(\) returned by_position that does not add up to totals; it", error
+    )
+
+
 def test_scores_that_are_not_numbers_are_no_errors(examples):
     """The best of them would be any candidate; the loss says that the model is broken."""
     model, loss = tiny_loss(examples, objective=CandidateErrors())

@@ -74,6 +74,17 @@ def checked_row_losses(loss: LogitLoss, logits: Tensor, batch: PackedBatch, sele
     return checked(loss, "row_losses", loss.row_losses(logits, batch, selected), logits.shape[:-2], batch)
 
 
+def check_positions(loss: LogitLoss, found: RowLosses, batch: PackedBatch) -> None:
+    """Raise SlzoError if ``by_position`` does not add up to the totals, such as those that a subclass has changed."""
+    if found.by_position is None:
+        return
+    sums = torch.zeros_like(found.totals).index_add_(-1, batch.needed_example, found.by_position)
+    if not torch.allclose(sums, found.totals, rtol=1e-3, atol=1e-3, equal_nan=True):
+        wanted = "new RowLosses, without by_position if the loss is not a sum over positions"
+        returned = "row_losses() returned by_position that does not add up to totals"
+        raise broken_contract("data.objective", loss, returned, wanted)
+
+
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Return the log-probability of each answer token, shape (..., R), from float32 logits (..., U, vocabulary).
 

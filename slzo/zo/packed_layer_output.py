@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, RowLosses, checked_row_losses
+from slzo.batches.losses import LogitLoss, RowLosses, check_positions, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
@@ -94,6 +94,8 @@ class PackedLayerOutput(LayerOutput):
         found = self._row_losses(logits)
         self.sums = found.sum()
         self.per_token = not self._selected and found.by_position is not None
+        if self.per_token:
+            check_positions(objective, found, batch)
         if not self._selected:
             if found.likelihood_temperature is not None:
                 self._likely = LikelyTokens.of(logits[0], batch, found.likelihood_temperature)
