@@ -18,7 +18,7 @@ from slzo.training.profiling import bos_note, sequence_notes
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
-from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump
+from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump, SelectionContext
 
 pytestmark = pytest.mark.fast
 
@@ -215,13 +215,13 @@ def test_a_wrong_threshold_is_named():
 def test_a_rule_that_fails_on_the_first_process_fails_on_all():
     """Its error is broadcast like a choice, so no process waits for the others."""
     layers = tuple(profile_layers(ModelParts(tiny_model()), [pack(random_prompts())]))
-    profile, sent = OutlierProfile(layers, 10, 1), []
+    context, sent = SelectionContext(layers), []
     first = SimpleNamespace(processes=Processes(2, 0, broadcast=lambda value: sent.append(value) or value))
     other = SimpleNamespace(processes=Processes(2, 1, broadcast=lambda _: sent[-1]))
     with pytest.raises(SlzoError, match="threshold"):
-        profiling.choose(profile, FirstOutlierLayer(max_abs=1e9), "", first)
+        profiling.choose(FirstOutlierLayer(max_abs=1e9), context, first)
     with pytest.raises(SlzoError, match="threshold"):
-        profiling.choose(profile, MaxRatioJump(), "", other)
-    chosen = profiling.choose(profile, MaxRatioJump(), "", first)
+        profiling.choose(MaxRatioJump(), context, other)
+    chosen = profiling.choose(MaxRatioJump(), context, first)
     assert len(sent) == 2
-    assert profiling.choose(profile, FirstOutlierLayer(max_abs=1e9), "", other).layer == chosen.layer
+    assert profiling.choose(FirstOutlierLayer(max_abs=1e9), context, other).layer == chosen.layer
