@@ -96,8 +96,13 @@ def prepare(
     options.check_objective(rows.objective)
     settings = agreed_settings(options, rows)
     if run.checkpoint is None:
-        return _start(options, settings, rows, run, loaded, tuned)
-    return _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
+        prepared = _start(options, settings, rows, run, loaded, tuned)
+    else:
+        prepared = _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
+    prepared.stepper.log, prepared.stepper.known = open_step_log(prepared, rows, run)
+    if not prepared.resumed:
+        _announce(prepared)
+    return prepared
 
 
 def _start(
@@ -124,7 +129,7 @@ def _start(
         seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
         options = replace(options, seed=rows.processes.broadcast(seed))
     stepper, time = _stepper(model, options, rows, run)
-    prepared = Prepared(
+    return Prepared(
         options=options,
         settings=settings,
         untuned=parts,
@@ -137,9 +142,6 @@ def _start(
         time=time,
         tuned_before=tuned is not None,
     )
-    stepper.log, stepper.known = open_step_log(prepared, rows, run)
-    _announce(prepared)
-    return prepared
 
 
 def _resume(
@@ -176,7 +178,7 @@ def _resume(
     measured = stepper.num_evaluations if auto is None else 0
     stepper.load_state_dict(note)
     stepper.num_evaluations += measured
-    prepared = Prepared(
+    return Prepared(
         options=options,
         settings=settings,
         untuned=parts,
@@ -189,8 +191,6 @@ def _resume(
         time=time,
         tuned_before=tuned is not None,
     )
-    stepper.log, stepper.known = open_step_log(prepared, rows, run)
-    return prepared
 
 
 def _load(

@@ -425,8 +425,8 @@ class ZOModule(LightningModule):
             if len(found) > 1 or any(each is not wanted for each in found):
                 names = ", ".join(type(each).__name__ for each in found)
                 raise SlzoError(
-                    f"configure_optimizers: returned {names}, which is not what model.{option} makes; leave the method as it is, "
-                    f"and give it as ZOModule({option}=...)"
+                    f"configure_optimizers: returned {names}, but slzo trains with that of model.{option}; do not override the "
+                    f"method, and pass ZOModule({option}=...) instead"
                 )
 
     # ---- training -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,11 @@ def divided(model_dir):
     [
         (lambda _: torch.nn.Linear(2, 2), {}, "from_model: Linear is not a model of transformers"),
         (lambda _: SimpleNamespace(), {}, "from_model: SimpleNamespace is not a model of transformers"),
-        (lambda _: tiny_model(), {}, "from_model: this LlamaForCausalLM comes from no folder or Hub id"),
+        (
+            lambda _: tiny_model(),
+            {},
+            "from_model: this LlamaForCausalLM has no name_or_path, so checkpoints could not name",
+        ),
         (quantized, {}, r"from_model: this LlamaForCausalLM is quantized \(awq\)"),
         (divided, {}, "from_model: this LlamaForCausalLM is divided over 0, cpu"),
         (

@@ -11,6 +11,7 @@ from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Backprop, Point, Request
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+from slzo.zo.tuned import AT_MASTERS
 
 pytestmark = pytest.mark.fast
 
@@ -40,7 +41,7 @@ def test_a_batch_is_cut_where_it_is_full(packed, max_tokens):
 def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, monkeypatch, objective, layer):
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
     z = model.tensors.draw(0, 0, 0)
-    points = [Point({}, 0.0), Point(z, 0.01), Point(z, -0.01)]
+    points = [AT_MASTERS, Point(z, 0.01), Point(z, -0.01)]
     expected = batch_loss(model, packed, objective).at(points)
     model.forward.cache.reset()
     seen, run = [], ModelParts.run

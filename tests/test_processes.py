@@ -30,6 +30,7 @@ from slzo.zo.scopes import (
     RandomLayers,
     SmallestWeights,
 )
+from slzo.zo.tuned import AT_MASTERS
 
 
 def of_process(model, examples, number, rank, all_reduce_sum=identity):
@@ -86,7 +87,7 @@ def test_what_differentiates_has_no_points(estimator, parallel):
 def test_the_first_process_always_has_points(examples):
     """It reports what the points gave, such as the reward."""
     model, _ = tiny_loss(examples)
-    points = [Point({}, 0.0)] * 2
+    points = [AT_MASTERS] * 2
     found = [of_process(model, examples, 4, rank).at(points) for rank in range(4)]
     assert [int((losses != 0).sum()) for losses in found] == [1, 0, 1, 0]
 

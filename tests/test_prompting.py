@@ -142,7 +142,7 @@ def test_a_long_prompt_of_a_text_is_cut_as_in_prediction(model_dir, tmp_path, mo
     assert main(["generate", "--ckpt_path=last", *told]) == 0
     output = capsys.readouterr()
     assert [block.split("\n\n")[0].strip() for block in output.out.split("--- tuned\n")[1:]] == predicted
-    assert "longer than the 31 tokens that its run leaves for it (data.max_length)" in output.err
+    assert "longer than the 31 tokens that data.max_length of the run leaves for prompts" in output.err
 
 
 def test_a_file_of_prompts_and_a_run(tuned, capsys):

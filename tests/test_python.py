@@ -317,7 +317,7 @@ def test_an_optimizer_of_a_subclass_is_refused(name, option, own, model_dir, dat
         def configure_optimizers(self):
             return own(super().configure_optimizers())
 
-    with pytest.raises(SlzoError, match=rf"^configure_optimizers: returned {name}, .* give it as ZOModule\({option}="):
+    with pytest.raises(SlzoError, match=rf"^configure_optimizers: returned {name}, .* pass ZOModule\({option}="):
         ZOTrainer(max_steps=1, **QUIET).fit(Own(str(model_dir), 2, seed=0), datamodule=rows(data_dir))
 
 

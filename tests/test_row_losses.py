@@ -31,6 +31,7 @@ from slzo.zo.objectives import (
     CandidateObjective,
     LogitObjective,
 )
+from slzo.zo.tuned import AT_MASTERS
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
@@ -258,6 +259,6 @@ def test_scores_that_are_not_numbers_are_no_errors(examples):
     """The best of them would be any candidate; the loss says that the model is broken."""
     model, loss = tiny_loss(examples, objective=CandidateErrors())
     (name, tensor), *_ = model.tensors.items()
-    assert torch.isfinite(loss.at([Point({}, 0.0)])).all()
+    assert torch.isfinite(loss.at([AT_MASTERS])).all()
     broken = {name: torch.full_like(tensor.master, torch.nan)}
     assert loss.at([Point(broken, 1.0)]).isnan().all()

@@ -45,7 +45,7 @@ Rates = Sequence[float] | Literal["auto"] | None
 
 
 OF_CELLS = {"optimizer.lr": None, "eps": None}
-"""Settings in place of those that are in the names of cells."""
+"""Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
 def rates_folder(options: TrainingOptions, rows: TaskRows) -> str:

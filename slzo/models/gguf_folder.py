@@ -136,7 +136,7 @@ def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the bars
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -28,8 +28,8 @@ def name_of_loaded(model: PreTrainedModel) -> str:
         )
     if not model.name_or_path:
         raise SlzoError(
-            f"from_model: this {kind} comes from no folder or Hub id, where checkpoints could find its weights again; call "
-            "save_pretrained, and load it from that folder"
+            f"from_model: this {kind} has no name_or_path, so checkpoints could not name their base model; call save_pretrained, "
+            "and load it from that folder"
         )
     places = getattr(model, "hf_device_map", {})
     if len(set(places.values())) > 1:

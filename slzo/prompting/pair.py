@@ -66,8 +66,8 @@ class Pair:
         ids = self._encoder.encode_prompt(prompt, max_new_tokens=0)
         if self._encoder.num_shortened:
             warn(
-                f"the prompt is longer than the {self.prompt_length} tokens that its run leaves for it (data.max_length), and is"
-                " cut as in slzo predict"
+                f"the prompt is longer than the {self.prompt_length} tokens that data.max_length of the run leaves for prompts, "
+                "and is cut as in slzo predict"
             )
         return ids
 
