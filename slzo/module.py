@@ -251,6 +251,8 @@ class ZOModule(LightningModule):
             check_trainer(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
+            # a checkpoint has the weights after the step, as it should
+            warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             # known to ZOTrainer; a plain Trainer names its checkpoint only when it is loaded
             checkpoint: Checkpoint | None = getattr(trainer.strategy.checkpoint_io, "known", None)
             self._start_training(resumes=checkpoint is not None)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -20,6 +22,8 @@ _REFUSED: Mapping[type[Callback], str] = {
     LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
     BatchSizeFinder: "leave it out; slzo plan estimates the memory",
     GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
+    BaseFinetuning: "leave it out; model.layer and model.scope say what is tuned",
+    ModelPruning: "leave it out; it prunes all weights, and slzo keeps the tuned ones only",
 }
 
 

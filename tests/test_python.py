@@ -15,7 +15,14 @@ import pytest
 import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -203,6 +210,8 @@ def test_a_callback_does_not_replace_the_last_checkpoint_of_a_run():
             "trainer.callbacks StochasticWeightAveraging: does not work",
         ),
         ({"callbacks": [EMAWeightAveraging()]}, "trainer.callbacks EMAWeightAveraging: does not work"),
+        ({"callbacks": [BackboneFinetuning()]}, "trainer.callbacks BackboneFinetuning: does not work"),
+        ({"callbacks": [ModelPruning("l1_unstructured")]}, "trainer.callbacks ModelPruning: does not work"),
     ],
 )
 def test_a_plain_trainer_cannot_do_what_has_no_effect(options, message, model_dir, data_dir):
