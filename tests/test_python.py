@@ -16,7 +16,6 @@ import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -210,7 +209,6 @@ def test_a_callback_does_not_replace_the_last_checkpoint_of_a_run():
             "trainer.callbacks StochasticWeightAveraging: does not work",
         ),
         ({"callbacks": [EMAWeightAveraging()]}, "trainer.callbacks EMAWeightAveraging: does not work"),
-        ({"callbacks": [BackboneFinetuning()]}, "trainer.callbacks BackboneFinetuning: does not work"),
         ({"callbacks": [ModelPruning("l1_unstructured")]}, "trainer.callbacks ModelPruning: does not work"),
     ],
 )

@@ -137,6 +137,7 @@ WRONG = """
 --trainer.callbacks=ModelCheckpoint --trainer.callbacks.monitor=nope | ModelCheckpoint.monitor 'nope': no such metric
 --trainer.callbacks=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1 | trainer.callbacks StochasticWeightAveraging: does not work with slzo's steps; leave it out
 --trainer.callbacks=EMAWeightAveraging | trainer.callbacks EMAWeightAveraging: does not work with slzo's steps; leave it out
+--trainer.callbacks=BackboneFinetuning | trainer.callbacks BackboneFinetuning: does not work with slzo's steps; leave it out
 --trainer.callbacks=LearningRateFinder | trainer.callbacks LearningRateFinder: does not work with slzo's steps; leave model.optimizer.lr at auto
 --trainer.callbacks=BatchSizeFinder | trainer.callbacks BatchSizeFinder: does not work with slzo's steps
 --data.tokenizer=x | data.tokenizer 'x'
