@@ -1,9 +1,8 @@
-"""The record of a run: config, environment, history, validations and time forecast."""
+"""The record of a run: config, environment, history and validations."""
 
 import json
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from slzo import fit
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.models.parts import ModelParts
-from slzo.report import forecast
-from slzo.report.forecast import Forecast
 from slzo.report.run_files import read_run
-from slzo.utils.duration import duration
 from slzo.utils.environment import environment, git_commit
 
 
@@ -175,29 +171,3 @@ def test_the_commit_says_where_files_were_changed(tmp_path):
     assert git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("two")
     assert git_commit(tmp_path) == commit + "+"
-
-
-def test_a_run_says_what_it_will_take(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=12", "--trainer.val_check_interval=5"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Expect")]
-    for part in ("8 steps of", "2 validations of", "held-out rows", "memory about"):
-        assert part in line
-    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
-    assert "Expect" not in capsys.readouterr().out
-
-
-def test_a_forecast_adds_up(monkeypatch):
-    now = iter([0.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0, 12.5])  # a slow first step, then half a second each
-    monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    known, ended = Forecast(), []
-    for _ in range(4):
-        known.begin()
-        ended.append(known.end())
-    assert ended == [False, False, False, True]
-    assert "4 validations not counted" in known.line(100, 25, 20, 50, 1.0)
-    known.row_seconds = 0.1
-    assert known.line(100, 25, 20, 50, 1.26) == (
-        "Expect     up to 1 min 3 s more (100 steps of 0.5 s, 4 validations of 2 s, held-out rows 5 s); memory about 1.3 GiB"
-    )
-    assert known.line(4, 25, 20, 50, 1.0) == ""
-    assert [duration(s) for s in (59.4, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]

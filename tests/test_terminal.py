@@ -10,6 +10,7 @@ import termios
 import pytest
 
 from slzo.__main__ import main
+from slzo.utils.duration import duration
 
 
 def test_without_a_terminal_there_is_a_line_for_each_validation(options, capsys):
@@ -18,6 +19,8 @@ def test_without_a_terminal_there_is_a_line_for_each_validation(options, capsys)
     lines = [line for line in printed.out.splitlines() if line.startswith("Step ")]
     assert [line.split()[1] for line in lines] == ["4", "8"]
     assert all(re.search(r"val/accuracy \d\.?\d*  val/loss \d+\.?\d*  loss \d", line) for line in lines)
+    assert re.search(r"\(\d+ s, \d+ s left\)$", lines[0])
+    assert re.search(r"\(\d+ s\)$", lines[1])
     assert "\r" not in printed.out + printed.err
     assert "%|" not in printed.out + printed.err
     assert main(["fit", *options, "--trainer.enable_progress_bar=false"]) == 0
@@ -55,3 +58,7 @@ def test_in_a_terminal_the_bar_shows_the_dev_score_and_ends_before_the_summary(o
     after = text[text.index("Scope ") :]
     assert "/6 |" not in after
     assert "Validation" not in after
+
+
+def test_durations_have_two_units_at_most():
+    assert [duration(seconds) for seconds in (59.4, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]

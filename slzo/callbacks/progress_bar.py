@@ -1,6 +1,7 @@
 """A progress bar that counts steps, not epochs; without a terminal, a line after each validation."""
 
 import sys
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from slzo.utils.console import say
+from slzo.utils.duration import duration
 
 # short, so that the dev metrics fit into 80 columns
 _FORMAT = "{n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
@@ -21,6 +23,7 @@ class StepProgressBar(TQDMProgressBar):
     """
 
     _steps: Tqdm | None = None
+    _begun: tuple[float, int] | None = None  # time and number of the first step
 
     @property
     def is_disabled(self) -> bool:
@@ -49,6 +52,14 @@ class StepProgressBar(TQDMProgressBar):
         self._steps = self._bar("Training", total=total, initial=self.trainer.global_step, unit="step", **options)
         return self._steps
 
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        self._begun = None
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._begun is None:  # other callbacks may have scored rows in on_train_start
+            self._begun = time.monotonic(), trainer.global_step
+
     def on_train_epoch_start(self, *_: Any) -> None:
         """Do nothing: the bar continues across epochs."""
 
@@ -70,8 +81,18 @@ class StepProgressBar(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking or sys.stderr.isatty() or super().is_disabled:
             return
-        shown = self.get_metrics(trainer, pl_module)
-        say(f"Step {trainer.global_step:<6d}" + "  ".join(f"{name} {value}" for name, value in shown.items()))
+        metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+        say(f"Step {trainer.global_step:<6d}{metrics}{self._times(trainer)}")
+
+    def _times(self, trainer: Trainer) -> str:
+        """Return the time since the first step, and an estimate of the remaining time."""
+        if self._begun is None:
+            return ""
+        started, first_step = self._begun
+        seconds, done = time.monotonic() - started, trainer.global_step - first_step
+        remaining = trainer.max_steps - trainer.global_step
+        left = f", {duration(seconds / done * remaining)} left" if done > 0 and remaining > 0 else ""
+        return f"  ({duration(seconds)}{left})"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the line of the bar, so that the next message is readable."""

@@ -14,15 +14,13 @@ from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule, zo_module
-from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
 from slzo.task_rows import TaskRows
-from slzo.trainer_state import callback_of, folder_of, is_quick, num_dev_rows, planned_steps
+from slzo.trainer_state import callback_of, folder_of, is_quick
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
 from slzo.training.time_plan import Passes
-from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
@@ -39,8 +37,8 @@ class RunRecord(Callback):
       of each validation.
     * ``samples.json``, ``summary.json``, ``curves.png`` and ``report.html`` at the end, see :func:`slzo.fit.finish`.
 
-    The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. After the
-    first steps it prints a forecast of the run time. It runs after the callbacks whose counts it reports.
+    The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. It runs
+    after the callbacks whose counts it reports.
 
     Checkpoints hold the record. A resumed run continues it, so that history and summary are those of the whole run.
 
@@ -55,7 +53,6 @@ class RunRecord(Callback):
         self._history = History()  # of the runs that this one continues, and points of this run
         self._saved: Mapping[str, Any] | None = None
         self._device = torch.device("cpu")
-        self._forecast = Forecast()
 
     def begin(self) -> None:
         """Start the clock of a ``fit``. Without a call it starts at the construction, or at the end of the last ``fit``."""
@@ -69,7 +66,6 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = zo_module(pl_module)
         prepared = module.prepared
-        self._forecast = Forecast(self._forecast.row_seconds)  # of this fit
         folder, rows, self._device = folder_of(trainer), module.rows, module.device
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
@@ -85,24 +81,6 @@ class RunRecord(Callback):
                 self._score_before(trainer, prepared, rows)
         self._write(trainer)
         self._train_started = time.monotonic()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._forecast.begin()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After some steps, print the forecast for the rest of the run; short runs print none."""
-        module = zo_module(pl_module)
-        if self._forecast.end() and not is_quick(trainer):
-            rows, every = module.rows, trainer.val_check_batch  # None if validations follow the clock
-            line = self._forecast.line(
-                planned_steps(trainer, rows) - trainer.global_step,
-                every * (trainer.check_val_every_n_epoch or 1) if every and trainer.enable_validation else None,
-                num_dev_rows(trainer, rows),
-                len(rows.rows("test")),
-                peak_memory_gb(module.device) + _cache_growth(module),
-            )
-            if line:
-                say(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -143,12 +121,10 @@ class RunRecord(Callback):
 
     def _score_before(self, trainer: Trainer, prepared: Prepared, rows: TaskRows) -> None:
         """Score the held-out rows with the untuned model, and keep some predictions."""
-        begun = time.monotonic()
         scores, samples = score_test_rows(prepared, rows, "before training", keep_prefix=True)
         self._history.before = scores
         self._history.samples = {place: record["prediction_text"] for place, record in samples.items()}
         _log_scores(trainer, scores.metrics)
-        self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
 
     def _so_far(self) -> History:
         """Return the record with time and memory of this run added."""
@@ -232,10 +208,3 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
         "hub": loaded_from_hub(prepared, rows),
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
-
-
-def _cache_growth(module: ZOModule) -> float:
-    """Return the GiB of CPU memory that the prefix cache will still take."""
-    cache = module.stepper.model.forward.cache
-    in_memory = module.device.type == "cpu" and cache.directory is None
-    return cache.missing_bytes / 2**30 if in_memory else 0.0

@@ -80,11 +80,6 @@ class PrefixCache:
         return self.num_bytes < self._limit if self._plan is None else key in self._plan
 
     @property
-    def missing_bytes(self) -> int:
-        """Bytes of the planned states that are not stored yet."""
-        return max(0, self._planned - self.num_bytes)
-
-    @property
     def _limit(self) -> int:
         """Bytes of the budget that ``primary`` leaves to this cache."""
         return self.budget - (0 if self.primary is None else max(self.primary.num_bytes, self.primary._planned))
