@@ -152,7 +152,6 @@ class ZOModule(LightningModule):
         self.tuned_model: TunedModel | None = None
         self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
-        self._made: tuple[Any, Any] = (None, None)  # optimizer and scheduler, until training starts
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
         self.masters = nn.ParameterList()
@@ -245,6 +244,11 @@ class ZOModule(LightningModule):
         if self._untuned is not None:
             check_shard_group(self._untuned.model, shard_group_of(trainer))
         if stage == "fit":
+            if type(self).configure_optimizers is not ZOModule.configure_optimizers:
+                raise SlzoError(
+                    f"{type(self).__name__}.configure_optimizers: rates and records are those of model.optimizer and "
+                    "model.lr_scheduler; do not override the method, and pass them to ZOModule"
+                )
             # Lightning refuses it only after the model is loaded and profiled
             check_share("train", trainer.limit_train_batches, lambda: len(rows.sampler()))
             check_share("val", trainer.limit_val_batches, lambda: len(rows.eval_plan("dev").batches))
@@ -410,26 +414,10 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         stepper = self.stepper
-        self._made = optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
+        optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.rate is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.rate.rate(optimizer, stepper.estimator, stepper.options.num_queries))
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def on_train_start(self) -> None:
-        """Refuse optimizers and schedulers of a subclass: the rates of the steps and the records are those of the options."""
-        made = self._made
-        self._made = (None, None)
-        own: tuple[list[Any], list[Any]] = (
-            self.trainer.optimizers,
-            [each.scheduler for each in self.trainer.lr_scheduler_configs],
-        )
-        for option, found, wanted in zip(("optimizer", "lr_scheduler"), own, made, strict=True):
-            if len(found) > 1 or any(each is not wanted for each in found):
-                names = ", ".join(type(each).__name__ for each in found)
-                raise SlzoError(
-                    f"configure_optimizers: returned {names}, but slzo trains with that of model.{option}; do not override the "
-                    f"method, and pass ZOModule({option}=...) instead"
-                )
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
