@@ -99,7 +99,7 @@ def prepare(
         prepared = _start(options, settings, rows, run, loaded, tuned)
     else:
         prepared = _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
-    prepared.stepper.log, prepared.stepper.known = open_step_log(prepared, rows, run)
+    prepared.stepper.use_log(*open_step_log(prepared, rows, run))
     if not prepared.resumed:
         _announce(prepared)
     return prepared

@@ -15,7 +15,7 @@ from slzo.callbacks.time_limit import TimeLimit
 from slzo.private.launchers import copies_process
 from slzo.strategy import SHARDED
 from slzo.trainer_checks import check_overfit_batches, check_precision, check_supported
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import check_local
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -101,8 +101,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_strategy(options.get("strategy"))
     for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
         value = options.get(name)
-        if isinstance(value, int) and value < least:
-            raise SlzoError(f"trainer.{name} {value}: must be at least {least}")
+        if isinstance(value, int):
+            check_at_least(f"trainer.{name}", value, least)
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         value = options.get(name)
         if value == 0 and value is not False:

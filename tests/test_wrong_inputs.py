@@ -75,7 +75,7 @@ WRONG = """
 --model.num_queries=0 | model.num_queries 0: must be 1 to
 --model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
 --model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: must be 1 to
---model.max_nonfinite=0 | model.max_nonfinite 0: must be at least 1 step
+--model.max_nonfinite=0 | model.max_nonfinite 0: must be at least 1
 --model.layer=1.5 | model.layer '1.5': expected a whole number or null
 --model.layer=4 | model.layer 4: the model has 4 decoder layers; choose 0 to 3
 --model.layer=-1 | model.layer -1: the model has 4 decoder layers
@@ -107,7 +107,7 @@ WRONG = """
 --model.lr_scheduler=ReduceLROnPlateau | model.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=1 | model.lr_scheduler: You must define either total_steps
 --model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class
---model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: must be 0 or more; 0 switches the cache off
+--model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: must be at least 0; 0 switches the cache off
 --model.engine.cache_dir=/dev/null/x | model.engine.cache_dir '/dev/null/x': cannot be written
 --model.engine.queries_at_once=0 | model.engine.queries_at_once 0
 --model.engine.nope=1 | model.engine.nope: unknown option; model.engine has packed, paired

@@ -18,7 +18,7 @@ from slzo.task_rows import TaskRows
 from slzo.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.utils.console import say
 from slzo.utils.environment import command_line
-from slzo.utils.errors import Interrupted, SlzoError
+from slzo.utils.errors import Interrupted, SlzoError, check_at_least
 from slzo.utils.files import check_inside, copy_file
 from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
@@ -120,8 +120,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int | None = None, every_minutes: float = 5.0) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise SlzoError(f"last_checkpoint.every_n_steps {every_n_steps}: must be at least 1, or left out")
+        check_at_least("last_checkpoint.every_n_steps", every_n_steps, advice="or leave it out")
         if not every_minutes >= 0:
             raise SlzoError(
                 f"last_checkpoint.every_minutes {every_minutes}: must be 0 or more; 0 saves only by steps and validations"

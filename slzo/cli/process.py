@@ -4,7 +4,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
+from typing import Any
 
 import transformers
 
@@ -22,6 +24,7 @@ _IRRELEVANT_WARNINGS = (
 
 def prepare_process() -> None:
     """Set up memory allocation, and silence advice that does not apply to forward-only training."""
+    threading.excepthook = _report_thread_error
     keep_freed_memory()
     bound_kernel_caches()
     for message in _IRRELEVANT_WARNINGS:
@@ -33,3 +36,9 @@ def prepare_process() -> None:
     transformers.utils.logging.disable_progress_bar()
     if not (sys.stderr.isatty() and is_first_process()):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+
+
+def _report_thread_error(args: Any) -> None:
+    """Report the error that ended a thread, except an OSError, which TensorBoard's thread passes to the main one."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)

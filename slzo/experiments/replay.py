@@ -110,7 +110,7 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
 
 def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, number: int) -> None:
     """Take the first steps of a log, and go back where it says so."""
-    stepper.known = log.steps
+    stepper.use_log(None, log.steps)
     optimizer, scheduler = options.optimizer.build(stepper.model.tensors.masters)
     rollbacks, targets = log.rollbacks, {}
     for steps in range(number + 1):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import check_at_least
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -37,7 +37,5 @@ class Engine:
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
-        if self.queries_at_once < 1:
-            raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
-        if self.cache_gb < 0:
-            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be 0 or more; 0 switches the cache off")
+        check_at_least("model.engine.queries_at_once", self.queries_at_once)
+        check_at_least("model.engine.cache_gb", self.cache_gb, 0, "0 switches the cache off")

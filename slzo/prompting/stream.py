@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from slzo.evaluation.generation import ends_with, generate_plainly, stop_tokens
 from slzo.models.load import max_positions
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 
 _LEAST_TEMPERATURE = 1e-3  # with less, logits over it overflow
 _LARGEST_SEED = 2**63 - 1
@@ -33,8 +33,7 @@ class TextOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise SlzoError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        check_at_least("max_new_tokens", self.max_new_tokens)
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise SlzoError(
                 f"temperature {self.temperature}: must be 0 (the most likely token), or at least {_LEAST_TEMPERATURE}"

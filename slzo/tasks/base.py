@@ -218,13 +218,6 @@ def _problem(example: object) -> str | None:
     return None
 
 
-def check_max_new_tokens(value: int) -> int:
-    """Return a valid maximum length of an answer; raise SlzoError if it is not positive."""
-    if value < 1:
-        raise SlzoError(f"data.task.max_new_tokens {value}: must be at least 1")
-    return value
-
-
 def check_stop(texts: Sequence[str]) -> tuple[str, ...]:
     """Return the texts that end an answer; raise SlzoError if one is empty."""
     if not all(texts):

@@ -7,10 +7,10 @@ Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
 from slzo.rewards.registry import PERPLEXITY, check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError, shown
+from slzo.utils.errors import SlzoError, check_at_least, shown
 
 
 class ChatTask(Task):
@@ -67,7 +67,8 @@ class ChatTask(Task):
             raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
         self.system, self.turns, self.template = system, turns, template
         self.chat: ChatFormat = ChatFormat(template, turns, system)
-        self.max_new_tokens = check_max_new_tokens(max_new_tokens)
+        check_at_least("data.task.max_new_tokens", max_new_tokens)
+        self.max_new_tokens = max_new_tokens
         self.stop = check_stop(stop or ())
         self.metrics = check_metrics((PERPLEXITY,) if metrics is None else metrics)
         self.metric = self.metrics[0]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from string import Formatter
 
 from slzo.rewards.registry import check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.utils.console import warn
-from slzo.utils.errors import SlzoError, shown
+from slzo.utils.errors import SlzoError, check_at_least, shown
 
 
 class TemplateTask(Task):
@@ -86,9 +86,8 @@ class TemplateTask(Task):
             )
         if given:
             self.kind = Kind.GENERATION
-            self.max_new_tokens = check_max_new_tokens(
-                Task.max_new_tokens if max_new_tokens is None else max_new_tokens
-            )
+            self.max_new_tokens = Task.max_new_tokens if max_new_tokens is None else max_new_tokens
+            check_at_least("data.task.max_new_tokens", self.max_new_tokens)
             self.stop = check_stop(Task.stop if stop is None else stop)
             if not self.stop:
                 raise SlzoError("data.task.stop []: give at least one text that ends an answer, or leave it out")

@@ -8,7 +8,7 @@ from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
@@ -45,8 +45,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
             raise SlzoError(f"model.dtype {self.dtype!r}: choose one of {', '.join(get_args(DType))}")
-        if self.max_nonfinite < 1:
-            raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: must be at least 1 step before the run stops")
+        check_at_least("model.max_nonfinite", self.max_nonfinite)
         if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
             raise SlzoError(
                 f"model.parallel {self.parallel!r}: choose one of rows, directions, or give the number of processes that divide "

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -242,8 +241,6 @@ def disk_errors() -> Iterator[None]:
     Raises:
         SlzoError: Instead of an OSError.
     """
-    if threading.excepthook is threading.__excepthook__:  # not restored: a thread may need it after the context
-        threading.excepthook = _report_thread_error
     try:
         yield
     except OSError as error:
@@ -260,9 +257,3 @@ def disk_errors() -> Iterator[None]:
             f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
             "(trainer.logger.save_dir, output, SLZO_CACHE); slzo fit goes on from the last checkpoint with --ckpt_path last"
         ) from error
-
-
-def _report_thread_error(args: Any) -> None:
-    """Report the error that ended a thread, except an OSError, which TensorBoard's thread passes to the main one."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)

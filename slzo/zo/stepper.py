@@ -120,9 +120,6 @@ class Stepper:
 
     Attributes:
         rate: Sets the learning rate of each step; ``None`` if the optimizer's own counts.
-        known: Recorded steps by number that have not been replayed yet: they are repeated from their losses, without forward
-            passes.
-        log: Writes steps and rollbacks to a file, if it is set.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
         nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.
@@ -158,11 +155,16 @@ class Stepper:
         self.shared_prefix = shared_prefix
         self.auto = auto
         self.rate = auto if sets_rate else None
-        self.log: StepLogWriter | None = None
-        self.known: dict[int, StepRecord] = {}
+        self._log: StepLogWriter | None = None
+        self._known: dict[int, StepRecord] = {}
         self.num_evaluations: float = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self.nonfinite_in_row = 0
         self.problem = ""
+
+    def use_log(self, log: StepLogWriter | None, known: Mapping[int, StepRecord]) -> None:
+        """Write later steps and rollbacks to ``log``, and repeat the steps that are ``known``, by number, from their losses."""
+        self._log = log
+        self._known = dict(known)
 
     def loss(
         self,
@@ -201,7 +203,7 @@ class Stepper:
         """Take one step, see :func:`take_step`.
 
         Args:
-            batch: Rows of this process; ``None`` only if the step is in ``known``.
+            batch: Rows of this process; ``None`` only if the step is known, see :meth:`use_log`.
             step: Number of the step, counted from 0.
             optimizer: Updates the masters.
             scheduler: Learning-rate scheduler, stepped after the optimizer.
@@ -213,7 +215,7 @@ class Stepper:
         """
         tensors = self.model.tensors
         eps = self.eps
-        known = self.known.pop(step, None)
+        known = self._known.pop(step, None)
         reports = [LossReport()]  # the last one counts
         rows, points = CountedSum(self.processes.sum_rows), CountedSum(self.processes.sum_points)
         if known is None:
@@ -231,8 +233,8 @@ class Stepper:
             scheduler.step()
         if known is not None:
             _check_replayed(known, record)
-        if self.log is not None:
-            self.log.append(record)
+        if self._log is not None:
+            self._log.append(record)
         self._count(estimate, step, reports[-1])
         return StepResult(estimate, record, reports[-1], rows.num_bytes + points.num_bytes, norm)
 
@@ -258,14 +260,14 @@ class Stepper:
             self.rate.factor /= 2
         else:
             halve_rate(optimizer, schedulers)
-        if self.log is not None:
-            self.log.append(Rollback(steps, -1 if to is None else to.step))
+        if self._log is not None:
+            self._log.append(Rollback(steps, -1 if to is None else to.step))
 
     def close_log(self) -> None:
         """Close the log of losses; later steps are not written."""
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that later steps depend on, except masters and optimizer; primitives only."""
