@@ -29,6 +29,9 @@ def run_facts(**facts):
     """Facts of a run; 1 is as good as any other value."""
     usual = {"best": "run/checkpoints/b.ckpt", "config": "run/config.yaml", "steps": 1, "lr": 1.0, "last": None}
     usual |= {
+        "rollbacks": 0,
+        "limit": ("max_steps", 0),
+        "command": None,
         "virtual_tokens": False,
         "folder": "run",
         "reference": None,

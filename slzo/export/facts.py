@@ -45,7 +45,7 @@ class Facts:
     num_tuned: int
     num_layers: int
     auto_class: str
-    adapter: PeftFiles | None = None
+    adapter: PeftFiles | None
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
 

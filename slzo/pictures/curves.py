@@ -47,7 +47,7 @@ class ScorePoint:
 
     step: int
     value: float
-    standard_error: float | None = None
+    standard_error: float | None
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ class FitOutcome:
     best: str | None
     last: str | None
     history: History
-    rollbacks: int = 0
-    limit: tuple[str, int] = ("max_steps", 0)
-    command: str | None = None
-    reference: bool = False
+    rollbacks: int
+    limit: tuple[str, int]
+    command: str | None
+    reference: bool
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class DevLoss:
     first: tuple[int, float]
     best: tuple[int, float]
     last: tuple[int, float]
-    description: str = "dev loss"
+    description: str
 
     @property
     def rose(self) -> bool:

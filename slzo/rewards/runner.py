@@ -44,7 +44,7 @@ class RewardedAnswers:
 
     totals: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...]
 
 
 class RewardRunner:

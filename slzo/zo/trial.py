@@ -31,8 +31,8 @@ class StepCost:
     num_layers: int
     batch_size: int
     evaluations: float
-    measuring: float = 0
-    dev_rows: int = 0
+    measuring: float
+    dev_rows: int
     head_cost: float = 0.0
     last_layer: float = 1.0
     measured: frozenset[int] = frozenset()
