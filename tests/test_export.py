@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
-from slzo.export import FORMATS
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import write_chat_template
 from slzo.export.card import without_folders, write_card, write_licences
+from slzo.export.export import FORMATS
 from slzo.export.facts import Facts
 from slzo.export.push import push
 from slzo.models.builtin.base import Licence

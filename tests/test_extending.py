@@ -11,10 +11,10 @@ import pytest
 import yaml
 from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, run_fit, summary, tuned
 
-from slzo import export
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.commands.registry import COMMANDS, Command
+from slzo.export import export
 
 PAGE = "docs/extending.md"
 

@@ -83,7 +83,7 @@ class App:
         for name in ("quantization", "device_map"):
             if getattr(options, name) is not None:
                 raise SlzoError(f"model.{name}: does not apply to the exported folder {ckpt_path!r}; leave it out")
-        self.model.use_tuned(exported.load_tuned(options.model, options.dtype, options.trust_remote_code))
+        self.model.use_tuned(exported.load_model(options.model, options.dtype, options.trust_remote_code))
         return None
 
 

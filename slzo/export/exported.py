@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
-from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE
 from slzo.export.delta import DELTA_FILE, read_delta, swap
+from slzo.export.facts import FACTS_FILE
 from slzo.models.adapters.base import import_peft
 from slzo.models.engine import DType
 from slzo.models.fingerprint import Fingerprint
@@ -93,7 +93,7 @@ class Exported:
         """
         Fingerprint.of(model).check(self.facts.get("fingerprint", {}))
 
-    def load_tuned(self, base: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
+    def load_model(self, base: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
         """Load the tuned model; an adapter is merged into it. A whole model needs no ``base``.
 
         Raises:

@@ -19,6 +19,10 @@ from slzo.zo.tuned_model import TunedModel
 _PROMPTING = ("chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length")
 
 
+FACTS_FILE = "slzo.json"
+"""File of an exported folder that holds its facts."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Facts for the model card.
