@@ -284,6 +284,11 @@ class TaskRows:
         self._check_unchanged()
         if stage == "predict" and self.predict_file is not None:
             _ = self._to_predict  # before the model is loaded
+        if stage in ("validate", "test") and self.predict_file is not None:
+            warn(
+                f"data.predict_file {self.predict_file!r}: not used, as the task's own rows are scored; give it to slzo predict, "
+                "or name the file in the task (test_file of TemplateTask)"
+            )
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return

@@ -96,8 +96,14 @@ def check_options(options: Mapping[str, Any]) -> None:
             "raise data.batch_size; data.tokens_per_pass runs a large batch in parts"
         )
     check_overfit_batches(options.get("overfit_batches"))
-    if options.get("val_check_interval") == 0:
+    every = options.get("val_check_interval")
+    if every == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
+    if isinstance(every, float) and options.get("check_val_every_n_epoch") is None:
+        raise SlzoError(
+            f"trainer.val_check_interval {every}: a part of an epoch needs trainer.check_val_every_n_epoch 1; or give a number "
+            "of steps"
+        )
     _check_strategy(options.get("strategy"))
     for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
         value = options.get(name)

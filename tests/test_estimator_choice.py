@@ -223,6 +223,12 @@ def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
     assert (metric.name, metric.metric, metric.best) == ("reward", "reward", 1.0)
     error = slzo_error(lambda: TaskRows("squad", objective=by_reward))
     assert error == "data.objective Short: selects checkpoints by a reward, and there is none; give a data.reward"
+    assert TaskRows("sst2", objective=Short()).selection_metric.name == "loss"  # it has no F1
+
+
+def test_an_objective_of_candidates_needs_candidates():
+    error = slzo_error(lambda: TaskRows("squad", objective=CandidateErrors()))
+    assert error.startswith("data.objective CandidateErrors: compares candidates, and task 'squad' has free answers")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from helpers import error_line, page_code
@@ -157,3 +158,17 @@ def test_another_file_needs_another_data_module(tmp_path, model_dir):
         SlzoError, match=r"data.predict_file .*b.jsonl: was .*a.jsonl when the rows were read; make a new"
     ):
         rows.setup("predict")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_score_is_never_that_of_the_file(stage, sst2_options, capsys):
+    Path("mine.jsonl").write_text(json.dumps({"sentence": "a"}))
+    assert main([stage, *sst2_options, "--data.predict_file=mine.jsonl"]) == 0
+    assert "data.predict_file 'mine.jsonl': not used" in capsys.readouterr().err
+
+
+def test_an_export_of_an_own_task_needs_its_config(capsys, tmp_path):
+    (tmp_path / "slzo.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    line = error_line(capsys, "predict", f"--ckpt_path={tmp_path}")
+    assert "names no built-in task; give the config with your own" in line

@@ -690,6 +690,14 @@ def test_a_run_without_a_single_step_trained_nothing(reward_options, capfd):
     assert last.endswith("none of the 4 steps was taken, so nothing was trained")
 
 
+def test_a_reward_that_is_always_the_best_leaves_nothing_to_learn(reward_options, capfd):
+    always = {"function": "regex", "arguments": {"pattern": ""}}
+    assert main(["fit", *reward_options, f"--data.reward={json.dumps(always)}"]) == 0
+    assert "did not change along any direction for 4 steps" in capfd.readouterr().err
+    assert summary()["verdict"].endswith("was 0 at step 2 already: nothing is left to learn.")
+    assert summary()["next"] is None
+
+
 def test_rewards_need_a_task_that_generates(sst2_options, capfd):
     assert main(["fit", *sst2_options, "--data.reward=accuracy"]) == 2
     assert "data.reward: task 'sst2' chooses among candidates" in capfd.readouterr().err

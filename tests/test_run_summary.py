@@ -161,6 +161,8 @@ def test_the_sentence_says_what_happened():
     )
     assert verdict(None, losses(0.6, None)) == "The dev loss was not finite at step 20."
     assert verdict(None, losses(0.6, 0.5)) is None
+    assert verdict(None, losses(None)) == "The dev loss was not finite at step 10."
+    assert verdict(None, losses(0.0, 0.0)) == "The dev loss was 0 at step 10 already: nothing is left to learn."
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,9 @@ def test_the_sentence_says_what_happened():
         (ScoreChange("accuracy", 0.5, 0.539, 0.02, True), None, True),
         (ScoreChange("answer_f1", 0.5, 0.51, None, False), None, False),  # nothing is claimed that is not known
         (None, losses(0.7, 0.6), False),
+        (None, losses(0.6), False),
+        (None, losses(None), True),
+        (None, losses(0.0, 0.0), True),
         (None, None, False),
     ],
 )

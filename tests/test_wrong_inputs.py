@@ -169,7 +169,7 @@ WRONG = """
 --trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer.val_check_interval 99: an epoch has 5 batches
 --trainer.val_check_interval=0 | trainer.val_check_interval 0: give the number of steps
 --trainer.val_check_interval=-1 | trainer: You have passed invalid value -1 for val_check_interval
---trainer.val_check_interval=0.5 | trainer: `val_check_interval` should be an integer
+--trainer.val_check_interval=0.5 | trainer.val_check_interval 0.5: a part of an epoch needs trainer.check_val_every_n_epoch 1
 --trainer.val_check_interval=x | trainer: Invalid time format for `val_check_interval`: 'x'
 --trainer.limit_train_batches=0 | trainer.limit_train_batches 0: nothing would be trained
 --trainer.limit_train_batches=0.0001 | trainer: You requested to check 0.0001 of the `train_dataloader`
@@ -224,6 +224,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.num_demonstrations=999 | data.num_demonstrations 999: only 40 labelled training rows
 --data.max_length=1 | data.max_length 1: the answer ' terrible' of example
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
+--data.objective=AnswerF1 | data.objective AnswerF1: no training row has an answer to compare with
 --data.nope=1 | data.nope: unknown option
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
 --profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': has another type; give a class such as Auto

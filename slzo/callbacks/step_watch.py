@@ -58,7 +58,8 @@ class StepWatch(Callback):
             return
         self._zeros += 1
         if module.rows.objective.generates or not module.rows.objective.differentiable or estimate.loss == 0:
-            if self._zeros == self.max_zero_steps:
+            steps = trainer.max_steps if trainer.max_steps > 0 else self.max_zero_steps
+            if self._zeros == min(steps, self.max_zero_steps):  # a short run has fewer
                 warn(_no_difference(module, estimate.loss, self._zeros))
             return
         what = "projected gradient" if stepper.estimator.perturbs == "weights" else "gradient"

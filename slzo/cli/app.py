@@ -182,9 +182,14 @@ class SlzoCLI(LightningCLI):
         if self.config.get("data.task") is not None:
             return
         if self._command.reads_rows:
-            if (path := self.config.get("ckpt_path")) is not None:
-                find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
             start = f"slzo {self._command.name}"
+            if (path := self.config.get("ckpt_path")) is not None:
+                if Exported.at(path) is not None:
+                    raise SlzoError(
+                        f"data.task: the exported folder {path!r} names no built-in task; give the config with your own, as in "
+                        f"{start} --ckpt_path {path} --config my_task.yaml"
+                    )
+                find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
             raise SlzoError(
                 f"data.task: no task is given; begin with a config, as in {start} --config quickstart, or with a task, as in "
                 f"{start} --data.task movie_reviews"

@@ -152,8 +152,15 @@ class DevLoss:
         first = self.first[1]
         return self.best[1] < (first - MIN_PROGRESS * abs(first) if math.isfinite(first) else first)
 
+    @property
+    def solved(self) -> bool:
+        """Whether it was 0, the lowest possible, at all these validations."""
+        return self.first[1] == self.best[1] == self.last[1] == 0
+
     def sentence(self) -> str:
-        """Return a sentence on a loss that rose, without a full stop."""
+        """Return a sentence on a loss that rose or could not fall, without a full stop."""
+        if self.solved:
+            return f"The {self.description} was 0 at step {self.first[0]} already: nothing is left to learn"
         if not math.isfinite(self.last[1]):
             return f"The {self.description} was not finite at step {self.last[0]}"
         (step, loss), (last_step, last_loss) = self.first, self.last
@@ -161,21 +168,22 @@ class DevLoss:
 
 
 def dev_loss(validations: Sequence[Mapping[str, Any]], description: str = "dev loss") -> DevLoss | None:
-    """Return the dev loss of validations, in which ``None`` is infinite; ``None`` for fewer than two validations."""
-    if len(validations) < 2:
-        return None
+    """Return the dev loss of validations, in which ``None`` is infinite; ``None`` for fewer than two finite ones."""
     found = [(int(v["step"]), math.inf if v["loss"] is None else float(v["loss"])) for v in validations]
+    if len(found) < 2 and all(math.isfinite(loss) for _, loss in found):
+        return None
     return DevLoss(found[0], min(found, key=lambda pair: pair[1]), found[-1], description)
 
 
 def verdict(change: ScoreChange | None, losses: DevLoss | None) -> str | None:
-    """Return sentences on the change of the score and a rise of the dev loss; ``None`` if there is nothing to say."""
+    """Return sentences on the change of the score and on a dev loss that did not fall; ``None`` if there is nothing to say."""
     sentences = [] if change is None else [change.sentence()]
-    if losses is not None and losses.rose:
+    if losses is not None and (losses.rose or losses.solved):
         sentences.append(losses.sentence())
     return ". ".join(sentences) + "." if sentences else None
 
 
 def is_doubtful(change: ScoreChange | None, losses: DevLoss | None) -> bool:
-    """Whether the figures do not show an improvement: the score is worse, or unchanged within two errors, or the loss rose."""
-    return (change is not None and (change.worse or not change.shown)) or (losses is not None and losses.rose)
+    """Whether no improvement is shown: the score is worse, or unchanged within two errors, or the loss rose or was always 0."""
+    is_unshown = change is not None and (change.worse or not change.shown)
+    return is_unshown or (losses is not None and (losses.rose or losses.solved))

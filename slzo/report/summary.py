@@ -26,8 +26,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     outcome, history = run.outcome, run.outcome.history
     losses = dev_loss(history.validations, run.metric.loss_name)
     doubtful = is_doubtful(change, losses)
-    first = None if run.first_order_gb is None else first_order_command(run, run.first_order_gb)
-    suggestion = next_command(change, losses, run) if doubtful else first
+    solved = losses is not None and losses.solved
+    first = None if run.first_order_gb is None or solved else first_order_command(run, run.first_order_gb)
+    suggestion = next_command(change, losses, run) if doubtful and not solved else first
     return {
         **run.figures,
         "num_rows": run.num_rows,

@@ -4,7 +4,7 @@ from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, CandidateObjective, Objective, Reward
 
 
 def choose_objective(
@@ -28,6 +28,11 @@ def choose_objective(
         if objective not in named:
             raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
         objective = named[objective][task.kind]()
+    if isinstance(objective, CandidateObjective) and task.kind is Kind.GENERATION:
+        raise SlzoError(
+            f"data.objective {objective.describe()}: compares candidates, and task {task.name!r} has free answers; use loss or "
+            "metric, or a task with candidates"
+        )
     if isinstance(objective, Reward) and given not in (None, objective):
         raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
     rewards = objective if isinstance(objective, Reward) else given
@@ -53,4 +58,6 @@ def selection_metric(task: Task, objective: Objective, rewards: Reward | None) -
     name = objective.selected_by
     if name == "reward" and rewards is not None:
         return SelectionMetric(name, name, -rewards.lowest)
-    return SelectionMetric(name, task.metric, 1.0) if name in task.metrics else SelectionMetric("loss", task.metric)
+    if task.kind is Kind.GENERATION and name in task.metrics:  # other tasks report none of these metrics
+        return SelectionMetric(name, task.metric, 1.0)
+    return SelectionMetric("loss", task.metric)
