@@ -72,8 +72,9 @@ def _hub_folder(name: str) -> Path:
     id, revision = split_revision(name)
     looks_local = name.startswith((".", "/", "~")) or id.count("/") > 1 or Path(name).exists()
     if looks_local or not HUB_ID.fullmatch(id) or revision == "":
+        problem = "is a file" if Path(name).is_file() else "no such folder"
         raise SlzoError(
-            f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
+            f"model.model {name!r}: {problem}; give a local Hugging Face folder, a .gguf file, a Hub id like "
             f"'Qwen/Qwen3-8B' or 'Qwen/Qwen3-8B@main', or a built-in name ({', '.join(BUILTIN_MODELS)})"
         )
     if id in BUILTIN_MODELS:
