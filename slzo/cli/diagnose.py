@@ -219,7 +219,11 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
-        if "." in str(value) and imported_class(str(value)) is not None:
+        if "." in str(value) and (kind := imported_class(str(value))) is not None:
+            bases = tuple(item for item in types_in(hint) if inspect.isclass(item) and not typing.get_origin(item))
+            if inspect.isabstract(kind) and issubclass(kind, bases):
+                missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
+                return f"{name} {shown}: does not define {missing} (docs/extending.md)"
             return f"{name} {shown}: has another type; give a class such as {listed}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"
