@@ -224,9 +224,9 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.max_length=1 | data.max_length 1: the answer ' terrible' of example
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
 --data.nope=1 | data.nope: unknown option
+--profiler.rule=slzo.zo.selection.SelectionRule | profiler.rule 'slzo.zo.selection.SelectionRule': does not define select (docs
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
 --profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': has another type; give a class such as Auto
---profiler.rule=slzo.zo.selection.SelectionRule | profiler.rule 'slzo.zo.selection.SelectionRule': does not define select (docs
 --profiler.rule=slzo.zo.scopes.Scope | profiler.rule 'slzo.zo.scopes.Scope': has another type
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
 --model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
