@@ -147,7 +147,7 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
             hint = f"did you mean {group}.{argument}?"
         return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
     own = types[argument]
-    if key and classes_of(own):
+    if (key and classes_of(own)) or (name, value) == ("model.optimizer.lr", "auto"):  # auto: see auto_values.py
         return ""
     if key:
         name, value = f"{owner}.{argument}", {key: value}
