@@ -216,6 +216,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.data_dir=text.txt | data.data_dir 'text.txt': is a file
 --data.data_dir=nowhere | data.data_dir 'nowhere'
 --model.optimizer=SGD --model.optimizer.lr=auto --data.batch_size=abc | data.batch_size 'abc': expected a whole number
+--model.device_map='{"": disk}' --data.tokens_per_pass=abc | data.tokens_per_pass 'abc': expected a whole number
 --data.batch_size=0 | data.batch_size 0
 --data.data_dir=/proc | data.data_dir '/proc': the test split of task 'sst2' is missing
 --data.num_train=-1 | data.num_train -1: must be at least 1

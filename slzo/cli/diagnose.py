@@ -131,6 +131,8 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
         return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in parents(name) if classes_of(hints.get(each))), None)
     if owner is None:
+        if any(typing.get_origin(item) is dict for each in parents(name) for item in types_in(hints.get(each))):
+            return ""  # a key of a mapping, such as model.device_map
         return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
     if owner not in classes:
         names = ", ".join(sorted(classes_of(hints[owner])))
