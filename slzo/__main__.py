@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -45,7 +46,7 @@ examples:
 _PATIENCE_S = 10.0
 
 # these packages log warnings that no user can act on
-_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "transformers.utils.generic")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # those are for peft
         _limit_spinning()
         with signals_raise():
             from slzo.cli.run import run_command  # imports the parser's packages, which --help does not need

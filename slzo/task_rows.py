@@ -322,6 +322,9 @@ class TaskRows:
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
         origin = f", {self.splits.origin}" if self.splits.origin else ""
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
+        unlabelled = sum(not example.gold for example in self.splits.train)
+        if unlabelled and self.objective.needs_label:
+            say(f"Left out {unlabelled} training rows without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
         self._load_rewards()
@@ -402,8 +405,6 @@ class TaskRows:
             raise SlzoError(
                 f"data.task: none of the {len(examples)} training rows has a label, and training needs one; {wanted}"
             )
-        if len(kept) < len(examples):
-            say(f"Left out {len(examples) - len(kept)} training rows without a label.")
         if is_train:
             objective.check_examples([example for _, example in kept])
         self._rows[split] = encode_rows(

@@ -830,3 +830,7 @@ def test_only_options_that_matter_are_compared_on_resume():
     }
     assert changed_settings(saved, own) == "model.optimizer.lr: 0.001 -> 0.0001"
     assert changed_settings(saved, own | {"model.layer": 27}).startswith("model.layer: 28 -> 27")
+    assert (
+        changed_settings(saved | {"model.layer": None}, own | {"model.layer": 28})
+        == "model.optimizer.lr: 0.001 -> 0.0001"
+    )

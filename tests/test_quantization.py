@@ -195,6 +195,13 @@ def test_the_fingerprint_tells_quantized_models_apart(folder, tmp_path):
 
 
 @needs("bitsandbytes")
+def test_a_model_that_the_quantization_cannot_run_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)  # narrower than a block of nf4
+    with pytest.raises(SlzoError, match=r"^model\.quantization: a plain forward pass failed"):
+        split_and_verify(load_model(str(tmp_path), quantization="nf4"))
+
+
+@needs("bitsandbytes")
 def test_scopes_that_add_to_a_layer_and_those_that_tune_all(folder):
     parts = split_and_verify(load_model(str(folder), quantization="nf4"))
     modules = dict(parts.model.named_modules())

@@ -131,6 +131,8 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
         return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in parents(name) if classes_of(hints.get(each))), None)
     if owner is None:
+        if any(typing.get_origin(item) is dict for each in parents(name) for item in types_in(hints.get(each))):
+            return ""  # a key of a mapping, such as model.device_map
         return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
     if owner not in classes:
         names = ", ".join(sorted(classes_of(hints[owner])))
@@ -147,7 +149,7 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
             hint = f"did you mean {group}.{argument}?"
         return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
     own = types[argument]
-    if key and classes_of(own):
+    if (key and classes_of(own)) or (name, value) == ("model.optimizer.lr", "auto"):  # auto: see auto_values.py
         return ""
     if key:
         name, value = f"{owner}.{argument}", {key: value}
@@ -219,7 +221,11 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
-        if "." in str(value) and imported_class(str(value)) is not None:
+        if "." in str(value) and (kind := imported_class(str(value))) is not None:
+            bases = tuple(item for item in types_in(hint) if inspect.isclass(item) and not typing.get_origin(item))
+            if inspect.isabstract(kind) and issubclass(kind, bases):
+                missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
+                return f"{name} {shown}: does not define {missing} (docs/extending.md)"
             return f"{name} {shown}: has another type; give a class such as {listed}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"

@@ -67,7 +67,12 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     except _NOT_OF_THE_MODEL:
         raise
     except Exception as failure:  # the code of a model may raise any
-        raise refusal(model, f"a plain forward pass failed ({one_line(failure)})") from failure
+        reason = f"a plain forward pass failed ({one_line(failure)})"
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise SlzoError(
+                f"model.quantization: {reason}; choose another quantization, or use the model without one"
+            ) from failure
+        raise refusal(model, reason) from failure
     if not expected.isfinite().all():
         raise SlzoError(
             "model.model: the logits of a plain forward pass are infinite or NaN; its weights may be damaged, or too large for "

@@ -117,7 +117,7 @@ _NOT_COMPARED = ("fused", "foreach", "last_epoch")
 def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Return the options of a resumed run that differ from those of its checkpoint, as text; see :func:`agreed_settings`.
 
-    A layer that is left out is no change: it comes from the checkpoint.
+    A layer that either of them leaves out is no change: it is that of the checkpoint, and another one is refused.
     """
 
     def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         return {name: settings[name] for name in settings if last[name] not in _NOT_COMPARED and last[name][0] != "_"}
 
     old, new = compared(saved), compared(own)
-    if new["model.layer"] is None:
-        new["model.layer"] = old.get("model.layer")
+    if None in (old["model.layer"], new["model.layer"]):
+        del old["model.layer"], new["model.layer"]
     return differences(old, new)
 
 

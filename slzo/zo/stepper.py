@@ -310,10 +310,14 @@ class Stepper:
             raise SlzoError(
                 f"{self.problem}; no step was taken {self.nonfinite_in_row} times in a row (model.max_nonfinite)"
             )
+        advice = "lower the learning rate (model.optimizer.lr)"
+        if self.estimator.perturbs == "weights":
+            advice += " or model.eps"
+        if self.model.parts.model.dtype == torch.float16:
+            advice += ", or use model.dtype bfloat16 or float32"
         raise SlzoError(
             f"training diverged: the loss was infinite or NaN {self.nonfinite_in_row} steps in a row, the last at step "
-            f"{step + 1}; lower the learning rate (model.optimizer.lr) or model.eps, or use model.dtype bfloat16 or "
-            "float32"
+            f"{step + 1}; {advice}"
         )
 
 
