@@ -322,6 +322,10 @@ def _announce(prepared: Prepared) -> None:
     )
     if (quantized := model.describe_quantization()) is not None:
         say(quantized)
+    if layer is None and options.layer is not None:
+        warn(f"model.layer {options.layer}: has no effect, because the scope {options.scope.describe()} needs no layer")
+    if options.estimator.perturbs is None and options.step.has_weight_options:
+        warn(f"model.eps and model.num_queries have no effect, because {options.estimator.describe()} perturbs nothing")
 
 
 def score_test_rows(

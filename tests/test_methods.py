@@ -110,10 +110,14 @@ def test_a_resume_with_another_scope_is_refused(options, capsys, once):
         assert change in error
 
 
-def test_full_tuning_needs_no_outlier_layer(options):
+def test_full_tuning_needs_no_outlier_layer(options, capsys):
     """The strict rule finds none in this model, and nobody asked for one."""
     rest = [o for o in options if "profiler.rule" not in o]
+    rest += ["--model.layer=1", "--model.estimator=Backprop", "--model.eps=1e-2"]
     assert main(["fit", *rest, "--model.scope=AllParameters", "--trainer.max_steps=2"]) == 0
+    warnings = capsys.readouterr().err
+    assert "model.layer 1: has no effect, because the scope all parameters needs no layer" in warnings
+    assert "model.eps and model.num_queries have no effect, because Backprop perturbs nothing" in warnings
     assert summary()["dominant_layer"] is None
     assert summary()["tuned_parameters"] == summary()["total_parameters"]
 

@@ -160,7 +160,8 @@ def _base_of(exported: Exported, base: str | None, trust_remote_code: bool) -> t
     except SlzoError as error:
         if base is not None:
             raise
-        raise SlzoError(f"{error}; or give the base model of {str(exported.folder)!r} with --base") from error
+        without = ", or --untuned false" if exported.is_whole else ""
+        raise SlzoError(f"{error}; or give the base model of {str(exported.folder)!r} with --base{without}") from error
     exported.check_base(model)
     return name, model
 
