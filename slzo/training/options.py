@@ -12,7 +12,7 @@ from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
-from slzo.zo.objectives import Objective
+from slzo.zo.objectives import GenerationObjective, Objective
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import Scope
@@ -86,7 +86,7 @@ class TrainingOptions:
         Raises:
             SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        if objective.generates and self.estimator.perturbs != "weights":
+        if isinstance(objective, GenerationObjective) and self.estimator.perturbs != "weights":
             objective.sampling.check()
             if self.parallel not in ("rows", 1):
                 raise SlzoError(
