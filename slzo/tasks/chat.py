@@ -10,7 +10,7 @@ from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError, check_at_least, shown
+from slzo.utils.errors import SlzoError, check_at_least, check_choice, shown
 
 
 class ChatTask(Task):
@@ -63,8 +63,7 @@ class ChatTask(Task):
         self.files = {split: file for split, file in files.items() if file is not None}
         if system is not None and not system.strip():
             raise SlzoError("data.task.system: is empty; give it some text, or leave it out")
-        if turns not in ("all", "last"):
-            raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
+        check_choice("data.task.turns", turns, Turns)
         self.system, self.turns, self.template = system, turns, template
         self.chat: ChatFormat = ChatFormat(template, turns, system)
         check_at_least("data.task.max_new_tokens", max_new_tokens)

@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError, check_at_least, check_choice
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
@@ -43,8 +43,7 @@ class TrainingOptions:
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(DType):
-            raise SlzoError(f"model.dtype {self.dtype!r}: choose one of {', '.join(get_args(DType))}")
+        check_choice("model.dtype", self.dtype, DType)
         check_at_least("model.max_nonfinite", self.max_nonfinite)
         if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
             raise SlzoError(
