@@ -84,7 +84,7 @@ class LayerPlaces:
 
 
 @dataclass(frozen=True)
-class DeviceMapChoice:
+class DeviceMapOptions:
     """The options ``model.device_map`` and ``model.offload_folder``.
 
     Attributes:
@@ -103,7 +103,7 @@ class DeviceMapChoice:
     @classmethod
     def of(
         cls, device_map: DeviceMap | None, offload_folder: str | None, engine: Engine, quantization: Any
-    ) -> DeviceMapChoice | None:
+    ) -> DeviceMapOptions | None:
         """Check the options against each other; return ``None`` if there is no device map.
 
         Raises:
@@ -115,14 +115,14 @@ class DeviceMapChoice:
                     f"model.offload_folder {offload_folder!r}: is used only with model.device_map; give both"
                 )
             return None
-        choice = cls(device_map, offload_folder)
+        options = cls(device_map, offload_folder)
         others = {
             "model.engine.paired false": engine.paired is False,
             f"model.quantization {quantization}": quantization is not None,
         }
         if wrong := next((option for option, given in others.items() if given), None):
             raise SlzoError(f"model.device_map {device_map!r}: cannot be combined with {wrong}; leave one out")
-        return choice
+        return options
 
     def __post_init__(self) -> None:
         given = self.device_map

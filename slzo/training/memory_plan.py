@@ -21,7 +21,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
 from slzo.zo.objectives import GenerationObjective
-from slzo.zo.optim import AUTO_LR, OptimizerChoice, default_optimizer
+from slzo.zo.optim import AUTO_LR, OptimizerOptions, default_optimizer
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.stepper import StepOptions
@@ -85,7 +85,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
         changed = replace(
             options,
             estimator=Backprop(),
-            optimizer=OptimizerChoice.of(partial(default_optimizer(False), lr=AUTO_LR)),
+            optimizer=OptimizerOptions.of(partial(default_optimizer(False), lr=AUTO_LR)),
             step=StepOptions(),
         )
         changed.check_objective(rows.objective)

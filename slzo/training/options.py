@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_map import DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
@@ -13,7 +13,7 @@ from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
 from slzo.zo.objectives import GenerationObjective, Objective
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import Scope
 from slzo.zo.stepper import StepOptions
@@ -27,7 +27,7 @@ class TrainingOptions:
         SlzoError: An option is out of range, or an argument of a scope or estimator cannot be stored in a checkpoint.
     """
 
-    optimizer: OptimizerChoice
+    optimizer: OptimizerOptions
     model: str
     layer: int | None
     scope: Scope
@@ -35,7 +35,7 @@ class TrainingOptions:
     step: StepOptions
     dtype: DType
     quantization: Quantization | None
-    device_map: DeviceMapChoice | None
+    device_map: DeviceMapOptions | None
     seed: int | None
     parallel: Parallel
     engine: Engine
