@@ -1,4 +1,4 @@
-"""From the examples of a split to its tokenized rows, and what happens to examples that cannot be used."""
+"""Tokenizes the examples of a split, and reports those that cannot be used."""
 
 from __future__ import annotations
 

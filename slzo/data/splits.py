@@ -142,7 +142,7 @@ def split_off_test(
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.
 
-    A fifth of the rows are kept for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
+    A fifth of the rows are kept for test. Among rows with equal prompts, only the first is drawn. No seed affects the draw.
 
     ``num_test`` of them are taken, ``None`` for all. The others are not trained on, since a later command may take more;
     ``least`` rows with different prompts must stay for the other splits.

@@ -92,7 +92,7 @@ class FactoredGradient:
     def _exchange_sizes(
         self, sums: Tensor, rows: Share, sum_rows: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``sums``, added up, and the factors to send. Of the rest all processes then have the same names."""
+        """Return ``sums``, added up, and the factors to send. Afterwards the rest has the same names on all processes."""
         names = self.tuned.names
         own = torch.tensor([[self._num_inputs(name), name in self.whole] for name in names], dtype=torch.float32)
         sizes = sums.new_zeros(rows.total, len(names), 2)
