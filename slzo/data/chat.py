@@ -34,7 +34,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
     """Return the text of a template, and a sentence for the log if it is not the tokenizer's template.
 
     Raises:
-        SlzoError: If the name is neither a known template nor a readable file.
+        SlzoError: The name is neither a known template nor a readable file.
     """
     if name is None:
         try:

@@ -67,7 +67,7 @@ def read_file(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     """Read the rows of a file in the format that its extension names; unreadable rows are added to ``bad``.
 
     Raises:
-        SlzoError: If the file cannot be read or has another format; the message contains the line.
+        SlzoError: The file cannot be read or has another format; the message contains the line.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:

@@ -36,7 +36,7 @@ class ChatTask(Task):
             else the row's position.
 
     Raises:
-        SlzoError: If an argument is wrong.
+        SlzoError: An argument is wrong.
     """
 
     kind = Kind.GENERATION

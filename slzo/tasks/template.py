@@ -43,7 +43,7 @@ class TemplateTask(Task):
             else the row's position.
 
     Raises:
-        SlzoError: If an argument is wrong.
+        SlzoError: An argument is wrong.
     """
 
     def __init__(
