@@ -93,7 +93,7 @@ class DeviceMapOptions:
         reserved: Bytes on the main device that the run needs in addition to the frozen weights.
 
     Raises:
-        SlzoError: If a value is not allowed.
+        SlzoError: A value is not allowed.
     """
 
     device_map: DeviceMap
@@ -107,7 +107,7 @@ class DeviceMapOptions:
         """Check the options against each other; return ``None`` if there is no device map.
 
         Raises:
-            SlzoError: If options exclude each other.
+            SlzoError: Options exclude each other.
         """
         if device_map is None:
             if offload_folder is not None:
@@ -139,7 +139,7 @@ class DeviceMapOptions:
         """Check that the run has a single process.
 
         Raises:
-            SlzoError: If it has more.
+            SlzoError: It has more.
         """
         if count > 1:
             raise SlzoError(
@@ -151,7 +151,7 @@ class DeviceMapOptions:
         """Create a temporary folder in the offload folder, deleted with the returned object; ``None`` without one.
 
         Raises:
-            SlzoError: If the offload folder cannot be written.
+            SlzoError: The offload folder cannot be written.
         """
         if self.offload_folder is None:
             return None
@@ -173,7 +173,7 @@ class DeviceMapOptions:
             main: Device of the rows, the embeddings, the head and the tuned layer.
 
         Raises:
-            SlzoError: If the model has no such module, a device does not exist, or the map splits a layer.
+            SlzoError: The model has no such module, a device does not exist, or the map splits a layer.
         """
         path, layers = find_decoder_layers(skeleton)
         home = str(main) if main.type == "cpu" or main.index is not None else f"{main.type}:0"

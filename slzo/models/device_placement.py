@@ -169,7 +169,7 @@ def load_with_device_map(
     ``main`` is the main device, as for :meth:`DeviceMapOptions.places`.
 
     Raises:
-        SlzoError: If the model cannot be loaded with the map.
+        SlzoError: The model cannot be loaded with the map.
     """
     from accelerate.hooks import remove_hook_from_module
 

@@ -42,7 +42,7 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
     :func:`slzo.utils.hub.commit_of`. With ``tokenizer_only``, it needs no config.
 
     Raises:
-        SlzoError: If there is no such file or folder, and the Hub has no such model or cannot be reached.
+        SlzoError: There is no such file or folder, and the Hub has no such model or cannot be reached.
     """
     if not name.strip():
         raise SlzoError(
@@ -131,7 +131,7 @@ def load_model(
         device: Device of quantized weights; the CPU if left out.
 
     Raises:
-        SlzoError: If the model cannot be loaded, lacks weights, or is not a decoder-only language model.
+        SlzoError: The model cannot be loaded, lacks weights, or is not a decoder-only language model.
     """
     check_choice("model.dtype", dtype, DType)
     config = load_config(name, trust_remote_code)
