@@ -55,7 +55,7 @@ class RunRecord(Callback):
         self._device = torch.device("cpu")
 
     def begin(self) -> None:
-        """Start the clock of a ``fit``. Without a call it starts at the construction, or at the end of the last ``fit``."""
+        """Start the clock of a ``fit``. Without a call it starts when this object is made, or when the last ``fit`` ends."""
         self._started = time.monotonic()
 
     @property

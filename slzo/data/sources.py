@@ -212,7 +212,7 @@ def _without_placeholders(task: Task, values: Fields) -> Fields:
 
 
 def _empty_fields(task: Task, values: Fields) -> list[str]:
-    """Return the fields of the prompt without text; only the user's own template accepts such a row."""
+    """Return the fields of the prompt that have no text; only the user's own template accepts such a row."""
     texts = {name: values[name] for name in task.fields if name not in task.no_label}
     return [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
 

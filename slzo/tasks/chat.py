@@ -57,7 +57,7 @@ class ChatTask(Task):
     ) -> None:
         self.name, self.id_field = name, id_field
         self.fields = () if id_field is None else (id_field,)
-        self.no_label = {"completion": None, "output": None}  # of messages, the turns show whether there is an answer
+        self.no_label = {"completion": None, "output": None}  # in messages, the turns show whether there is an answer
         self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
