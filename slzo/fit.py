@@ -366,7 +366,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     name = "last weights" if best is None else Path(str(outcome.best)).name
     with _weights(prepared.model, best):
         after, samples = score_test_rows(prepared, rows, f"after training, {name}")
-    summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
+    summary = summarize(_run_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
         if samples:
@@ -410,7 +410,7 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
         model.tensors.load(last)
 
 
-def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
+def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
     """Collect the facts for the summary and its advice."""
     options = prepared.options
     model = prepared.model

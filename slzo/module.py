@@ -25,7 +25,7 @@ from slzo.data.fingerprint import are_trained_rows, check_tokenizer, hash_tokeni
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
-from slzo.models.device_map import DeviceMap, DeviceMapChoice
+from slzo.models.device_map import DeviceMap, DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
@@ -49,7 +49,7 @@ from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
-from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
+from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerOptions, default_optimizer, set_rate
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult
@@ -130,7 +130,7 @@ class ZOModule(LightningModule):
         if optimizer is None:
             optimizer = partial(default_optimizer(estimator.perturbs == "weights"), lr=AUTO_LR)
         self.options = TrainingOptions(
-            OptimizerChoice.of(optimizer, lr_scheduler),
+            OptimizerOptions.of(optimizer, lr_scheduler),
             model=model,
             layer=layer,
             scope=scope,
@@ -138,7 +138,7 @@ class ZOModule(LightningModule):
             step=step,
             dtype=dtype,
             quantization=quantization,
-            device_map=DeviceMapChoice.of(device_map, offload_folder, engine, quantization),
+            device_map=DeviceMapOptions.of(device_map, offload_folder, engine, quantization),
             seed=seed,
             parallel=parallel,
             engine=engine,

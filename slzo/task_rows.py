@@ -208,7 +208,7 @@ class TaskRows:
         sequence that its parts support, see :class:`slzo.models.parts.Limits`.
 
         Raises:
-            SlzoError: If the tokenizer has more tokens than the model.
+            SlzoError: The tokenizer has more tokens than the model.
         """
         # a tokenizer that was given may differ by mistake
         encoder = self.encoder
@@ -279,7 +279,7 @@ class TaskRows:
         """Read and split the rows. A second call does nothing unless it is the first one that needs training rows.
 
         Raises:
-            SlzoError: If a required split is missing or broken, or has too few rows for the demonstrations.
+            SlzoError: A required split is missing or broken, or has too few rows for the demonstrations.
         """
         self._check_unchanged()
         if stage == "predict" and self.predict_file is not None:
@@ -388,7 +388,7 @@ class TaskRows:
         """Return the tokenized rows of ``train``, ``dev``, ``test`` or ``predict``, in the order of the split.
 
         Raises:
-            SlzoError: If the objective needs labels and no training row has one.
+            SlzoError: The objective needs labels and no training row has one.
         """
         if split in self._rows:
             return self._rows[split]

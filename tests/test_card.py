@@ -34,7 +34,7 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.decoding import generate
-from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -194,7 +194,7 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
     found = []
     for given in ({"model.layers.0": "disk", "model.layers.2": "cpu", "model.layers.3": "disk"}, None):
         plain = load_model(str(tmp_path)).to(CARD) if given is None else None
-        model = plain or load_with_device_map(str(tmp_path), "float32", False, DeviceMapChoice(given), CARD)
+        model = plain or load_with_device_map(str(tmp_path), "float32", False, DeviceMapOptions(given), CARD)
         own = tuned_layer(split_and_verify(model), 2)
         assert all(tensor.live.device == CARD for _, tensor in own.tensors.items())
         found.append(own.parts.head(own.final_states(batch)))

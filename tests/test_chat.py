@@ -192,7 +192,7 @@ def test_templates_that_cannot_be_used(tmp_path, content, message):
     ("arguments", "message"),
     [
         ({"system": " "}, "data.task.system: is empty"),
-        ({"turns": "first"}, "data.task.turns 'first': choose all or last"),
+        ({"turns": "first"}, "data.task.turns 'first': choose one of all, last"),
         ({"max_new_tokens": 0}, "data.task.max_new_tokens 0: must be at least 1"),
         ({"stop": ["x", ""]}, "data.task.stop"),
         (

@@ -13,7 +13,7 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.models import device_map
-from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import DevicePlacement, load_with_device_map
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
@@ -35,7 +35,7 @@ ON_DISK = {"model.layers.0": "disk", "model.layers.2": "disk", "model.layers.3":
 
 
 def placed(folder, given=ON_DISK, dtype="float32", offload_folder=None):
-    return load_with_device_map(str(folder), dtype, False, DeviceMapChoice(given, offload_folder), CPU)
+    return load_with_device_map(str(folder), dtype, False, DeviceMapOptions(given, offload_folder), CPU)
 
 
 def rows():
@@ -178,7 +178,7 @@ def test_as_many_layers_as_fit_stay_in_memory(how, monkeypatch):
         # one more has room while it runs
         free = outside + 1000 + (num_layers + 1) * layer
         monkeypatch.setattr(device_map, "free_bytes", lambda _, free=free: free)
-        places = DeviceMapChoice(how, reserved=1000).places(skeleton, CPU)
+        places = DeviceMapOptions(how, reserved=1000).places(skeleton, CPU)
         assert places.places == ("cpu",) * num_layers + ("disk",) * (4 - num_layers)
     assert places.describe() == "layers 0 to 3 on cpu"
 
@@ -188,7 +188,7 @@ def test_places_on_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     skeleton, card = skeleton_of(tiny_model().config), torch.device("cuda", 0)
     given = {"model.embed_tokens": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": 1}
-    places = DeviceMapChoice(given).places(skeleton, card)
+    places = DeviceMapOptions(given).places(skeleton, card)
     assert places.places == ("cpu", "disk", "cuda:1", "cuda:0")
     assert (places.away, places.offloaded, places.elsewhere) == ([0, 1, 2], [0, 1], [2])
     assert places.of_modules(skeleton) == {
@@ -214,12 +214,12 @@ def test_places_on_cards(monkeypatch):
 )
 def test_wrong_maps_are_refused(given, message):
     with pytest.raises(SlzoError, match=f"model.device_map {message}"):
-        DeviceMapChoice(given).places(skeleton_of(tiny_model().config), CPU)
+        DeviceMapOptions(given).places(skeleton_of(tiny_model().config), CPU)
 
 
 def test_a_layer_may_be_named_in_pieces_that_are_in_one_place():
     given = {"model.layers.1": "disk", "model.layers.1.mlp": "disk"}
-    assert DeviceMapChoice(given).places(skeleton_of(tiny_model().config), CPU).offloaded == [1]
+    assert DeviceMapOptions(given).places(skeleton_of(tiny_model().config), CPU).offloaded == [1]
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_a_layer_may_be_named_in_pieces_that_are_in_one_place():
 )
 def test_options_that_do_not_go_together(engine, quantization, message):
     with pytest.raises(SlzoError, match=f"model.device_map 'auto': cannot be combined with {message}; leave one out"):
-        DeviceMapChoice.of("auto", None, engine, quantization)
+        DeviceMapOptions.of("auto", None, engine, quantization)
 
 
 def test_wrong_folders_are_refused(model_dir, tmp_path):
     with pytest.raises(SlzoError, match=r"model.offload_folder 'x': is used only with model.device_map"):
-        DeviceMapChoice.of(None, "x", Engine(), None)
+        DeviceMapOptions.of(None, "x", Engine(), None)
     (tmp_path / "file").touch()
     with pytest.raises(SlzoError, match=r"model.offload_folder .*file': cannot be written \(File exists\)"):
         placed(model_dir, offload_folder=str(tmp_path / "file"))

@@ -533,7 +533,7 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
         f"In 30 s: Layer 1 has the lowest dev loss, 0.4; the chosen layer, 2, has 0.42, {one}."
     )
     curves[2].append(curve((0, 0, 1.0), (20, 28, 0.44), (24, 32, 0.48)))
-    assert "layer, 2, has the lowest dev loss, 0.43 +- 0.01; layer 1 has 0.5, from one seed" in verdict(2)
+    assert "layer, 2, has the lowest dev loss, 0.43 ± 0.01; layer 1 has 0.5, from one seed" in verdict(2)
     assert "the chosen layer, 3, diverged or was not among those trained." in verdict(3)
 
 
@@ -546,13 +546,13 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
     ("rows", "parts"),
     [
         ([row(2, 0.1), row(11, 0.4, True)],
-         ["The chosen layer, 11, has the lowest dev loss, 0.6 +- 0.01;", "layer 2 has 0.9 +- 0.01, 21.2 standard errors"]),
+         ["The chosen layer, 11, has the lowest dev loss, 0.6 ± 0.01;", "layer 2 has 0.9 ± 0.01, 21.2 standard errors"]),
         ([row(2, 0.39), row(11, 0.4, True)],
          ["chosen layer, 11, has the lowest", "0.7 standard errors behind, which may be noise"]),
         ([row(2, 0.41), row(11, 0.4, True)],
-         ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 0.7 standard errors behind, which may"]),
+         ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 ± 0.01, 0.7 standard errors behind, which may"]),
         ([row(2, 0.1, se=None), row(11, 0.4, True, se=None)], ["from one seed, so without a standard error"]),
-        ([row(2, 0.5), row(11, 0.4, True)], ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 +- 0.01, 7.1 standard"]),
+        ([row(2, 0.5), row(11, 0.4, True)], ["Layer 2 has the lowest", "the chosen layer, 11, has 0.6 ± 0.01, 7.1 standard"]),
         ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
         ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),
         ([row(2, diverged=1), row(11, None, True, diverged=1)], ["In every layer a training diverged", "slzo sweep --lrs auto"]),
@@ -563,10 +563,10 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
         ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1."]),
         ([row(2), row(11)], ["chooses no layer"]),
         ([row(2, sensitivity=1.2), row(11, None, True), row(12, sensitivity=0.5)],
-         ["Layer 2 has the highest sensitivity, 1.2 +- 0.1; the chosen layer, 11, has 1 +- 0.1, 1.4 standard errors behind,"]),
-        ([row(2, sensitivity=3.0), row(11, None, True)], ["11, has 1 +- 0.1, 14.1 standard errors behind. No layer was"]),
+         ["Layer 2 has the highest sensitivity, 1.2 ± 0.1; the chosen layer, 11, has 1 ± 0.1, 1.4 standard errors behind,"]),
+        ([row(2, sensitivity=3.0), row(11, None, True)], ["11, has 1 ± 0.1, 14.1 standard errors behind. No layer was"]),
         ([row(2, sensitivity=0.9), row(11, None, True)],
-         ["chosen layer, 11, has the highest sensitivity, 1 +- 0.1; layer 2 has 0.9 +- 0.1, 0.7 standard errors behind, which"]),
+         ["chosen layer, 11, has the highest sensitivity, 1 ± 0.1; layer 2 has 0.9 ± 0.1, 0.7 standard errors behind, which"]),
         ([row(2, sensitivity=0.1), row(11, None, True)], ["The chosen layer, 11, has the highest sensitivity"]),
     ],
 )  # fmt: skip

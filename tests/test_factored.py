@@ -11,7 +11,7 @@ from slzo.zo import factored
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import LayerOutputPerturbation, Request
 from slzo.zo.factored import FactoredGradient, factored_vjp
-from slzo.zo.processes import CountedSum, Part, Processes, identity
+from slzo.zo.processes import CountedSum, Processes, Share, identity
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.tuned import TunedTensors
 
@@ -49,7 +49,7 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     found = pull_back(gradient)
     assert {name: len(parts) for name, parts in found.factors.items()} == {"a.weight": 2, "b.weight": 1}
     assert found.whole.keys() == {"a.bias", "b.weight", "c.weight"}
-    sums, total = found.total(torch.tensor([1.0, 2.0]), Part(0, 1), identity)
+    sums, total = found.total(torch.tensor([1.0, 2.0]), Share(0, 1), identity)
     assert sums.tolist() == [1, 2]
     torch.testing.assert_close(total, tuned.with_zeros(expected(gradient)))
 
@@ -97,7 +97,7 @@ def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
         sizes.append(tensor.numel())
         return tensor
 
-    pull_back(torch.ones(number, 40)).total(torch.zeros(2), Part(1, 2), sum_rows)
+    pull_back(torch.ones(number, 40)).total(torch.zeros(2), Share(1, 2), sum_rows)
     assert sizes == [2 + 4, 100 * number if is_sent else 2400]
 
 
@@ -154,4 +154,4 @@ def test_factors_of_many_parts_are_multiplied():
             else:
                 gradient.add(own)
         assert sum(len(each.inputs) for each in gradient.factors.get("weight", ())) <= 2
-    torch.testing.assert_close(gradient.total(torch.zeros(1), Part(0, 1), identity)[1]["weight"], total)
+    torch.testing.assert_close(gradient.total(torch.zeros(1), Share(0, 1), identity)[1]["weight"], total)

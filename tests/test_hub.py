@@ -22,7 +22,7 @@ from slzo.cli.process import prepare_process
 from slzo.data.sources import RowSource
 from slzo.export.adapter import ADAPTER
 from slzo.export.facts import Facts
-from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_config, load_model, load_tokenizer, resolve_model
 from slzo.models.origin import origin_of
@@ -74,7 +74,7 @@ def test_every_way_to_load_takes_the_revision(model, model_dir):
         assert Path(folder).name == commit
         assert not (Path(folder) / "model.safetensors").exists()
         assert model_shape(name)[0].stored_bytes is None  # only the weights are missing
-        on_disk = DeviceMapChoice({"model.layers.0": "disk"}, None)
+        on_disk = DeviceMapOptions({"model.layers.0": "disk"}, None)
         placed = load_with_device_map(name, "float32", False, on_disk, torch.device("cpu"))
         assert torch.equal(placed.lm_head.weight, expected)
         assert torch.equal(load_model(name).lm_head.weight, expected)

@@ -48,7 +48,7 @@ from slzo.zo.objectives import (
     CandidateCrossEntropy,
 )
 from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
-from slzo.zo.processes import Part, identity
+from slzo.zo.processes import Share, identity
 from slzo.zo.scopes import (
     ActivationSubspace,
     LayerScope,
@@ -297,7 +297,7 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     torch.testing.assert_close(output[read], expected_output[read])
     at_needed = torch.randn(len(batch.needed), output.shape[1], generator=torch.Generator().manual_seed(0))
     everywhere = torch.zeros_like(output).index_copy_(0, batch.needed, at_needed)
-    _, total = found(at_needed).total(torch.zeros(2), Part(0, 1), identity)
+    _, total = found(at_needed).total(torch.zeros(2), Share(0, 1), identity)
     torch.testing.assert_close(total, tuned.with_zeros(expected(everywhere)), rtol=1e-4, atol=1e-5)
 
 

@@ -28,7 +28,7 @@ from slzo.commands.registry import COMMANDS
 from slzo.evaluation.decoding import generate
 from slzo.training.memory_estimate import tuning_bytes
 from slzo.utils.errors import SlzoError
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.scopes import ActivationSubspace, PrefixTuning
 from slzo.zo.tuned import Point
 from tiny import make_tokenizer
@@ -133,7 +133,7 @@ def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
 
 def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
     tensors = tune_scope(ActivationSubspace(2, target_modules=["down_proj"]), tiny_model()).tensors
-    found = tuning_bytes(tensors, 1, 1, OptimizerChoice.of(torch.optim.Adam))
+    found = tuning_bytes(tensors, 1, 1, OptimizerOptions.of(torch.optim.Adam))
     assert found["masters"] == 4 * 2 * 32
     # the base weight, 32 x 64, and two directions of 64 inputs, in float32
     assert found["base weights, bases and masks"] == 4 * (32 * 64 + 2 * 64)
@@ -203,7 +203,7 @@ def test_adam_without_memory_follows_signs():
     ],
 )
 def test_optimizer_state_is_counted(kind, options, copies):
-    assert OptimizerChoice.of(partial(kind, **options)).state_copies == copies
+    assert OptimizerOptions.of(partial(kind, **options)).state_copies == copies
 
 
 def test_an_optimizer_that_cannot_take_a_step_is_refused():
@@ -212,7 +212,7 @@ def test_an_optimizer_that_cannot_take_a_step_is_refused():
             return super().step(closure)
 
     with pytest.raises(SlzoError, match=r"model.optimizer NeedsClosure: cannot take a step .*closure"):
-        OptimizerChoice.of(NeedsClosure)
+        OptimizerOptions.of(NeedsClosure)
 
 
 def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):

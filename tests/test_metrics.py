@@ -174,7 +174,7 @@ def test_no_row_is_not_a_number(name):
 def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
     """Near 0, by a share of a tenth of the first loss, or of the best reward or F1; with losses and rewards of any sign."""
     metric = SelectionMetric("loss" if best is None else "reward", "reward", best)
-    assert metric.largest(before, 1.1, first=3.0) == pytest.approx(largest)
+    assert metric.upper_bound(before, 1.1, first=3.0) == pytest.approx(largest)
 
 
 def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):

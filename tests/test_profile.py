@@ -113,7 +113,7 @@ def test_the_margin_is_over_the_chosen_layer_and_those_before_it():
     assert choice.layer == 3  # the layers after it do not matter
     assert choice.margin.errors == pytest.approx(4 / 9.96)
     assert choice.margin.description == (
-        "layer 2 is 0.4 standard errors below the threshold of 1,000 (max/median 996 +- 9.96)"
+        "layer 2 is 0.4 standard errors below the threshold of 1,000 (max/median 996 ± 9.96)"
     )
     lone = choose(FirstOutlierLayer(), layer_statistics((20, 40), (23000, 1010), error=0.01))
     assert lone.margin.errors == pytest.approx(10 / 10.1)
@@ -167,9 +167,7 @@ def last_lines(layers, *notes):
 def test_the_report_says_in_one_line_how_clear_the_choice_is():
     close = layer_statistics((1000, 996), (23000, 13644), error=0.01)
     found, note = last_lines(close, "A note.")
-    assert found.startswith(
-        "Not clear: layer 0 is 0.4 standard errors below the threshold of 1,000 (max/median 996 +- "
-    )
+    assert found.startswith("Not clear: layer 0 is 0.4 standard errors below the threshold of 1,000 (max/median 996 ± ")
     for advice in ("--profiler.text_file", "--profiler.num_sequences", "--model.layer"):
         assert advice in found
     assert note == "A note."

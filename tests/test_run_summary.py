@@ -267,13 +267,13 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
 
 
 def test_only_the_first_process_computes_what_only_it_prints(options, monkeypatch):
-    facts = fit._facts
+    facts = fit._run_facts
 
     def of_the_second(*args):
         monkeypatch.setattr(TaskDataModule, "processes", replace(ALONE, rank=1))
         return facts(*args)
 
-    monkeypatch.setattr(fit, "_facts", of_the_second)
+    monkeypatch.setattr(fit, "_run_facts", of_the_second)
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     assert (summary()["reference_score"], summary()["first_order"]) == (None, None)
 

@@ -15,7 +15,7 @@ from slzo.zo.closure import ClosureLoss
 from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.optim import AUTO_LR, OptimizerChoice, set_rate
+from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import Point, TunedTensors
@@ -106,9 +106,9 @@ def test_a_step_that_is_not_finite_moves_nothing():
         *((lambda eps=eps: StepOptions(eps), "model.eps") for eps in (0, -1e-3, float("inf"), float("nan"))),
         (lambda: StepOptions(num_queries=0), "model.num_queries 0"),
         (lambda: Engine(queries_at_once=0), "model.engine.queries_at_once 0"),
-        (lambda: OptimizerChoice.of(partial(torch.optim.SGD, lr=-1)), "model.optimizer: Invalid learning rate: -1"),
+        (lambda: OptimizerOptions.of(partial(torch.optim.SGD, lr=-1)), "model.optimizer: Invalid learning rate: -1"),
         *(
-            (lambda kind=kind: OptimizerChoice.of(partial(kind, lr=0.1)), f"model.optimizer {kind.__name__}")
+            (lambda kind=kind: OptimizerOptions.of(partial(kind, lr=0.1)), f"model.optimizer {kind.__name__}")
             for kind in (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Muon)
         ),
         (lambda: TunedTensors({"a": ONES, "b": ONES}), "model.scope: 'a' and 'b' are the same tensor"),
@@ -131,7 +131,7 @@ def test_an_optimizer_of_ones_own_may_have_any_name():
     class Muon(torch.optim.AdamW):
         pass
 
-    assert OptimizerChoice.of(partial(Muon, lr=0.1)).name == "Muon"
+    assert OptimizerOptions.of(partial(Muon, lr=0.1)).name == "Muon"
 
 
 def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt(examples, one_token_examples):
@@ -147,7 +147,7 @@ def test_a_fused_step_takes_a_gradient_of_any_layout():
     """Torch's fused AdamW reads a transposed gradient in the wrong order on a CPU."""
     results = []
     automatic = partial(torch.optim.AdamW, lr=AUTO_LR)
-    for optimizer, transposed in ((OptimizerChoice.of(automatic).make, True), (automatic, False)):
+    for optimizer, transposed in ((OptimizerOptions.of(automatic).make, True), (automatic, False)):
         tuned = TunedTensors({"w": torch.linspace(-1, 1, 15).view(3, 5)})
         chosen = optimizer(tuned.masters)
         assert chosen.param_groups[0]["fused"] is (True if transposed else None)

@@ -68,13 +68,13 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which checkpoint is resumed, since the paths in it count from the folder in which its run was started."""
+        """Note which checkpoint is resumed: the paths in it are relative to the folder in which its run was started."""
         self._resumed = trainer.ckpt_path if trainer.state.fn == "fit" else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best score and path; the file of a former run in another folder is never deleted.
+        """Take over the best score and path; the file of an earlier run in another folder is never deleted.
 
-        A checkpoint that is only scored is no part of a later training, so its state is not used.
+        The state of a checkpoint that is only scored is not used: it is not part of a later training.
         """
         if self._resumed is None:
             return
@@ -85,12 +85,12 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_k_models = {self._place(path): score for path, score in state_dict["best_k_models"].items()}
 
     def _place(self, path: str) -> str:
-        """Return where the file of a former state is."""
+        """Return the path of the file of an earlier state."""
         assert self._resumed is not None
         return str(best_file(path, self._resumed).absolute()) if path else path
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state if it is the best one, unless it was rolled back: it no longer has the score."""
+        """Save the state if it is the best one, unless it was rolled back and so no longer has this score."""
         guard = callback_of(trainer, LossGuard)
         if guard is None or guard.rolled_back_at != trainer.global_step:
             super().on_validation_end(trainer, pl_module)
@@ -112,7 +112,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Interval between two saves in steps; by default only the time counts.
-        every_minutes: Interval between two saves in minutes. A crash loses no more; 0 saves only by steps and
+        every_minutes: Interval between two saves in minutes. A crash loses at most this; 0 saves only by steps and
             after validations.
 
     Attributes:
@@ -252,7 +252,7 @@ class LastCheckpoint(Checkpoint):
             self._saved_at = time.monotonic()
 
     def _keep_resumed(self, trainer: Trainer) -> None:
-        """Give a resumed run of one step or none the checkpoint that it continues as its ``last.ckpt``.
+        """Copy the checkpoint that a resumed run continues to its ``last.ckpt``, if the run takes one step or none.
 
         Otherwise the best checkpoint, which has no steps left, would be all that a later resume finds in its folder.
         """

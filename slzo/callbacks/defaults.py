@@ -31,7 +31,7 @@ save."""
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
     """Return the given callbacks and the missing default ones, in the order in which they run.
 
-    Without ``checkpoints`` or ``progress`` there are none that save checkpoints, or show progress.
+    Without ``checkpoints`` none of them saves checkpoints, and without ``progress`` none shows progress.
     """
     kept = [each for each in given if checkpoints or not isinstance(each, Checkpoint)]
     kinds = [*DEFAULTS.values()]

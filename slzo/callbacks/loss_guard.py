@@ -79,7 +79,7 @@ class LossGuard(Callback):
         if (factor := self.factor) == "auto":
             noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
             factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, module.rows)))
-        if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
+        if self._lowest == math.inf or loss <= metric.upper_bound(self._lowest, factor, self._first):
             self._note(trainer, module, loss)
         else:
             self._roll_back(trainer, module, loss, factor)

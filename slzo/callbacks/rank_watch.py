@@ -22,7 +22,7 @@ from slzo.utils.process_group import gather_from_processes, leave_process_group
 _STATUS = 2
 _CONNECT_TIMEOUT = timedelta(seconds=20)
 
-# seconds in which a failed exchange between processes is explained by one that has ended
+# a failed exchange between processes is blamed on one that ends within these seconds
 _PATIENCE_S = 5.0
 
 
@@ -87,7 +87,7 @@ class RankWatch(Callback):
                 )
         if store is not None:
             send_beat(store, rank)
-        trainer.strategy.barrier()  # one that hangs from now on has sent a beat
+        trainer.strategy.barrier()  # a process that hangs from now on has sent a beat
         if store is None:
             return None
 
@@ -122,7 +122,7 @@ class RankWatch(Callback):
 
 
 def _end(trainer: Trainer, peer: Peer, event: str, reports: bool) -> None:
-    """End this process because of another one, with a line that says so if this process ``reports`` it."""
+    """End this process because another one is gone; print a line that says so if this process ``reports`` it."""
     if not reports:
         end_process(_STATUS, "")
     last = callback_of(trainer, LastCheckpoint)

@@ -55,7 +55,7 @@ class RunRecord(Callback):
         self._device = torch.device("cpu")
 
     def begin(self) -> None:
-        """Start the clock of a ``fit``. Without a call it starts at the construction, or at the end of the last ``fit``."""
+        """Start the clock of a ``fit``. Without a call it starts when this object is made, or when the last ``fit`` ends."""
         self._started = time.monotonic()
 
     @property
@@ -71,7 +71,7 @@ class RunRecord(Callback):
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
                 logger.log_hyperparams(_options(trainer, module))
         if folder is not None and trainer.is_global_zero:
-            write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, module, prepared)})
+            write_json(folder / ENVIRONMENT_FILE, {**environment(), **_environment_facts(trainer, module, prepared)})
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
         else:
@@ -193,7 +193,7 @@ def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     }
 
 
-def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, Any]:
+def _environment_facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, Any]:
     rows, base, parts = module.rows, prepared.model.base, prepared.model.parts
     return {
         "processes": trainer.world_size,

@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 from slzo.module import ZOModule, zo_module
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
+from slzo.zo.objectives import GenerationObjective
 from slzo.zo.stepper import StepResult
 
 _MAX_GROWTH = 100.0
@@ -90,7 +91,7 @@ def _size(module: ZOModule) -> float:
 def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
     objective = module.rows.objective
-    if not objective.generates or module.stepper.estimator.perturbs == "weights":
+    if not isinstance(objective, GenerationObjective) or module.stepper.estimator.perturbs == "weights":
         return f"the loss, {loss:.4g}, did not change along any direction for {steps} steps"
     what = f"for {steps} steps all {objective.sampling.samples} answers to each row were equally good (mean loss {loss:.4g})"
     if loss <= objective.lowest:

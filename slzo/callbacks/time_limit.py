@@ -18,14 +18,15 @@ _MAX_SLOWDOWN = 2.0
 class TimeLimit(Callback):
     """Ends a run after a given time.
 
-    :func:`slzo.fit.prepare` plans its steps and validations; this callback ends it if they are slower.
+    :func:`slzo.fit.prepare` plans its steps and validations; this callback ends the run if they take longer.
 
     The run stops after the last step that leaves enough time for the last validation and the scores at the end. Without a plan,
     for other modules, it stops when the time is over.
 
     Args:
         seconds: Time of the whole ``fit``.
-        every_seconds: Seconds between two validations, which become steps in the plan; ``None`` if the trainer has the steps.
+        every_seconds: Seconds between two validations, which become steps in the plan; ``None`` for an interval in
+            steps.
     """
 
     def __init__(self, seconds: float, every_seconds: float | None = None) -> None:
@@ -52,12 +53,12 @@ class TimeLimit(Callback):
         return trainer.max_steps, 1.0 if interval is None else interval
 
     def budget(self, trainer: Trainer, rows: TaskRows, done: int | None) -> TimeBudget:
-        """Return the time of a run and its other limits. ``done`` are the steps of the checkpoint that it continues, if any."""
+        """Return the time of a run and its other limits. ``done`` is the step of the checkpoint that it continues, if any."""
         max_steps, interval = self.given(trainer)
         every = interval if isinstance(interval, int) else max(1.0, interval * steps_per_epoch(trainer, rows))
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         passes = sum((own for each in callbacks if isinstance(own := getattr(each, "passes", None), Passes)), Passes())
-        if done is not None:  # it has the scores before its first step
+        if done is not None:  # a continued run has the scores before training
             passes = replace(passes, dev_before=0, test_before=0)
         return TimeBudget(
             self.seconds,
@@ -132,7 +133,7 @@ class TimeLimit(Callback):
         self._reset(trainer)
 
     def _reset(self, trainer: Trainer) -> None:
-        """Give the trainer its own limits back."""
+        """Restore the trainer's own limits."""
         if self._given is not None:
             trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_interval = self._given
         self._ends = self._given = self._plan = None

@@ -102,7 +102,7 @@ def named_checkpoint(name: str, root: str | Path) -> tuple[Checkpoint, Path]:
 def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool = False) -> Checkpoint:
     """Read a checkpoint, given by its path, by the folder of its run, or by a name, see :func:`named_checkpoint`.
 
-    Of a run's folder it is the best checkpoint, or the last one ``to_continue``.
+    For a run's folder, the best checkpoint is read; with ``to_continue``, the last one.
 
     Raises:
         SlzoError: There is none, or it cannot be used.
@@ -143,7 +143,7 @@ def best_file(saved: str, checkpoint: str | Path) -> Path:
 
     A relative path was saved by the checkpoint's own run. It counts from the folder in which that run was started, which may hold
     another project's runs now, so the file is looked for next to the checkpoint. A run that continues another one saves an
-    absolute path; its folders may have been moved together. Only from a copy of a checkpoint outside a run the path counts from
+    absolute path; its folders may have been moved together. If the checkpoint is a copy outside a run, the path is relative to
     the current folder.
 
     Args:

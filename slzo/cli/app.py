@@ -106,7 +106,7 @@ class _RunConfig(SaveConfigCallback):
         loggers = kept.get("trainer.logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace) and logger.get("init_args.version") is not None:
-                logger["init_args.version"] = None  # this run has it; the config is for others
+                logger["init_args.version"] = None  # this run has the version; the config is for other runs
         super().__init__(parser, kept, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -197,7 +197,7 @@ class SlzoCLI(LightningCLI):
         self.config["data.task"] = "movie_reviews"  # the data module is made, but no row is read
 
     def before_instantiate_classes(self) -> None:
-        """Write runs below ``trainer.default_root_dir`` if it is given, and let a time or epochs replace the default steps."""
+        """Write runs below ``trainer.default_root_dir`` if it is given; a limit of time or epochs replaces that of steps."""
         given = {name for option in self.parser.given for name in (option.name, *parents(option.name))}
         limits = ("max_time", "max_steps", "max_epochs", "check_val_every_n_epoch")
         own = {name: self.config.get(f"trainer.{name}") for name in limits}

@@ -67,7 +67,7 @@ def _loaded(value: str) -> dict[str, Any] | None:
 
 
 def _with_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the options of a config in which the files that they name have a path from the current folder."""
+    """Return the options of a config, with the paths of files that they name relative to the current folder."""
     found = dict(content)
     for name, value in content.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The classes of estimator and optimizer from which their options start."""
+"""Default classes of estimator and optimizer, for options that are given without a class."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ _OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].def
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
-    """Return estimator and optimizer with a class, for those of which an option is given.
+    """Return the classes of estimator and optimizer, each only if one of its options is given.
 
-    It is the class that is named last: the parser passes options on from the default class to the named one, such as the weight
+    The class that is named last counts: the parser passes options on from the default class to the named one, such as the weight
     decay of AdamW to SGD.
     """
     latest = {each.name: loaded(each.value) for each in given}  # the last one counts, also if it is null

@@ -35,7 +35,7 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
     except ArgumentError:  # an argument is passed later, such as an optimizer's parameters
         return None
     except Exception as error:  # whatever a class raises
-        place = format_place(error)  # in a file of the user
+        place = format_place(error)  # in a user's file
         reason = f"{format_error(error)}{place}" if place else one_line(error, None)
         return SlzoError(f"{name}: {reason}; correct it")
     return None

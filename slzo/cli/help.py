@@ -91,7 +91,7 @@ def _is_option(action: argparse.Action) -> bool:
 
 
 def _is_shown(dest: str, group: str) -> bool:
-    """Whether a group of the short help lists an option; one of an inner group does not."""
+    """Whether the short help lists an option in this group; options of inner groups are listed there."""
     innermost = max((each for each in GROUPS if dest.startswith(f"{each}.")), key=len, default="")
     name = dest.removeprefix(f"{group}.")
     return innermost == group and dest not in GROUPS and name in _SHOWN.get(group, (name,))

@@ -33,7 +33,7 @@ def sweep(
     With lrs or eps it trains only the chosen layer, with each of the values, and recommends one: rates.json.
 
     After an interrupt, the same command continues where it stopped. The same command can also run on several machines that share
-    the folder, such as the tasks of a SLURM array: they divide the work, and take over what one of them leaves.
+    the folder, such as the tasks of a SLURM array: they divide the work, and take over what one of them leaves undone.
 
     Args:
         app: Trainer, model and rows; the model's scope is tuned in each layer.

@@ -108,7 +108,7 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
 
 
 def _tokens_of_others(encoded: EncodedExample, shares: bool) -> int:
-    """Return the number of tokens that an example adds to those of its first candidate. The last one of each is not run."""
+    """Return the number of tokens that an example adds to those of its first candidate. No candidate's last token is run."""
     first, *others = encoded.sequences
     if shares:
         return num_distinct_tokens(each.ids[:-1] for each in encoded.sequences) - len(first.ids) + 1

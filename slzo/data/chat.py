@@ -34,7 +34,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
     """Return the text of a template, and a sentence for the log if it is not the tokenizer's template.
 
     Raises:
-        SlzoError: If the name is neither a known template nor a readable file.
+        SlzoError: The name is neither a known template nor a readable file.
     """
     if name is None:
         try:
@@ -218,7 +218,7 @@ class ChatEncoder(Encoder):
             name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
         _, answer, end = full[len(prompt) :].partition("b")
-        return (end.strip() or end) if answer else ""  # some templates end a turn by white space alone
+        return (end.strip() or end) if answer else ""  # some templates end a turn with white space alone
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -231,7 +231,7 @@ def _answer(example: Example) -> str:
 
 
 def _shorter_versions(turns: tuple[_Turn, ...]) -> list[tuple[_Turn, ...]]:
-    """Return shorter versions of a conversation: without more and more of its oldest turns, then without its system prompt."""
+    """Return shorter versions of a conversation: with fewer and fewer of its oldest turns, then without its system prompt."""
     system = turns[:1] if turns[0].message.is_system else ()
     rest = turns[len(system) :]
     starts = [number for number, turn in enumerate(rest) if turn.message.role == "user" and number]

@@ -1,4 +1,4 @@
-"""Classes of rows: their candidates, how often the most frequent one comes, and warnings."""
+"""Classes of rows: their candidates, how often the most frequent one occurs, and warnings."""
 
 from collections import Counter
 from collections.abc import Sequence

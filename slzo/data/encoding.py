@@ -69,8 +69,8 @@ class Encoder:
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 
         Raises:
-            RowError: If the answer does not fit in ``max_length``.
-            SlzoError: If a required label is missing.
+            RowError: The answer does not fit in ``max_length``.
+            SlzoError: A required label is missing.
         """
         candidates, gold = example.candidates, example.gold
         if only_gold:
@@ -94,7 +94,7 @@ class Encoder:
         """Encode the prompt for generation, with at most ``max_length - max_new_tokens`` tokens.
 
         Raises:
-            SlzoError: If no room is left for the prompt.
+            SlzoError: No room is left for the prompt.
         """
         room = self.max_length - max_new_tokens
         if room <= self._num_front:

@@ -47,7 +47,7 @@ class BadRows:
         """Return log lines with the number of rows that are left out, and the first of them; empty if there are none.
 
         Raises:
-            SlzoError: No other row of the source can be ``used``.
+            SlzoError: No row of the source can be used.
         """
         errors = self.errors
         if not errors:
@@ -67,7 +67,7 @@ def read_file(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     """Read the rows of a file in the format that its extension names; unreadable rows are added to ``bad``.
 
     Raises:
-        SlzoError: If the file cannot be read or has another format; the message contains the line.
+        SlzoError: The file cannot be read or has another format; the message contains the line.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -134,7 +134,7 @@ def json_object(line: str) -> Fields:
 
 
 def _checked_object(row: Any) -> Fields:
-    """Return a JSON value that is an object of complete characters; otherwise raise ValueError with the reason."""
+    """Return a JSON value that is an object without unpaired surrogates; otherwise raise ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}; each row must be an object with its fields")
     try:

@@ -12,8 +12,8 @@ Batch = TypeVar("Batch")
 class BatchLoader(Generic[Batch]):
     """Packs batches of rows one by one, in the order of a sampler or plan.
 
-    It is no torch DataLoader: packing takes microseconds, and Lightning would replace the samplers of a DataLoader, although the
-    batches are already divided over processes.
+    It is not a torch DataLoader: packing takes microseconds, and Lightning would replace the samplers of a DataLoader, although
+    the batches are already divided over processes.
 
     Args:
         rows: Rows of each batch. Each pass iterates over them again.

@@ -1,4 +1,4 @@
-"""From the examples of a split to its tokenized rows, and what happens to examples that cannot be used."""
+"""Tokenizes the examples of a split, and reports those that cannot be used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encode_rows(
 ) -> list[Row]:
     """Return the rows of examples, which are given with their places in the split.
 
-    The key of an example is ``first_key`` and its place; keys are unique over all splits. Demonstrations are solved examples
+    The key of an example is ``first_key`` plus its place; keys are unique over all splits. Demonstrations are solved examples
     before each prompt. If answers of at most ``max_new_tokens`` are generated, the prompt is encoded alone too. With
     ``only_gold``, only right candidates are encoded, and with ``skip_bad_rows`` unusable examples are left out and reported.
 

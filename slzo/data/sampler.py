@@ -17,8 +17,8 @@ class StepBatchSampler(Generic[T]):
     """Random batches without replacement.
 
     Each epoch is a new permutation of all rows, drawn from (seed, epoch). Consecutive rows form the batches. With n processes,
-    a batch is n times as large, and each process takes a part of it. The parts have about as many tokens, since the processes
-    wait for the slowest one.
+    a batch is n times as large, and each process takes a part of it. The parts have about equally many tokens,
+    since the processes wait for the slowest one.
 
     A pass has as many batches as an epoch and starts at the current step of the run, even in the middle of an epoch. A resumed
     run therefore continues with the right rows, and there is no state to save.
@@ -69,7 +69,7 @@ class StepBatchSampler(Generic[T]):
 
 
 def divide_by_tokens(rows: Sequence[int], num_tokens: Sequence[int], parts: int) -> list[list[int]]:
-    """Divide rows into parts of about as many tokens: from the longest row on, each goes to the part with the fewest tokens.
+    """Divide rows into parts of about equally many tokens: each, longest first, goes to the part with the fewest tokens.
 
     There are at least as many rows as parts; ``num_tokens`` has the number of tokens of each row of the data set. The rows of a
     part keep their order. No part has more than ``len(rows) / parts`` rows, rounded up.

@@ -77,7 +77,7 @@ class RowSource:
         """Read ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
 
         Raises:
-            SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
+            SlzoError: The source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
                 the candidates, a prompt or candidate is empty, or two rows have the same id.
         """
         bad = BadRows(self.skip_bad_rows)
@@ -177,7 +177,7 @@ def row_id(values: Fields, position: int, split: Split, field: str | None = None
     unique. If the user named a ``field``, its value is the id.
 
     Raises:
-        ValueError: If the id is neither text nor a whole number.
+        ValueError: The id is neither text nor a whole number.
     """
     known = ("id", "query_id", "idx") if field is None else (field,)
     name = next((name for name in known if values.get(name) is not None), None)
@@ -212,7 +212,7 @@ def _without_placeholders(task: Task, values: Fields) -> Fields:
 
 
 def _empty_fields(task: Task, values: Fields) -> list[str]:
-    """Return the fields of the prompt without text; only the user's own template accepts such a row."""
+    """Return the fields of the prompt that have no text; only the user's own template accepts such a row."""
     texts = {name: values[name] for name in task.fields if name not in task.no_label}
     return [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
 

@@ -47,7 +47,7 @@ def draw_from(
     Without ``needs_train``, there are no training and dev rows.
 
     Raises:
-        SlzoError: If a required split is missing or broken, or has too few rows.
+        SlzoError: A required split is missing or broken, or has too few rows.
     """
     files, origin = source.task.files, ""
     divided = "train" in files and "test" not in files
@@ -104,7 +104,7 @@ def draw_splits(
         dev_pool: Rows for dev; ``None`` takes them from ``train_pool``.
 
     Raises:
-        SlzoError: If a number is out of range, or there are too few rows for a requested split.
+        SlzoError: A number is out of range, or there are too few rows for a requested split.
     """
     notes: list[str] = []
     test = _draw_test(test_pool, num_test, notes)
@@ -142,13 +142,13 @@ def split_off_test(
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.
 
-    A fifth of the rows are kept for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
+    A fifth of the rows are kept for test. Among rows with equal prompts, only the first is drawn. No seed affects the draw.
 
     ``num_test`` of them are taken, ``None`` for all. The others are not trained on, since a later command may take more;
     ``least`` rows with different prompts must stay for the other splits.
 
     Raises:
-        SlzoError: If there are too few rows.
+        SlzoError: There are too few rows.
     """
     ids = {example.prompt: example.id for example in reversed(pool)}  # the first row of each prompt
     if len(ids) <= least:
@@ -183,7 +183,7 @@ def check_shared_ids(option: str, advice: str, *pools: Sequence[Example]) -> Non
     ``option`` is where the ids come from, and ``advice`` what to do otherwise.
 
     Raises:
-        SlzoError: If they do not; the message names both rows.
+        SlzoError: They do not; the message names both rows.
     """
     seen: dict[str, Example] = {}
     for example in (example for pool in pools for example in pool):

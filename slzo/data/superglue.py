@@ -27,7 +27,7 @@ def hub_rows(task: str, row: Fields) -> Iterator[Fields]:
     """Yield the rows that one line contains, with the Hub's fields.
 
     Raises:
-        ValueError: If the line has the official format, but a part is missing or has the wrong type.
+        ValueError: The line has the official format, but a part is missing or has the wrong type.
     """
     if task == "multirc" and "passage" in row:
         yield from _multirc(row)

@@ -42,7 +42,7 @@ class SelectionMetric:
         value = float(found.get(f"{prefix}{self.name}", math.nan))
         return value if self.best is None else self.best - value
 
-    def largest(self, distance: float, factor: float, first: float) -> float:
+    def upper_bound(self, distance: float, factor: float, first: float) -> float:
         """Return the largest distance that counts as at most ``factor`` times another one.
 
         A distance can be 0 or negative. The rise is a share of its size, and of at least a tenth of the first distance, or of

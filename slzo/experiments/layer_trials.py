@@ -288,7 +288,7 @@ class LayerTrials(Trials):
         metric = self.rows.selection_metric
         if not math.isfinite(after):
             return f"the {metric.loss_name} is not finite"
-        risen = after > metric.largest(before, _DIVERGED, before)
+        risen = after > metric.upper_bound(before, _DIVERGED, before)
         return f"the {metric.loss_name} rose from {before:.3g} to {after:.3g}" if risen else ""
 
     def _head_cost(self, batch: PackedBatch) -> float:

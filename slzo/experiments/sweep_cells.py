@@ -94,7 +94,7 @@ def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], los
             last = result["scores"][-1]
             found = result["diverged"] or f"{loss} {last['loss']:.4f}, metric {last['metric']:.4f}"
         else:
-            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
+            found = f"{result['mean']:.4g} ± {result['standard_error']:.2g}, {result['directions']} directions"
         left = num_left()
         seconds = left * (time.monotonic() - started) / max(1, at_start - left)
         say(f"{name}: {found} ({f'{left} left, about {duration(seconds)}' if left else 'done'})")

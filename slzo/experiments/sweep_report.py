@@ -249,7 +249,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _measured(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def layer_curves(curves: Mapping[int, Sequence[Sequence[Score]]]) -> dict[int, list[Score]]:

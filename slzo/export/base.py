@@ -52,5 +52,5 @@ def write_chat_template(facts: Facts, folder: Path) -> None:
 
 
 def trust_argument(facts: Facts) -> str:
-    """Return the argument of ``from_pretrained`` for a model with code of its own, else nothing."""
+    """Return the argument of ``from_pretrained`` for a model with its own code; empty for others."""
     return ", trust_remote_code=True" if facts.note.get("trust_remote_code") else ""

@@ -143,7 +143,7 @@ def _source(source: HubSource | None) -> str:
 
 
 def without_folders(command: str) -> str:
-    """Remove the folders of this machine from a command; of each path only the last part remains."""
+    """Remove the folders of this machine from a command; only the last part of each path remains."""
     return _FOLDERS.sub("", command)
 
 
@@ -191,7 +191,7 @@ def _text(value: object) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text as code on one line; a fence longer than the text's own backticks is around it."""
+    """Return a text as code on one line, between more backticks than it contains in a row."""
     line = _line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"

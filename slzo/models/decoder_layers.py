@@ -17,7 +17,7 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the decoder layers.
 
     Raises:
-        SlzoError: If the model does not have exactly one list of ``num_hidden_layers`` layers.
+        SlzoError: The model does not have exactly one list of ``num_hidden_layers`` layers.
     """
     config = model.config.get_text_config(decoder=True)
     lists = [

@@ -84,7 +84,7 @@ class LayerPlaces:
 
 
 @dataclass(frozen=True)
-class DeviceMapChoice:
+class DeviceMapOptions:
     """The options ``model.device_map`` and ``model.offload_folder``.
 
     Attributes:
@@ -93,7 +93,7 @@ class DeviceMapChoice:
         reserved: Bytes on the main device that the run needs in addition to the frozen weights.
 
     Raises:
-        SlzoError: If a value is not allowed.
+        SlzoError: A value is not allowed.
     """
 
     device_map: DeviceMap
@@ -103,11 +103,11 @@ class DeviceMapChoice:
     @classmethod
     def of(
         cls, device_map: DeviceMap | None, offload_folder: str | None, engine: Engine, quantization: Any
-    ) -> DeviceMapChoice | None:
+    ) -> DeviceMapOptions | None:
         """Check the options against each other; return ``None`` if there is no device map.
 
         Raises:
-            SlzoError: If options exclude each other.
+            SlzoError: Options exclude each other.
         """
         if device_map is None:
             if offload_folder is not None:
@@ -115,14 +115,14 @@ class DeviceMapChoice:
                     f"model.offload_folder {offload_folder!r}: is used only with model.device_map; give both"
                 )
             return None
-        choice = cls(device_map, offload_folder)
+        options = cls(device_map, offload_folder)
         others = {
             "model.engine.paired false": engine.paired is False,
             f"model.quantization {quantization}": quantization is not None,
         }
         if wrong := next((option for option, given in others.items() if given), None):
             raise SlzoError(f"model.device_map {device_map!r}: cannot be combined with {wrong}; leave one out")
-        return choice
+        return options
 
     def __post_init__(self) -> None:
         given = self.device_map
@@ -139,7 +139,7 @@ class DeviceMapChoice:
         """Check that the run has a single process.
 
         Raises:
-            SlzoError: If it has more.
+            SlzoError: It has more.
         """
         if count > 1:
             raise SlzoError(
@@ -151,7 +151,7 @@ class DeviceMapChoice:
         """Create a temporary folder in the offload folder, deleted with the returned object; ``None`` without one.
 
         Raises:
-            SlzoError: If the offload folder cannot be written.
+            SlzoError: The offload folder cannot be written.
         """
         if self.offload_folder is None:
             return None
@@ -173,7 +173,7 @@ class DeviceMapChoice:
             main: Device of the rows, the embeddings, the head and the tuned layer.
 
         Raises:
-            SlzoError: If the model has no such module, a device does not exist, or the map splits a layer.
+            SlzoError: The model has no such module, a device does not exist, or the map splits a layer.
         """
         path, layers = find_decoder_layers(skeleton)
         home = str(main) if main.type == "cpu" or main.index is not None else f"{main.type}:0"

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slzo.models.attention import VIRTUAL_ARGUMENT
 from slzo.models.decoder_layers import layer_of
-from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
+from slzo.models.device_map import DISK, DeviceMapOptions, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_config, load_model
 from slzo.models.placement import Placement, set_placement
@@ -162,21 +162,21 @@ class _Visitor:
 
 
 def load_with_device_map(
-    name: str, dtype: DType, trust_remote_code: bool, choice: DeviceMapChoice, main: torch.device
+    name: str, dtype: DType, trust_remote_code: bool, options: DeviceMapOptions, main: torch.device
 ) -> PreTrainedModel:
     """Load a frozen causal language model with a device map; see :func:`slzo.models.load.load_model`.
 
-    ``main`` is the main device, as for :meth:`DeviceMapChoice.places`.
+    ``main`` is the main device, as for :meth:`DeviceMapOptions.places`.
 
     Raises:
-        SlzoError: If the model cannot be loaded with the map.
+        SlzoError: The model cannot be loaded with the map.
     """
     from accelerate.hooks import remove_hook_from_module
 
     skeleton = skeleton_of(load_config(name, trust_remote_code), trust_remote_code)
     skeleton.to(getattr(torch, dtype))
-    places = choice.places(skeleton, main)
-    folder = choice.folder()
+    places = options.places(skeleton, main)
+    folder = options.folder()
     model = load_model(
         name,
         dtype,

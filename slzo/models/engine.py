@@ -25,7 +25,7 @@ class Engine:
             slow networks.
 
     Raises:
-        SlzoError: If a number is out of range.
+        SlzoError: A number is out of range.
     """
 
     packed: bool = True

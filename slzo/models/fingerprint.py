@@ -97,7 +97,7 @@ class Fingerprint:
         """Check that the fingerprint agrees with a saved one wherever both have a value.
 
         Raises:
-            SlzoError: If they differ; the message names the differences.
+            SlzoError: They differ; the message names the differences.
         """
         both = saved.get("config", {}).keys() & self.config.keys()  # versions of transformers differ in their fields
         old, new = ({name: config[name] for name in both} for config in (saved.get("config", {}), self.config))

@@ -46,7 +46,7 @@ class FullPrecision:
         """Replace the modules below some paths by full-precision ones, from the model's own files if possible, else dequantized.
 
         Raises:
-            SlzoError: If a module cannot be dequantized; the model is then unchanged.
+            SlzoError: A module cannot be dequantized; the model is then unchanged.
         """
         originals = OriginalWeights(model.name_or_path or "", model.base_model_prefix)
         plain, replaced, dequantized = {}, {}, False

@@ -31,7 +31,7 @@ def gguf_to_folder(gguf: Path) -> Path:
         ``<cache>/gguf/<name>-<key>``.
 
     Raises:
-        SlzoError: If the file is missing or not GGUF, or transformers cannot read it.
+        SlzoError: The file is missing or not GGUF, or transformers cannot read it.
     """
     gguf = gguf.expanduser()
     _check_magic(gguf)
@@ -57,8 +57,8 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         ``folder``.
 
     Raises:
-        SlzoError: If transformers cannot read the file.
-        OSError: If the folder cannot be written.
+        SlzoError: transformers cannot read the file.
+        OSError: The folder cannot be written.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -28,7 +28,7 @@ from slzo.models.quantization import (
     missing_package,
     quantization_config,
 )
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_choice
 from slzo.utils.hub import HUB_ID, fetch_weights, model_folder, split_revision
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
     :func:`slzo.utils.hub.commit_of`. With ``tokenizer_only``, it needs no config.
 
     Raises:
-        SlzoError: If there is no such file or folder, and the Hub has no such model or cannot be reached.
+        SlzoError: There is no such file or folder, and the Hub has no such model or cannot be reached.
     """
     if not name.strip():
         raise SlzoError(
@@ -132,10 +132,9 @@ def load_model(
         device: Device of quantized weights; the CPU if left out.
 
     Raises:
-        SlzoError: If the model cannot be loaded, lacks weights, or is not a decoder-only language model.
+        SlzoError: The model cannot be loaded, lacks weights, or is not a decoder-only language model.
     """
-    if dtype not in get_args(DType):
-        raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
+    check_choice("model.dtype", dtype, DType)
     config = load_config(name, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise SlzoError(

@@ -59,7 +59,7 @@ def origin_of(model: str, given: str | None = None) -> Origin:
         given: Name that the user gave; ``None`` to detect it.
 
     Raises:
-        SlzoError: If the model does not exist, or ``given`` is not a Hub id.
+        SlzoError: The model does not exist, or ``given`` is not a Hub id.
     """
     if given is not None and not HUB_ID.fullmatch(given):
         raise SlzoError(

@@ -113,7 +113,7 @@ class ModelParts:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
 
         Raises:
-            SlzoError: If a sequence is longer than the longest of ``limits``.
+            SlzoError: A sequence is longer than the longest of ``limits``.
         """
         before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
         longest = self.limits.longest

@@ -30,7 +30,7 @@ class PrefixCache:
             whole budget.
 
     Raises:
-        SlzoError: If the folder cannot be written.
+        SlzoError: The folder cannot be written.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
     """Return a tensor of ``size`` values in a file without a name.
 
     Raises:
-        SlzoError: If the disk is full.
+        SlzoError: The disk is full.
     """
     num_bytes = size * dtype.itemsize
     try:

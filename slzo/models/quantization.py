@@ -57,7 +57,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     """Return the config to load a model with; ``dtype`` is the type that the model computes in.
 
     Raises:
-        SlzoError: If the quantization is unknown, its package is missing, or its arguments are wrong.
+        SlzoError: The quantization is unknown, its package is missing, or its arguments are wrong.
     """
     preset = PRESETS.get(quantization) if isinstance(quantization, str) else None
     if preset is not None:

@@ -36,7 +36,7 @@ class _Recorded(Exception):  # noqa: N818 - no error
 
 
 def keys_and_values(parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor) -> KeyValues:
-    """Return the keys and values of layers, see :meth:`ModelParts.run`. Of the last layer nothing else is computed."""
+    """Return the keys and values of layers, see :meth:`ModelParts.run`. For the last layer, only keys and values are computed."""
     if start == stop:
         return {}
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}

@@ -40,7 +40,7 @@ def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
     """List modules, given by path, in a quantized model's config as unquantized, so that the model loads as it was saved.
 
     Raises:
-        SlzoError: If the quantization has no such list.
+        SlzoError: The quantization has no such list.
     """
     config: Any = model.config.quantization_config
     field = next((name for name in _SKIP_LISTS if hasattr(config, name)), None)

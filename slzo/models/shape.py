@@ -73,7 +73,7 @@ def model_shape(name: str, trust_remote_code: bool = False) -> tuple[ModelShape,
     """Return the shape of a model and its skeleton on the meta device; for names see :func:`slzo.models.load.resolve_model`.
 
     Raises:
-        SlzoError: If the config cannot be read, or is not that of a decoder-only language model.
+        SlzoError: The config cannot be read, or is not that of a decoder-only language model.
     """
     config = load_config(name, trust_remote_code)
     skeleton = skeleton_of(config, trust_remote_code)
@@ -92,7 +92,7 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
     """Make a model without values.
 
     Raises:
-        SlzoError: If the config is not that of a causal language model.
+        SlzoError: The config is not that of a causal language model.
     """
     try:
         with torch.device("meta"), no_init_weights():

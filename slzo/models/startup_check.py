@@ -56,7 +56,7 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     and runs with padding, after a warning.
 
     Raises:
-        SlzoError: If the architecture cannot be run in parts; the model is then unchanged.
+        SlzoError: The architecture cannot be run in parts; the model is then unchanged.
     """
     find_decoder_layers(model)
     own_attention = attention_of(model)

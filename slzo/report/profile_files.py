@@ -40,12 +40,12 @@ def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, 
 def format_profile(profile: OutlierProfile) -> str:
     """Format the profile as a table with the chosen layer marked, and say how clear the choice is.
 
-    The column "+-" is the standard error of the figure before it. The column "same" is the share of sequences whose largest
+    The column "±" is the standard error of the figure before it. The column "same" is the share of sequences whose largest
     magnitude is in that channel, or at that position.
     """
     lines = [
         "                                                                          without first token",
-        "layer    max |h|     +-  median |h|  max/median     +-   kurtosis    max |h|  max/median  channel  same  position  same"
+        "layer    max |h|      ±  median |h|  max/median      ±   kurtosis    max |h|  max/median  channel  same  position  same"
         "  token",
     ]
     for layer in profile.layers:

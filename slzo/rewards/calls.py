@@ -24,8 +24,8 @@ class RewardSpec:
     """One reward function of a config, or one that was given in Python.
 
     Attributes:
-        function: Name of a built-in function, import path (``package.module.function``), or ``file.py:function``; of a given
-            function its module and name.
+        function: Name of a built-in function, import path (``package.module.function``), or ``file.py:function``; for a given
+            function, its module and name.
         weight: Weight of its value in the sum.
         arguments: Arguments in addition to prompts, completions and columns.
         given: The function itself, if it was given in Python.

@@ -93,7 +93,7 @@ class RewardProcess:
         self._process = self._connection = self._stop = None
 
     def _ask(self, request: Any, limit: float, function: str) -> Any:
-        """Send a request, and return the reply; ``function`` is who to blame if there is none."""
+        """Send a request, and return the reply; the error names ``function`` if there is none."""
         timed_out = False
         assert self._process is not None
         assert self._connection is not None

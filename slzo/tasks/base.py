@@ -137,7 +137,7 @@ class Task(ABC):
         """Turn one row (the Hub's fields) into an example.
 
         Raises:
-            ValueError: If a field has a wrong type or a label does not match the candidates; the caller adds file and row.
+            ValueError: A field has a wrong type or a label does not match the candidates; the caller adds file and row.
         """
 
     def rows(self, split: Split) -> Iterable[Fields] | None:

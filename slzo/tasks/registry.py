@@ -30,7 +30,7 @@ def get_task(name: str) -> Task:
     """Return the task with a name or class path, made without options.
 
     Raises:
-        SlzoError: If there is no such task, or it needs options.
+        SlzoError: There is no such task, or it needs options.
     """
     if name in TASKS:
         return TASKS[name]()

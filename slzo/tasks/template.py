@@ -30,7 +30,7 @@ class TemplateTask(Task):
             without leading and trailing spaces. A row label of -1, or an empty cell, means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
         references_field: Generation: field with further accepted answers, a text or a list of texts.
-        stop: Generation: texts that end an answer; the first one ends those trained on. Left out, a newline.
+        stop: Generation: texts that end an answer; answers to train on end with the first one. Left out, a newline.
         max_new_tokens: Generation: longest answer, in tokens; left out, 50.
         metrics: Generation: metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated
             answers f1, exact_match and other built-in rewards. Left out, f1 and exact_match; only the reward if the rows have
@@ -43,7 +43,7 @@ class TemplateTask(Task):
             else the row's position.
 
     Raises:
-        SlzoError: If an argument is wrong.
+        SlzoError: An argument is wrong.
     """
 
     def __init__(

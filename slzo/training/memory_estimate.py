@@ -7,7 +7,7 @@ import torch
 
 from slzo.models.quantization import Quantization
 from slzo.models.shape import ModelShape
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.tuned import TunedTensors
 
 # Python, torch, transformers and Lightning on a CPU: 400 MiB were measured after the imports, about 500 MiB during a run.
@@ -189,7 +189,7 @@ class MemoryInputs:
 
 
 def tuning_bytes(
-    tensors: TunedTensors, num_queries: int, queries_at_once: int, optimizer: OptimizerChoice
+    tensors: TunedTensors, num_queries: int, queries_at_once: int, optimizer: OptimizerOptions
 ) -> dict[str, int]:
     """Return the bytes that tuning takes in addition to the model, by purpose."""
     masters = 4 * tensors.num_elements

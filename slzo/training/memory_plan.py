@@ -20,7 +20,8 @@ from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blo
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
-from slzo.zo.optim import AUTO_LR, OptimizerChoice, default_optimizer
+from slzo.zo.objectives import GenerationObjective
+from slzo.zo.optim import AUTO_LR, OptimizerOptions, default_optimizer
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.stepper import StepOptions
@@ -84,7 +85,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
         changed = replace(
             options,
             estimator=Backprop(),
-            optimizer=OptimizerChoice.of(partial(default_optimizer(False), lr=AUTO_LR)),
+            optimizer=OptimizerOptions.of(partial(default_optimizer(False), lr=AUTO_LR)),
             step=StepOptions(),
         )
         changed.check_objective(rows.objective)
@@ -195,7 +196,7 @@ def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabula
     tokens = min(largest.num_tokens, max(rows.tokens_per_pass or largest.num_tokens, longest))
     logit_rows = logit_rows * tokens // largest.num_tokens
     answers = 2  # a step along a direction generates at two points
-    if rows.objective.generates and options.estimator.perturbs != "weights":
+    if isinstance(rows.objective, GenerationObjective) and options.estimator.perturbs != "weights":
         answers = rows.objective.sampling.samples
         new = answers * rows.task.max_new_tokens
         most = max(len(row.prompt) for row in rows.rows("train")) + new

@@ -2,18 +2,18 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_map import DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError, check_at_least, check_choice
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
-from slzo.zo.objectives import Objective
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.objectives import GenerationObjective, Objective
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import Scope
 from slzo.zo.stepper import StepOptions
@@ -27,7 +27,7 @@ class TrainingOptions:
         SlzoError: An option is out of range, or an argument of a scope or estimator cannot be stored in a checkpoint.
     """
 
-    optimizer: OptimizerChoice
+    optimizer: OptimizerOptions
     model: str
     layer: int | None
     scope: Scope
@@ -35,7 +35,7 @@ class TrainingOptions:
     step: StepOptions
     dtype: DType
     quantization: Quantization | None
-    device_map: DeviceMapChoice | None
+    device_map: DeviceMapOptions | None
     seed: int | None
     parallel: Parallel
     engine: Engine
@@ -43,8 +43,7 @@ class TrainingOptions:
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(DType):
-            raise SlzoError(f"model.dtype {self.dtype!r}: choose one of {', '.join(get_args(DType))}")
+        check_choice("model.dtype", self.dtype, DType)
         check_at_least("model.max_nonfinite", self.max_nonfinite)
         if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
             raise SlzoError(
@@ -86,7 +85,7 @@ class TrainingOptions:
         Raises:
             SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        if objective.generates and self.estimator.perturbs != "weights":
+        if isinstance(objective, GenerationObjective) and self.estimator.perturbs != "weights":
             objective.sampling.check()
             if self.parallel not in ("rows", 1):
                 raise SlzoError(

@@ -70,8 +70,8 @@ def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:
 
 def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:
     """Return how processes send prefix states to each other; ``None`` if they have no states of training rows to send."""
-    part = rows.processes.of_rows
+    share = rows.processes.of_rows
     span = model.span
-    if part.total == 1 or span.start == 0 or rows.objective.generates or not model.engine.share_prefix:
+    if share.total == 1 or span.start == 0 or rows.objective.generates or not model.engine.share_prefix:
         return None
-    return SharedPrefix(model.forward, training_blocks(rows), part.rank)
+    return SharedPrefix(model.forward, training_blocks(rows), share.rank)

@@ -43,7 +43,7 @@ GROUPS: Mapping[str, str] = {
     "answers": "generated answers in TensorBoard",
     "model.engine": "speed and memory",
 }
-"""The groups of options with their titles, in the order of the help; a text in their place is the path of another file."""
+"""The groups of options with their titles, in the order of the help; a string instead of a group is the path of another file."""
 TRUST = "trust_remote_code"
 
 _PACKAGES = (
@@ -95,7 +95,7 @@ def _entries(value: Any, name: str, folders: tuple[Path, ...]) -> Iterator[tuple
 
 
 def _code(value: Any, name: str, folders: tuple[Path, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield what a value would run where classes and functions may stand."""
+    """Yield what the value of an option that takes classes or functions would run."""
     if isinstance(value, str):
         if not _WORD.fullmatch(value) or any((folder / value).is_file() for folder in folders):
             yield name, value
@@ -116,7 +116,7 @@ def _code(value: Any, name: str, folders: tuple[Path, ...]) -> Iterator[tuple[st
 
 
 def _class(value: Mapping[Any, Any], name: str, folders: tuple[Path, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the class if it is not one of the packages, otherwise what its arguments would run."""
+    """Yield the class if it is not from the packages, otherwise what its arguments would run."""
     path, arguments = value["class_path"], value.get("init_args")
     hints = _hints(path, name) if isinstance(path, str) else None
     if hints is None or not isinstance(arguments, Mapping | None):

@@ -3,6 +3,7 @@
 import difflib
 import signal
 from collections.abc import Iterable
+from typing import Any, get_args
 
 
 class SlzoError(Exception):
@@ -21,6 +22,16 @@ def check_at_least(option: str, value: float | None, least: int = 1, advice: str
     """
     if value is not None and value < least:
         raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
+
+
+def check_choice(option: str, value: object, choices: Any) -> None:
+    """Check that a value is one of those of a ``Literal``.
+
+    Raises:
+        SlzoError: It is not.
+    """
+    if value not in get_args(choices):
+        raise SlzoError(f"{option} {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:

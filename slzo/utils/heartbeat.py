@@ -59,7 +59,7 @@ class Heartbeat:
         before, missed = self._counts, dict.fromkeys(self._counts, 0)
         while not self._stopped.wait(self._interval):
             counts = self._counts
-            # one that never sent a beat may not reach the store
+            # a process that never sent a beat may be unable to reach the store
             missed = {other: missed[other] + 1 if 0 < counts[other] == before[other] else 0 for other in counts}
             before = counts
             late = [other for other in sorted(missed) if missed[other] >= MISSED_BEATS]

@@ -15,7 +15,7 @@ from slzo.utils.errors import SlzoError, one_line
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-Kind = Literal["model", "dataset"]
+RepoType = Literal["model", "dataset"]
 
 # configs, tokenizers, code and licences; weights are fetched later, and files in subfolders are other models
 _SMALL = (
@@ -163,13 +163,13 @@ def _as_slzo_error(id: str, revision: str | None) -> Iterator[None]:
         raise SlzoError(f"model.model {name!r}: {problem}; or use a local folder or a built-in name") from error
 
 
-def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None:
+def known_problem(error: Exception, id: str, repo_type: RepoType = "model") -> str | None:
     """Return what is wrong with a repository of the Hub and what to do, in one line; ``None`` for other errors.
 
     Args:
         error: What huggingface_hub, transformers or datasets raised.
         id: Hub id.
-        kind: What the repository holds.
+        repo_type: What the repository holds.
     """
     from huggingface_hub import errors
 
@@ -180,13 +180,13 @@ def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None
     def has(sort: type[Exception]) -> bool:
         return any(isinstance(each, sort) for each in chain)
 
-    page = f"{HUB}{'datasets/' if kind == 'dataset' else ''}{id}"
+    page = f"{HUB}{'datasets/' if repo_type == 'dataset' else ''}{id}"
     if has(errors.RevisionNotFoundError) or (unknown_data and text.startswith("Revision")):
         return f"the Hub has no such revision; give a branch, a tag or a commit of {page}/commits/main"
     if has(errors.GatedRepoError) or (unknown_data and "gated" in text):
         return f"its licence must be accepted first; accept it on {page} and log in with `hf auth login`"
     if has(errors.RepositoryNotFoundError) or unknown_data:
-        what = {"model": "model", "dataset": "data set"}[kind]
+        what = {"model": "model", "dataset": "data set"}[repo_type]
         return f"the Hub has no such {what}, or it is private; check the name, or log in with `hf auth login`"
     return None
 

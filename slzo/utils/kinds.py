@@ -6,7 +6,7 @@ from typing import Any
 from slzo.utils.errors import SlzoError, shown
 
 Kinds = Mapping[str, tuple[Any, str]]
-"""For each argument a type, as for ``isinstance``, and what to give, in words."""
+"""The type of each argument, as for ``isinstance``, and what to give, in words."""
 
 
 def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ _TICK_S = 0.05
 
 
 def launcher_ends(seconds: float) -> bool:
-    """Whether another process of the run has started this one, and ends within a time.
+    """Whether another process of the run started this one and ends within ``seconds``.
 
-    After an error of this process, it has then ended with an error of its own, which it has printed.
+    If it does so after an error of this process, it had an error of its own, and has printed it.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or LAUNCHER not in os.environ:
         return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# of a container, versions 2 and 1: limit, usage, and the entry of memory.stat with cached files that can be dropped
+# memory of a container, cgroup versions 2 and 1: limit, usage, and the entry of memory.stat with cached files that can be dropped
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -66,9 +66,9 @@ def keep_freed_memory() -> None:
 def bound_kernel_caches() -> None:
     """Limit oneDNN's cache of compiled kernels to the last 64 shapes.
 
-    Each batch has another number of tokens, so a run needs thousands of shapes and repeats few. By default oneDNN and torch each
-    keep the last 1024 kernels, up to half a GiB. A cache of 64 still has the shapes that repeat within a step. Variables that are
-    already set are kept. Call it in programs only, like :func:`keep_freed_memory`, before the first matrix product.
+    Each batch has a different number of tokens, so a run needs thousands of shapes and repeats few. By default oneDNN and torch
+    each keep the last 1024 kernels, up to half a GiB. A cache of 64 still has the shapes that repeat within a step. Variables
+    that are already set are kept. Call it in programs only, like :func:`keep_freed_memory`, before the first matrix product.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "64")

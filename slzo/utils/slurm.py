@@ -11,7 +11,7 @@ PREEMPTION = signal.SIGUSR1
 
 
 def job_id() -> str | None:
-    """Return the number of the job that this process belongs to, of an array with the task's number; ``None`` without a job."""
+    """Return the number of this process's job, with the task's number in an array; ``None`` without a job."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 

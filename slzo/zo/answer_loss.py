@@ -68,9 +68,8 @@ class BatchAnswerLoss(SummedLoss):
     def _sampled_policy(self) -> tuple[Tensor, BatchLogitLoss]:
         """Sample answers at the masters; return sum and number of their losses, and the loss that has the policy gradient."""
         context, batch = self.context, self.batch
-        self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
-        assert keys is not None  # the check refuses a temperature of 0
+        assert keys is not None  # TrainingOptions.check_objective refuses a temperature of 0
         answers, states = self._sampled_answers(rows, keys)
         losses = self._losses(answers, rows)
         device = batch.packed.gold.device

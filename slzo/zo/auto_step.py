@@ -36,7 +36,7 @@ _CURVATURE_SHARE = 0.3
 # loss 0.593 on SST-2 after 100 steps (0.620 with the best constant rate that was tried); twice the share diverged on COPA.
 _NONZERO_SHARE = 0.1
 # Slopes above this many times the usual one are clipped: along a few directions the loss explodes, and one step there undoes many
-# others. Of normally distributed slopes 1 in 400 is clipped.
+# others. One in 400 normally distributed slopes is clipped.
 _CLIP_MULTIPLE = 3.0
 # After this many steps the rate is halved. It falls with the number of steps, so that noise averages out (Robbins and Monro,
 # 1951). With 0.03 and the square root of the steps, three runs of 320 steps on movie reviews ended 1 to 3 points lower.

@@ -73,7 +73,7 @@ def rate_rule(optimizer: Optimizer) -> tuple[bool, float]:
 
 
 @dataclass(frozen=True)
-class OptimizerChoice:
+class OptimizerOptions:
     """An optimizer and its scheduler, described before the parameters exist.
 
     Attributes:

@@ -55,12 +55,12 @@ def _sum_bucket(sum_over: Callable[[Tensor], Tensor], bucket: list[Tensor]) -> l
     return [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
 
 
-class Part(NamedTuple):
-    """A part of the rows or points of a step.
+class Share(NamedTuple):
+    """A share of the rows or points of a step, as one process has.
 
     Attributes:
-        rank: Index of the part, counted from 0.
-        total: Number of parts.
+        rank: Index of the share, counted from 0.
+        total: Number of shares.
     """
 
     rank: int
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 class Processes:
     """The processes of a run, as seen from one of them: a grid of rows by directions.
 
-    Process r * directions + d has part r of the rows, and evaluates part d of the points on them. Processes with the same
+    Process r * directions + d has share r of the rows, and evaluates share d of the points on them. Processes with the same
     rows exchange only losses, as in evolution strategies (arXiv 1703.03864).
 
     Attributes:
@@ -91,14 +91,14 @@ class Processes:
     broadcast: Callable[[Any], Any] = identity
 
     @property
-    def of_rows(self) -> Part:
-        """The part of the rows that this process has."""
-        return Part(self.rank // self.directions, self.world_size // self.directions)
+    def of_rows(self) -> Share:
+        """The share of the rows that this process has."""
+        return Share(self.rank // self.directions, self.world_size // self.directions)
 
     @property
-    def of_points(self) -> Part:
-        """The part of the points that this process evaluates."""
-        return Part(self.rank % self.directions, self.directions)
+    def of_points(self) -> Share:
+        """The share of the points that this process evaluates."""
+        return Share(self.rank % self.directions, self.directions)
 
 
 def num_directions(parallel: Parallel, world_size: int) -> int:
@@ -146,7 +146,7 @@ class DividedDirections(Loss):
     """A loss whose points are divided over processes, which exchange the results.
 
     Attributes:
-        loss: The loss of all rows, of which this process may have a part.
+        loss: The loss of all rows, of which this process may have a share.
         processes: The processes that divide the points.
         device: Device on which the losses are exchanged.
     """

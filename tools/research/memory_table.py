@@ -17,7 +17,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedMod
 from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, shape_of, skeleton_of
 from slzo.training.memory_estimate import MemoryInputs, Workload, tuning_bytes
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.scopes import LayerScope, ScopeContext
 
 _GB = 2**30
@@ -58,7 +58,7 @@ def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str |
     """Return the inputs for one layer at a third of the depth: SPSA with one query, SGD, 16 rows of 256 tokens."""
     parts, layer = ModelParts(model, packed=False, onednn=False), shape.num_layers // 3
     tensors = LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
-    optimizer = OptimizerChoice.of(partial(torch.optim.SGD, lr=1e-3))
+    optimizer = OptimizerOptions.of(partial(torch.optim.SGD, lr=1e-3))
     return MemoryInputs(
         shape=shape,
         dtype=torch.bfloat16 if on_cpu else torch.float16,

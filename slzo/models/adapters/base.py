@@ -33,7 +33,7 @@ class Adapter(ABC):
         """Add the modules to a model in place; return virtual tokens if its attention needs them.
 
         Raises:
-            SlzoError: If peft is missing, or the model does not support the modules.
+            SlzoError: peft is missing, or the model does not support the modules.
         """
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Adapter(ABC):
         """Merge the modules into the model's own weights in place, and remove them.
 
         Raises:
-            SlzoError: If they cannot be merged.
+            SlzoError: They cannot be merged.
         """
 
     @abstractmethod

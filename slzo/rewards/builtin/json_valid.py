@@ -38,7 +38,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
         _validator(schema if isinstance(schema, str) else json.dumps(schema))
     except ImportError as error:
         raise ValueError(f"schemas need jsonschema ({error}); pip install 'slzo[rewards]'") from None
-    except Exception as error:  # jsonschema has its own
+    except Exception as error:  # jsonschema raises its own
         raise ValueError(f"schema {schema!r} cannot be used ({format_error(error)}); correct it") from None
 
 

@@ -17,8 +17,8 @@ def number_match(
 
     ``tolerance`` is relative to the larger of the two.
 
-    Commas within a number are taken for thousands: "The total is 1,250." matches "#### 1250". A hyphen after a letter or digit is
-    no minus sign: "top-10" has the number 10.
+    Commas within a number separate thousands: "The total is 1,250." matches "#### 1250". A hyphen after a letter or digit is
+    not a minus sign: "top-10" has the number 10.
     """
     pairs = zip(completions, references, strict=True)
     return [float(_matches(last_number(text_of(completion)), texts, tolerance)) for completion, texts in pairs]

@@ -8,12 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError, check_at_least, check_choice
 from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction, Point
 
-_SHAPINGS = ("zscore", "rank")
+Shaping = Literal["zscore", "rank"]
 
 
 class EvolutionStrategy(Estimator):
@@ -49,12 +49,11 @@ class EvolutionStrategy(Estimator):
 
     def __init__(
         self,
-        shaping: Literal["zscore", "rank"] = "zscore",
+        shaping: Shaping = "zscore",
         antithetic: bool = True,
         direction_rank: int | None = None,
     ) -> None:
-        if shaping not in _SHAPINGS:
-            raise SlzoError(f"model.estimator.shaping {shaping!r}: choose one of {', '.join(_SHAPINGS)}")
+        check_choice("model.estimator.shaping", shaping, Shaping)
         check_at_least("model.estimator.direction_rank", direction_rank, advice="leave it out for full rank")
         self.shaping = shaping
         self.antithetic = antithetic

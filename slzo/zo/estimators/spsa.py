@@ -1,13 +1,16 @@
 """Two-point estimates along Gaussian or Rademacher directions."""
 
+from collections.abc import Mapping
 from typing import Literal
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import check_choice
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import Noise, gaussian, rademacher
 
-_NOISE: dict[str, Noise] = {"gaussian": gaussian, "rademacher": rademacher}
+NoiseName = Literal["gaussian", "rademacher"]
+
+_NOISE: Mapping[NoiseName, Noise] = {"gaussian": gaussian, "rademacher": rademacher}
 
 
 class SPSA(Estimator):
@@ -22,10 +25,9 @@ class SPSA(Estimator):
         noise: Entries of the directions: standard normal as in MeZO, or random signs as in Spall's SPSA.
     """
 
-    def __init__(self, noise: Literal["gaussian", "rademacher"] = "gaussian") -> None:
-        if noise not in _NOISE:
-            raise SlzoError(f"model.estimator.noise {noise!r}: choose one of {', '.join(_NOISE)}")
-        self.noise = noise
+    def __init__(self, noise: NoiseName = "gaussian") -> None:
+        check_choice("model.estimator.noise", noise, NoiseName)
+        self.noise: NoiseName = noise
 
     def estimate(self, request: Request) -> Estimate:
         return finite_differences(request, _NOISE[self.noise], two_sided=True)[0]

@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from slzo.tasks.base import Kind
 from slzo.zo.objectives.answer_f1 import AnswerF1
 from slzo.zo.objectives.answer_likelihood import AnswerLikelihood
-from slzo.zo.objectives.base import AnswerObjective, CandidateObjective, LogitObjective, Objective, loss_of
+from slzo.zo.objectives.base import (
+    AnswerObjective,
+    CandidateObjective,
+    GenerationObjective,
+    LogitObjective,
+    Objective,
+    loss_of,
+)
 from slzo.zo.objectives.candidate_cross_entropy import CandidateCrossEntropy
 from slzo.zo.objectives.candidate_errors import CandidateErrors
 from slzo.zo.objectives.reward import Reward
@@ -23,6 +30,7 @@ __all__ = [
     "CandidateCrossEntropy",
     "CandidateErrors",
     "CandidateObjective",
+    "GenerationObjective",
     "LogitObjective",
     "Objective",
     "Reward",

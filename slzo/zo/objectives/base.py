@@ -25,11 +25,10 @@ class Objective(ABC):
 
     Attributes:
         only_gold: Whether training rows contain only the gold answer, without the other candidates.
-        generates: Whether training rows contain a prompt from which an answer is generated.
+        generates: Whether training rows contain a prompt from which an answer is generated; see :class:`GenerationObjective`.
         differentiable: Whether estimators of a gradient can be used: the loss has a derivative with respect to the logits, or it
             is a loss of generated answers, which has a policy gradient.
         needs_label: Whether rows without a label cannot be used and are left out.
-        sampling: How answers are sampled for a policy gradient; objectives that generate none ignore it.
         lowest: Lower bound of the loss. Automatic step sizes of SPSA are relative to the distance from it.
         selected_by: Value on the dev rows that selects a checkpoint and that the guard watches: "loss", the loss of the gold
             answer; "reward", which needs ``data.reward``; or a metric of the task such as "f1", whose best value is 1.
@@ -40,7 +39,6 @@ class Objective(ABC):
     differentiable: bool = True
     needs_label: bool = True
     lowest: float = 0.0
-    sampling: AnswerSampling = AnswerSampling()
     selected_by: str = "loss"
 
     @abstractmethod
@@ -101,26 +99,35 @@ class CandidateObjective(LogitObjective):
         return RowLosses(totals, weights, likelihood_temperature=1.0)
 
 
-class AnswerObjective(Objective):
-    """A loss of generated answers, computed from their texts.
+class GenerationObjective(Objective):
+    """A loss of generated answers.
 
     Attributes:
+        sampling: How answers are sampled for a policy gradient.
         at_points: How answers are sampled at points around the masters; by default the likeliest tokens.
     """
 
     only_gold = True
     generates = True
+    sampling: AnswerSampling = AnswerSampling()
     at_points: AnswerSampling = AnswerSampling(1, 0.0)
+
+    @abstractmethod
+    def losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
+        """Return the loss of each answer, given with its row, and a report; NaN for all if one cannot be computed."""
+
+    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
+        return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self.losses_of)
+
+
+class AnswerObjective(GenerationObjective):
+    """A loss of the texts of generated answers."""
 
     @abstractmethod
     def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         """Return the loss of each answer to the prompt of its example."""
 
-    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, self.at_points, self._losses_of)
-
-    def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
-        """Return the loss of each answer, and a report."""
+    def losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
         losses = self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
         try:
             numbers = [float(loss) for loss in losses]

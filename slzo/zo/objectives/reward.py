@@ -14,12 +14,12 @@ from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
 from slzo.zo.loss import LossReport
-from slzo.zo.objectives.base import AnswerObjective
+from slzo.zo.objectives.base import GenerationObjective
 from slzo.zo.policy_gradient import AnswerSampling
 
 
 @with_lists(REWARDS=sorted(REWARDS))
-class Reward(AnswerObjective):
+class Reward(GenerationObjective):
     """Minus the mean reward of generated answers. Python functions compute the reward; it needs no derivative.
 
     The default estimator samples several answers to each row and follows the policy gradient: it makes the answers more likely
@@ -71,7 +71,7 @@ class Reward(AnswerObjective):
         if best is not None and not abs(best) <= MAX_REWARD:
             raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
         self.temperature, self.samples = temperature, samples
-        usual = AnswerObjective.sampling
+        usual = GenerationObjective.sampling
         self.sampling = AnswerSampling(
             usual.samples if samples is None else samples, usual.temperature if temperature is None else temperature
         )
@@ -88,10 +88,7 @@ class Reward(AnswerObjective):
         """Return the rewards of one answer per example, for evaluation."""
         return self.runner(answer_batch(answers, examples))
 
-    def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
-        return [-total for total in self.rewards_of(answers, examples).totals]
-
-    def _losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
+    def losses_of(self, answers: Sequence[Answer], rows: Sequence[Row]) -> tuple[Sequence[float], LossReport]:
         """Return minus the reward of each answer, and a report on the rewards over rows, points and samples."""
         distinct: dict[tuple[str, str], Example] = {}  # an answer at several points is rewarded once
         keys = [(row.example.id, answer.text) for answer, row in zip(answers, rows, strict=True)]

@@ -1,8 +1,8 @@
 """Whole decoder layers, or their attention or MLP."""
 
-from typing import Literal, get_args
+from typing import Literal
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_choice
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import is_router, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors
@@ -21,8 +21,7 @@ class LayerScope(Scope):
     """
 
     def __init__(self, part: Part = "layer", layers: Layers = None, routers: bool = False) -> None:
-        if part not in get_args(Part):
-            raise SlzoError(f"model.scope.part {part!r}: choose one of {', '.join(get_args(Part))}")
+        check_choice("model.scope.part", part, Part)
         self.part = part
         self.layers = check_layers(layers)
         self.routers = routers

@@ -114,7 +114,7 @@ def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> M
     return Margin(
         errors,
         f"layer {layer.index} is {errors:.1f} standard errors {side} the threshold of {threshold:,g} "
-        f"({name} {format_figure(value)} +- {format_figure(error)})",
+        f"({name} {format_figure(value)} ± {format_figure(error)})",
     )
 
 

@@ -83,4 +83,4 @@ class FirstOutlierLayer(SelectionRule):
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + ("" if error is None else f" +- {format_figure(error)}")
+    return f"{value:.4g}" + ("" if error is None else f" ± {format_figure(error)}")
