@@ -347,19 +347,27 @@ def test_a_sweep_of_rates_is_refused_before_the_model_is_read(options, capsys):
     ("old", "new", "text"),
     [
         (
-            {"eps": 0.1, "batch_size": 4},
-            {"eps": 0.2, "batch_size": 8},
+            {"model.eps": 0.1, "data.batch_size": 4},
+            {"model.eps": 0.2, "data.batch_size": 8},
             "data.batch_size: 4 -> 8; model.eps: 0.1 -> 0.2",
         ),
-        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LayerScope"}, "model.scope: LoRA -> LayerScope"),
-        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LoRA", "scope.rank": 4}, "model.scope.rank: 8 -> 4"),
         (
-            {"noise_seed": 0, "seed": 0, "dev rows": "1"},
-            {"noise_seed": 4, "seed": 4, "dev rows": "2"},
+            {"model.scope": "LoRA", "model.scope.rank": 8},
+            {"model.scope": "LayerScope"},
+            "model.scope: LoRA -> LayerScope",
+        ),
+        (
+            {"model.scope": "LoRA", "model.scope.rank": 8},
+            {"model.scope": "LoRA", "model.scope.rank": 4},
+            "model.scope.rank: 8 -> 4",
+        ),
+        (
+            {"model.seed": 0, "data.seed": 0, "dev rows": "1"},
+            {"model.seed": 4, "data.seed": 4, "dev rows": "2"},
             "seed_everything (or model.seed and data.seed): 0 -> 4; other dev rows",
         ),
-        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 4, "seed": 0}, "model.seed: 0 -> 4"),
-        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 0, "seed": 4}, "data.seed: 0 -> 4"),
+        ({"model.seed": 0, "data.seed": 0}, {"model.seed": 4, "data.seed": 0}, "model.seed: 0 -> 4"),
+        ({"model.seed": 0, "data.seed": 0}, {"model.seed": 0, "data.seed": 4}, "data.seed: 0 -> 4"),
     ],
 )
 def test_other_settings_have_the_names_of_options(old, new, text):

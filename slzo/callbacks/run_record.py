@@ -27,7 +27,6 @@ from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import flat_settings
 
 
 class RunRecord(Callback):
@@ -210,7 +209,7 @@ def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     """Return the options to log besides those of the model, which Lightning logs itself."""
     return {
-        **flat_settings("data", module.rows.step_settings()),
+        **module.rows.step_settings(),
         "trainer.max_steps": trainer.max_steps,
         "dominant_layer": module.stepper.model.layer,
         "noise_seed": module.stepper.seed,

@@ -73,7 +73,7 @@ def sweep(
     if plan is None:
         known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.rows)
         if options.layer is not None and options.scope.needs_layer:
-            known["layer"] = options.layer
+            known["model.layer"] = options.layer
     check_results(output or folder, known, changed_options)
     with worker_processes(workers):
         parts, rows = app.load()

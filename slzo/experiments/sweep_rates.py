@@ -44,7 +44,7 @@ Rates = Sequence[float] | Literal["auto"] | None
 """Rates to compare; ``auto`` and ``None`` for those around the own one."""
 
 
-OF_CELLS = {"optimizer.lr": None, "eps": None}
+OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
@@ -70,7 +70,7 @@ def sweep_rates(
     folder = output or rates_folder(trials.options, trials.rows)
     settings = sweep_settings(trials) | {"steps": steps}
     check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
-    settings["layer"] = layer = choose_layer()
+    settings["model.layer"] = layer = choose_layer()
     store = CellStore(folder, settings | OF_CELLS, changed_options)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
