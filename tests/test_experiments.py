@@ -31,7 +31,6 @@ from slzo.training.timing import spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.profile import OutlierProfile
 from slzo.zo.trial import Score, Trial
 from slzo.zo.tuned import AT_MASTERS
 
@@ -515,7 +514,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     for (layer, seed), own in scores.items():
         diverged = "up" if (layer, seed) == (3, 1) else ""
         store.save(plan.training_cell(layer, seed), asdict(Trial(tuple(own), (1.0,), 1.0, diverged)))
-    found = layer_curves(SweepResult.of(store, plan, OutlierProfile((), 0, 0), "dev loss").curves)
+    found = layer_curves(SweepResult.of(store, plan, (), None, "dev loss").curves)
     assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
     assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])
     assert [score.loss for score in found[2]] == pytest.approx([1.0, 0.7, 0.5, 0.3])
