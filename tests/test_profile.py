@@ -178,7 +178,7 @@ def test_the_report_says_in_one_line_how_clear_the_choice_is():
 
 
 def test_outliers_at_bos_in_all_sequences_are_reported():
-    layer = replace(layer_statistics((2984, 4926))[0], token="<bos>", token_id=2, same_position=1.0)
+    layer = replace(layer_statistics((2984, 4926))[0], token="<bos>", token_id=2)
     layer = replace(layer, rest_max_abs=602.4, rest_ratio=992.6)
     assert bos_note(layer, 2) == (
         "In all sequences the outlier of layer 0 is at '<bos>', whatever the prompt: without it max 602, max/median 993."
@@ -213,7 +213,7 @@ def test_the_file_holds_profile_and_choice():
         "title": "outlier layer",
         "margin": 3.5,
         "margin_reason": "layer 0 is near",
-        "notes": ("of all", "of the choice"),
+        "notes": ("of all", "of the choice", bos_note(profile.layers[1], 0)),
         "thresholds": (("max_abs", 100.0),),
     }
     infinite = profile_content(profile, replace(choice, margin=Margin(math.inf, "no spread")))  # JSON has no infinity

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ class RunRecord(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self._so_far().to_dict()
+        return asdict(self._so_far())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the record of a checkpoint for a resumed run; commands that score need none."""

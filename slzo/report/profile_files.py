@@ -84,10 +84,10 @@ def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
     """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
     if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
         return None
-    rest = ""
-    if layer.rest_max_abs is not None and layer.rest_ratio is not None:
-        rest = f": without it max {format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}"
-    return f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt{rest}."
+    return (
+        f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt: without it max "
+        f"{format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}."
+    )
 
 
 def _notes(profile: OutlierProfile, choice: Choice) -> tuple[str, ...]:
@@ -103,18 +103,16 @@ def _known_margin(choice: Choice) -> Margin | None:
 
 def _row(layer: LayerStatistics) -> str:
     return (
-        f"{layer.index:5d} {layer.max_abs:10.4g} {_cell(layer.max_abs_se, '6.3g')} {layer.median_abs:11.4g} "
-        f"{layer.ratio:11.5g} {_cell(layer.ratio_se, '6.3g')} {layer.kurtosis:10.4g} "
-        f"{_cell(layer.rest_max_abs, '10.4g')} {_cell(layer.rest_ratio, '11.5g')} "
-        f"{layer.channel:8d} {_cell(layer.same_channel, '5.0%')} {layer.position:9d} {_cell(layer.same_position, '5.0%')}"
-        f"  {layer.token!r}"
+        f"{layer.index:5d} {layer.max_abs:10.4g} {_error(layer.max_abs_se)} {layer.median_abs:11.4g} "
+        f"{layer.ratio:11.5g} {_error(layer.ratio_se)} {layer.kurtosis:10.4g} {layer.rest_max_abs:10.4g} "
+        f"{layer.rest_ratio:11.5g} {layer.channel:8d} {layer.same_channel:5.0%} {layer.position:9d} "
+        f"{layer.same_position:5.0%}  {layer.token!r}"
     )
 
 
-def _cell(value: float | None, form: str) -> str:
-    """Format a figure; a dash of the same width if it is unknown."""
-    width = form.partition(".")[0]
-    return f"{'-':>{width}}" if value is None else f"{value:{form}}"
+def _error(value: float | None) -> str:
+    """Format a standard error; a dash if it is unknown."""
+    return f"{'-':>6}" if value is None else f"{value:6.3g}"
 
 
 def _how_clear(margin: Margin) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,13 +47,14 @@ class LayerStatistics:
     channel: int
     position: int
     token_id: int
+    _: KW_ONLY
     token: str = ""
     max_abs_se: float | None = None
     ratio_se: float | None = None
-    same_channel: float | None = None
-    same_position: float | None = None
-    rest_max_abs: float | None = None
-    rest_ratio: float | None = None
+    same_channel: float
+    same_position: float
+    rest_max_abs: float
+    rest_ratio: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _sequence_statistics(index: int, hidden: Tensor, ids: Tensor) -> LayerStatis
         channel=channel,
         position=position,
         token_id=int(ids[position]),
+        same_channel=1.0,
+        same_position=1.0,
         rest_max_abs=rest_max_abs,
         rest_ratio=rest_max_abs / max(rest_median_abs, 1e-30),
     )
