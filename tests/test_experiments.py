@@ -657,12 +657,11 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     def fails():
         raise AssertionError
 
-    for lrs in (None, "auto"):
-        rates, sizes = rates_to_try(lrs, None, lambda: (3e-4, 1e-3))
-        assert len(rates) == 7
-        assert rates[3] == pytest.approx(3e-4)
-        assert rates[-1] / rates[0] == pytest.approx(1000)
-        assert sizes == [1e-3]
+    rates, sizes = rates_to_try(None, None, lambda: (3e-4, 1e-3))
+    assert len(rates) == 7
+    assert rates[3] == pytest.approx(3e-4)
+    assert rates[-1] / rates[0] == pytest.approx(1000)
+    assert sizes == [1e-3]
     assert rates_to_try([1e-3, 1e-4, 1e-3], [1e-2], fails) == ([1e-4, 1e-3], [1e-2])
     assert rates_to_try([1e-3], None, lambda: (1.0, 2e-2)) == ([1e-3], [2e-2])
     assert rates_to_try(None, [1e-2], lambda: (5.0, 1.0))[0][3] == 5.0

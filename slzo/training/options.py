@@ -74,6 +74,11 @@ class TrainingOptions:
         """Seed of the directions: ``seed``, or that of ``seed_everything`` if it is ``None``."""
         return global_seed() if self.seed is None else self.seed
 
+    @property
+    def measures_eps(self) -> bool:
+        """Whether eps is ``auto`` and used."""
+        return self.step.eps is None and self.estimator.perturbs == "weights"
+
     def with_onednn(self, onednn: bool) -> "TrainingOptions":
         """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
         if self.engine.onednn is not None or (onednn and not has_onednn_linear()):
