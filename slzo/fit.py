@@ -53,7 +53,7 @@ from slzo.training.memory_plan import (
 )
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
-from slzo.training.profiling import ChosenLayer, choose, profile_model, with_choice
+from slzo.training.profiling import ChosenLayer, choose, profile_model
 from slzo.training.resume import (
     agreed_settings,
     check_environment,
@@ -260,7 +260,7 @@ def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
     # tune() reports a layer that does not exist
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
-            return ChosenLayer(given, with_choice(profile_model(parts, rows, run.profiler), given, rows))
+            return ChosenLayer(given, profile_model(parts, rows, run.profiler))
         except SlzoError as error:
             warn(f"no outlier profile: {error}")
     return ChosenLayer(given)
@@ -277,10 +277,9 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRo
     try:
         choice = choose(run.profiler.rule, _selection_context(profile, parts, options, rows, run), rows)
     except SlzoError:
-        say(format_profile(profile))  # it helps to choose thresholds
+        say(format_profile(profile, None))  # it helps to choose thresholds
         raise
-    profile = with_choice(profile, choice, rows)
-    say(format_profile(profile))
+    say(format_profile(profile, choice))
     return ChosenLayer(choice, profile)
 
 

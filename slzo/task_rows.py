@@ -140,12 +140,12 @@ class TaskRows:
         self.objective, self.reward = choose_objective(self.task, objective, reward)
         # recorded before training, because checkpoints contain them
         identity = {"class": self.task.name, "version": self.task.version}
-        self.task_settings = {
-            **flat_settings("task", constructor_settings(self.task, "data.task") | identity),
-            **flat_settings("objective", constructor_settings(self.objective, "data.objective")),
+        self._task_settings = {
+            **flat_settings("data.task", constructor_settings(self.task, "data.task") | identity),
+            **flat_settings("data.objective", constructor_settings(self.objective, "data.objective")),
         }
         if self.reward not in (None, self.objective):
-            self.task_settings |= flat_settings("reward", constructor_settings(self.reward, "data.reward"))
+            self._task_settings |= flat_settings("data.reward", constructor_settings(self.reward, "data.reward"))
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
@@ -261,9 +261,16 @@ class TaskRows:
         return selection_metric(self.task, self.objective, self.reward)
 
     def step_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""
-        names = ("seed", "batch_size", "num_train")
-        return {**self.task_settings, **{name: getattr(self, name) for name in names}}
+        """Return the options that determine the loss of a step by their full names, primitives only.
+
+        They are task and objective with their arguments, and how batches are drawn.
+        """
+        return {
+            **self._task_settings,
+            "data.seed": global_seed() if self.seed is None else self.seed,
+            "data.batch_size": self.batch_size,
+            "data.num_train": self.num_train,
+        }
 
     @property
     def processes(self) -> Processes:

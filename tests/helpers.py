@@ -150,7 +150,11 @@ def tuned(path):
 
 def layer_statistics(*pairs, error=None):
     """Layers of these magnitudes and ratios; their standard errors are this share of them."""
-    layers = [LayerStatistics(i, m, m / r, r, 3.0, 0, 0, 0) for i, (m, r) in enumerate(pairs)]
+    same = {"same_channel": 1.0, "same_position": 1.0}
+    layers = [
+        LayerStatistics(i, m, m / r, r, 3.0, 0, 0, 0, **same, rest_max_abs=m, rest_ratio=r)
+        for i, (m, r) in enumerate(pairs)
+    ]
     if error is None:
         return layers
     return [replace(layer, max_abs_se=layer.max_abs * error, ratio_se=layer.ratio * error) for layer in layers]

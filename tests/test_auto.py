@@ -207,8 +207,8 @@ def test_rates_are_tried_around_the_measured_one(auto):
     assert rates[3] == float(f"{rates[3]:.1g}")  # the measured one, rounded
     (eps,) = {tried["eps"] for tried in content["tried"]}
     settings = content["settings"]
-    assert settings["optimizer.lr"] == settings["eps"] == "auto"
-    assert main(["fit", *auto, f"--model.layer={settings['layer']}", "--trainer.max_steps=1"]) == 0
+    assert settings["model.optimizer.lr"] == settings["model.eps"] == "auto"
+    assert main(["fit", *auto, f"--model.layer={settings['model.layer']}", "--trainer.max_steps=1"]) == 0
     found = summary()
     assert found["eps"] == eps
     assert 0.5 < rates[3] / found["lr_at_end"] < 2

@@ -31,7 +31,6 @@ from slzo.training.timing import spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.profile import OutlierProfile
 from slzo.zo.trial import Score, Trial
 from slzo.zo.tuned import AT_MASTERS
 
@@ -347,19 +346,27 @@ def test_a_sweep_of_rates_is_refused_before_the_model_is_read(options, capsys):
     ("old", "new", "text"),
     [
         (
-            {"eps": 0.1, "batch_size": 4},
-            {"eps": 0.2, "batch_size": 8},
+            {"model.eps": 0.1, "data.batch_size": 4},
+            {"model.eps": 0.2, "data.batch_size": 8},
             "data.batch_size: 4 -> 8; model.eps: 0.1 -> 0.2",
         ),
-        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LayerScope"}, "model.scope: LoRA -> LayerScope"),
-        ({"scope": "LoRA", "scope.rank": 8}, {"scope": "LoRA", "scope.rank": 4}, "model.scope.rank: 8 -> 4"),
         (
-            {"noise_seed": 0, "seed": 0, "dev rows": "1"},
-            {"noise_seed": 4, "seed": 4, "dev rows": "2"},
+            {"model.scope": "LoRA", "model.scope.rank": 8},
+            {"model.scope": "LayerScope"},
+            "model.scope: LoRA -> LayerScope",
+        ),
+        (
+            {"model.scope": "LoRA", "model.scope.rank": 8},
+            {"model.scope": "LoRA", "model.scope.rank": 4},
+            "model.scope.rank: 8 -> 4",
+        ),
+        (
+            {"model.seed": 0, "data.seed": 0, "dev rows": "1"},
+            {"model.seed": 4, "data.seed": 4, "dev rows": "2"},
             "seed_everything (or model.seed and data.seed): 0 -> 4; other dev rows",
         ),
-        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 4, "seed": 0}, "model.seed: 0 -> 4"),
-        ({"noise_seed": 0, "seed": 0}, {"noise_seed": 0, "seed": 4}, "data.seed: 0 -> 4"),
+        ({"model.seed": 0, "data.seed": 0}, {"model.seed": 4, "data.seed": 0}, "model.seed: 0 -> 4"),
+        ({"model.seed": 0, "data.seed": 0}, {"model.seed": 0, "data.seed": 4}, "data.seed: 0 -> 4"),
     ],
 )
 def test_other_settings_have_the_names_of_options(old, new, text):
@@ -507,7 +514,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     for (layer, seed), own in scores.items():
         diverged = "up" if (layer, seed) == (3, 1) else ""
         store.save(plan.training_cell(layer, seed), asdict(Trial(tuple(own), (1.0,), 1.0, diverged)))
-    found = layer_curves(SweepResult.of(store, plan, OutlierProfile((), 0, 0), "dev loss").curves)
+    found = layer_curves(SweepResult.of(store, plan, (), None, "dev loss").curves)
     assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
     assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])
     assert [score.loss for score in found[2]] == pytest.approx([1.0, 0.7, 0.5, 0.3])
@@ -650,12 +657,11 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     def fails():
         raise AssertionError
 
-    for lrs in (None, "auto"):
-        rates, sizes = rates_to_try(lrs, None, lambda: (3e-4, 1e-3))
-        assert len(rates) == 7
-        assert rates[3] == pytest.approx(3e-4)
-        assert rates[-1] / rates[0] == pytest.approx(1000)
-        assert sizes == [1e-3]
+    rates, sizes = rates_to_try(None, None, lambda: (3e-4, 1e-3))
+    assert len(rates) == 7
+    assert rates[3] == pytest.approx(3e-4)
+    assert rates[-1] / rates[0] == pytest.approx(1000)
+    assert sizes == [1e-3]
     assert rates_to_try([1e-3, 1e-4, 1e-3], [1e-2], fails) == ([1e-4, 1e-3], [1e-2])
     assert rates_to_try([1e-3], None, lambda: (1.0, 2e-2)) == ([1e-3], [2e-2])
     assert rates_to_try(None, [1e-2], lambda: (5.0, 1.0))[0][3] == 5.0

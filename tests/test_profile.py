@@ -1,9 +1,8 @@
 """The outlier profile: statistics of each layer, the rules that only look at them, and what is reported."""
 
-import json
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,14 @@ from helpers import choose, layer_statistics, random_example, random_prompts, ti
 
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
-from slzo.report.profile_files import format_profile
+from slzo.report.profile_files import bos_note, format_profile, profile_content
 from slzo.training import profiling
-from slzo.training.profiling import bos_note, sequence_notes
+from slzo.training.profiling import sequence_notes
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump, SelectionContext
+from slzo.zo.selection.base import Margin
 
 pytestmark = pytest.mark.fast
 
@@ -158,10 +158,8 @@ def test_a_rule_that_does_not_tell_the_layers_apart_says_so():
 
 
 def last_lines(layers, *notes):
-    choice = choose(FirstOutlierLayer(), layers)
-    margin = (None, "") if choice.margin is None else (choice.margin.errors, choice.margin.description)
-    profile = OutlierProfile(tuple(layers), 16, 1, choice.layer, choice.reason, choice.title, *margin, notes)
-    return format_profile(profile).splitlines()[-2:]
+    profile = OutlierProfile(tuple(layers), 16, 1, notes, bos_token_id=None)
+    return format_profile(profile, choose(FirstOutlierLayer(), layers)).splitlines()[-2:]
 
 
 def test_the_report_says_in_one_line_how_clear_the_choice_is():
@@ -178,7 +176,7 @@ def test_the_report_says_in_one_line_how_clear_the_choice_is():
 
 
 def test_outliers_at_bos_in_all_sequences_are_reported():
-    layer = replace(layer_statistics((2984, 4926))[0], token="<bos>", token_id=2, same_position=1.0)
+    layer = replace(layer_statistics((2984, 4926))[0], token="<bos>", token_id=2)
     layer = replace(layer, rest_max_abs=602.4, rest_ratio=992.6)
     assert bos_note(layer, 2) == (
         "In all sequences the outlier of layer 0 is at '<bos>', whatever the prompt: without it max 602, max/median 993."
@@ -198,11 +196,26 @@ def test_problems_with_the_prompts_are_reported():
     assert sequence_notes(12, 12, [(1, i % 3) for i in range(12)])[0].startswith("Only 3 prompts are different: ")
 
 
-def test_a_profile_survives_json():
-    layers = tuple(layer_statistics((1, 4), (2, 40), error=0.1))
-    more = "first outlier layer", 3.5, "layer 0 is near", ("one", "two"), (("max_abs", 100.0),)
-    profile = OutlierProfile(layers, 10, 1, 1, "rule", *more)
-    assert OutlierProfile.from_dict(json.loads(json.dumps(asdict(profile)))) == profile
+def test_the_file_holds_profile_and_choice():
+    """Checkpoints hold the same, so the keys of a format stay."""
+    profile = OutlierProfile(tuple(layer_statistics((1, 4), (2, 40))), 10, 1, ("of all",), bos_token_id=0)
+    margin = Margin(3.5, "layer 0 is near")
+    choice = Choice(1, "a rule", "outlier layer", margin, "of the choice", (("max_abs", 100.0),))
+    content = profile_content(profile, choice)
+    assert [layer["ratio"] for layer in content.pop("layers")] == [4, 40]
+    assert content == {
+        "num_sequences": 10,
+        "num_forward_passes": 1,
+        "dominant_layer": 1,
+        "rule": "a rule",
+        "title": "outlier layer",
+        "margin": 3.5,
+        "margin_reason": "layer 0 is near",
+        "notes": ("of all", "of the choice", bos_note(profile.layers[1], 0)),
+        "thresholds": (("max_abs", 100.0),),
+    }
+    infinite = profile_content(profile, replace(choice, margin=Margin(math.inf, "no spread")))  # JSON has no infinity
+    assert (infinite["margin"], infinite["margin_reason"]) == (None, "")
 
 
 def test_a_wrong_threshold_is_named():

@@ -112,7 +112,7 @@ def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys, on
     forward_passes.clear()
     ckpt = "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"
     assert main([*fit, "--model.eps=2e-3", ckpt]) == 0
-    assert "warning: options that steps depend on have changed" in capsys.readouterr().err
+    assert "warning: options that steps depend on have changed (model.eps: 0.001 -> 0.002); " in capsys.readouterr().err
     assert forward_passes == [2, 3, 4, 5]
     # a longer run with a constant rate is the same run
     forward_passes.clear()
@@ -214,12 +214,12 @@ def test_differentiating_estimators_have_no_log(fit, capsys):
         (["--run=empty"], "run 'empty': not the folder of a run; give one such as runs/version_0"),
         (["--run=unlogged"], "its zo_log is missing"),
         (["--run=foreign"], "was not written by slzo"),
-        (["--run=later"], "has format 2"),
+        (["--run=later"], "has format 3"),
         (["--run=short", "--step=9"], "step 9: the log of 'short' has 0 steps"),
     ],
 )
 def test_what_cannot_be_replayed_is_one_line(options, more, message, capsys):
-    for name, text in (("empty", None), ("foreign", "x\n"), ("later", '{"format": 2, "settings": {}}\n')):
+    for name, text in (("empty", None), ("foreign", "x\n"), ("later", '{"format": 3, "settings": {}}\n')):
         Path(name).mkdir()
         if text is not None:
             (Path(name) / "zo_log").write_text(text)

@@ -160,7 +160,7 @@ def test_training_losses_come_from_the_step_log(tmp_path):
     assert read_run(folder).train == ((1, 2.0), (2, 2.0), (3, 2.0))
     (folder / "config.yaml").unlink()  # of a run in Python
     (folder / "zo_log").unlink()
-    StepLogWriter(folder / "zo_log", StepLog({"model": {"eps": 0.5}}, [])).close()
+    StepLogWriter(folder / "zo_log", StepLog({"model.eps": 0.5}, [])).close()
     assert read_run(folder).config == {"model.eps": 0.5}
 
 

@@ -1,18 +1,16 @@
 """Finds the dominant layer before training, with forward passes only."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from slzo.report.profile_files import PICTURE, write_profile
+from slzo.report.profile_files import PICTURE, profile_content, write_profile
 from slzo.trainer_state import folder_of
 from slzo.training.profiling import ProfileOptions
 from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists
-from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import RULES, Auto, SelectionRule
 
 
@@ -37,25 +35,25 @@ class OutlierProfiler(Callback):
         self, rule: SelectionRule | None = None, num_sequences: int = 16, text_file: str | None = None
     ) -> None:
         self.options = ProfileOptions(Auto() if rule is None else rule, num_sequences, text_file)
-        self.profile: OutlierProfile | None = None
+        self.profile: dict[str, Any] | None = None  # content of outlier_profile.json
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the profile; a resumed run has it from its checkpoint."""
         prepared, folder = cast("Prepared", pl_module.prepared), folder_of(trainer)
+        profile, choice = prepared.chosen.profile, prepared.chosen.choice
         if not prepared.resumed:
-            self.profile = prepared.chosen.profile
+            self.profile = None if profile is None or choice is None else profile_content(profile, choice)
         if self.profile is None or folder is None or not trainer.is_global_zero:
             return
         rows = trainer.datamodule  # type: ignore[attr-defined]
-        write_profile(folder, self.profile, prepared.chosen.choice, prepared.options.model, rows.task.name)
+        write_profile(folder, self.profile, choice, prepared.options.model, rows.task.name)
         log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"profile": None if self.profile is None else asdict(self.profile)}
+        return {"profile": self.profile}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict["profile"]
-        self.profile = None if saved is None else OutlierProfile.from_dict(saved)
+        self.profile = state_dict["profile"]
 
 
 def log_picture(trainer: Trainer, name: str, file: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import flat_settings
 
 
 class RunRecord(Callback):
@@ -165,7 +164,7 @@ class RunRecord(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self._so_far().to_dict()
+        return asdict(self._so_far())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the record of a checkpoint for a resumed run; commands that score need none."""
@@ -186,7 +185,7 @@ def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     """Return the options to log besides those of the model, which Lightning logs itself."""
     return {
-        **flat_settings("data", module.rows.step_settings()),
+        **module.rows.step_settings(),
         "trainer.max_steps": trainer.max_steps,
         "dominant_layer": module.stepper.model.layer,
         "noise_seed": module.stepper.seed,

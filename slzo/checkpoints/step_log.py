@@ -21,7 +21,7 @@ NAME = "zo_log"
 START = "zo_start.ckpt"
 """Checkpoint with the initial state, in addition to the base model: bases, masks, and initial values of added matrices."""
 
-_FORMAT = 1
+_FORMAT = 2
 _HEAD = struct.Struct("<BIHdd")
 _SUM = struct.Struct("<I")
 _STEP, _ROLLBACK = range(2)

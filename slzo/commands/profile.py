@@ -7,7 +7,7 @@ from slzo.cli.app import App
 from slzo.fit import profile_and_choose
 from slzo.loggers import run_folder
 from slzo.module import run_context
-from slzo.report.profile_files import PICTURE, write_profile
+from slzo.report.profile_files import PICTURE, profile_content, write_profile
 from slzo.utils.console import say, warn
 
 
@@ -25,10 +25,11 @@ def profile(app: App) -> None:
         parts, rows = app.load()
         options, run = app.model.options, run_context(app.trainer, app.rows)
         chosen = profile_and_choose(parts, options, rows, run)
-        assert chosen.profile is not None
+        assert chosen.profile is not None and chosen.choice is not None
         log_dir = app.trainer.log_dir
         if log_dir is not None:
-            write_profile(Path(log_dir), chosen.profile, chosen.choice, options.model, rows.task.name)
+            content = profile_content(chosen.profile, chosen.choice)
+            write_profile(Path(log_dir), content, chosen.choice, options.model, rows.task.name)
             log_picture(app.trainer, PICTURE, Path(log_dir) / f"{PICTURE}.png")
             say(f"Files      {log_dir}")
         for logger in app.trainer.loggers:

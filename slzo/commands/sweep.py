@@ -50,6 +50,7 @@ def sweep(
         output: Folder of the results; by default sweeps/MODEL-TASK.
     """
     options = app.model.options
+    rates = None if lrs == "auto" else lrs
     own_seeds = (options.noise_seed,) if seeds is None else tuple(seeds)
     if app.trainer.world_size > 1:
         raise SlzoError(
@@ -63,7 +64,7 @@ def sweep(
             raise SlzoError(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
-        check_rates(lrs, eps, steps, own_seeds, options.estimator)
+        check_rates(rates, eps, steps, own_seeds, options.estimator)
     else:
         if steps == 0 and seconds is not None:
             raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
@@ -73,7 +74,7 @@ def sweep(
     if plan is None:
         known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.rows)
         if options.layer is not None and options.scope.needs_layer:
-            known["layer"] = options.layer
+            known["model.layer"] = options.layer
     check_results(output or folder, known, changed_options)
     with worker_processes(workers):
         parts, rows = app.load()
@@ -83,7 +84,7 @@ def sweep(
             _check_dev_rows(rows)
         if plan is None:
             sweep_rates(
-                trials, lambda: choose_layer(parts, options, rows, run).layer, lrs, eps, steps, own_seeds, output
+                trials, lambda: choose_layer(parts, options, rows, run).layer, rates, eps, steps, own_seeds, output
             )
         else:
             assert run.profiler is not None

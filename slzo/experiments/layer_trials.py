@@ -255,7 +255,7 @@ class LayerTrials(Trials):
         options = replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
         sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
-        if sets_rate or (options.step.eps is None and options.estimator.perturbs == "weights"):
+        if sets_rate or options.measures_eps:
             auto = self._rate(layer, model, options)
         used = 0.0 if auto is None else time.perf_counter() - started
         stepper = make_stepper(model, options, self.rows, auto=auto, sets_rate=sets_rate)

@@ -11,6 +11,7 @@ from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.task_rows import TaskRows
 from slzo.training.build import load_parts, restore, restored_rate
 from slzo.training.options import TrainingOptions
+from slzo.training.resume import logged_options
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
@@ -68,8 +69,8 @@ def replay_run(
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer
     layer = options.layer if is_named else start.note["layer"]
-    own = options.step_settings(start.note["noise_seed"], layer)
-    if changes := differences(log.settings["model"], own):
+    logged = {name: value for name, value in log.settings.items() if name.startswith("model.")}
+    if changes := differences(logged, logged_options(options, layer, start.note["noise_seed"])):
         raise SlzoError(
             f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
         )

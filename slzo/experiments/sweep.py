@@ -12,7 +12,7 @@ from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
 from slzo.report.profile_files import format_profile
-from slzo.training.profiling import ProfileOptions, choose, profile_model, with_choice
+from slzo.training.profiling import ProfileOptions, choose, profile_model
 from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
@@ -36,32 +36,31 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
     settings = sweep_settings(trials)
     store = CellStore(output or sweep_folder(trials.options, trials.rows), settings, changed_options)
-    profile = _profile(trials, profiler)
+    profile, choice = _profile(trials, profiler)
     run_cells(trials, store, plan)
     if is_worker():
         return
     finished = _finished(store, plan, trials.parts.num_layers)
-    result = SweepResult.of(store, finished, profile, trials.rows.selection_metric.loss_name)
+    result = SweepResult.of(store, finished, profile.layers, choice, trials.rows.selection_metric.loss_name)
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
     say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
 
 
-def _profile(trials: LayerTrials, profiler: ProfileOptions) -> OutlierProfile:
-    """Profile the layers, and mark the layer that the rule or the user chooses, if any."""
+def _profile(trials: LayerTrials, profiler: ProfileOptions) -> tuple[OutlierProfile, Choice | None]:
+    """Profile the layers, and print the profile with the layer that the rule or the user chooses, if any."""
     parts, options, rows = trials.parts, trials.options, trials.rows
-    found = profile_model(parts, rows, profiler)
+    profile = profile_model(parts, rows, profiler)
     try:
         if options.layer is None:
-            context = SelectionContext(found.layers, no_trials="a sweep trains all layers itself")
+            context = SelectionContext(profile.layers, no_trials="a sweep trains all layers itself")
             choice = choose(profiler.rule, context, rows)
         else:
             choice = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
     except SlzoError as error:
-        say(f"{format_profile(found)}\n{error}")
-        return found
-    found = with_choice(found, choice, rows)
-    say(format_profile(found))
-    return found
+        say(f"{format_profile(profile, None)}\n{error}")
+        return profile, None
+    say(format_profile(profile, choice))
+    return profile, choice
 
 
 def _finished(store: CellStore, plan: SweepPlan, num_layers: int) -> SweepPlan:

@@ -13,14 +13,7 @@ from slzo.task_rows import TaskRows
 from slzo.training.options import TrainingOptions
 from slzo.utils.console import say
 from slzo.utils.duration import duration
-from slzo.utils.seeding import global_seed
 
-# Groups of the options of a sweep, by the first part of a setting's name
-_GROUPS = {
-    **dict.fromkeys(("model", "dtype", "quantization", "scope", "estimator", "optimizer", "lr_scheduler"), "model"),
-    **dict.fromkeys(("eps", "num_queries", "layer"), "model"),
-    **dict.fromkeys(("task", "objective", "reward", "batch_size", "seed"), "data"),
-}
 _HASHES = {
     "train rows": "other training rows, see data.num_train, data.num_dev, data.seed and the files",
     "dev rows": "other dev rows",
@@ -36,14 +29,10 @@ def sweep_folder(options: TrainingOptions, rows: TaskRows) -> Path:
 
 
 def option_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
-    """Return the settings that the results depend on and that are known before rows and model are read."""
-    return {
-        **options.flat(),
-        **rows.task_settings,
-        "noise_seed": options.noise_seed,
-        "batch_size": rows.batch_size,
-        "seed": global_seed() if rows.seed is None else rows.seed,
-    }
+    """Return the settings that the results depend on and that are known before rows and model are read, except the layer."""
+    settings = options.step_settings(None, options.noise_seed) | rows.step_settings()
+    # the rows are compared by their hash, so data.num_train may be larger than their number
+    return {name: value for name, value in settings.items() if name not in ("model.layer", "data.num_train")}
 
 
 def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
@@ -63,22 +52,19 @@ def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return the settings of a sweep that differ, by the names of the options: ``model.eps: 0.001 -> 0.002``.
+    """Return the settings of a sweep that differ, as text: ``model.eps: 0.001 -> 0.002``.
 
     The arguments of a class that differs are left out, and so are hashes.
     """
     changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-    kept = [name for name in changed if name.partition(".")[0] not in changed - {name}]
-    both = ("noise_seed", "seed")
-    names = {name: f"{_GROUPS[name.partition('.')[0]]}.{name}" for name in kept if name.partition(".")[0] in _GROUPS}
-    names["noise_seed"] = "model.seed"
-    if set(both) <= changed and all(side["noise_seed"] == side["seed"] for side in (old, new)):
-        names["noise_seed"] = "seed_everything (or model.seed and data.seed)"
-        kept.remove("seed")
-    values = sorted(
-        f"{names.get(name, name)}: {old.get(name)} -> {new.get(name)}" for name in kept if name not in _HASHES
-    )
-    return "; ".join([*values, *(text for name, text in _HASHES.items() if name in kept)])
+    hashes = [text for name, text in _HASHES.items() if name in changed]
+    names = {name: name for name in changed - _HASHES.keys() if name.rpartition(".")[0] not in changed}
+    seeds = ("model.seed", "data.seed")
+    if changed.issuperset(seeds) and all(side.get(seeds[0]) == side.get(seeds[1]) for side in (old, new)):
+        names["model.seed"] = "seed_everything (or model.seed and data.seed)"
+        del names["data.seed"]
+    values = sorted(f"{text}: {old.get(name)} -> {new.get(name)}" for name, text in names.items())
+    return "; ".join([*values, *hashes])
 
 
 def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore, check_results
@@ -40,11 +40,7 @@ class RateResult:
     diverged: str
 
 
-Rates = Sequence[float] | Literal["auto"] | None
-"""Rates to compare; ``auto`` and ``None`` for those around the own one."""
-
-
-OF_CELLS = {"optimizer.lr": None, "eps": None}
+OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
@@ -56,7 +52,7 @@ def rates_folder(options: TrainingOptions, rows: TaskRows) -> str:
 def sweep_rates(
     trials: LayerTrials,
     choose_layer: Callable[[], int | None],
-    lrs: Rates,
+    lrs: Sequence[float] | None,
     eps: Sequence[float] | None,
     steps: int,
     seeds: Sequence[int],
@@ -64,13 +60,15 @@ def sweep_rates(
 ) -> None:
     """Run the trials that are not finished, recommend a pair and write it to ``output``, by default sweeps/MODEL-TASK-rates.
 
+    See :func:`rates_to_try` for ``lrs`` and ``eps``.
+
     Raises:
         SlzoError: The folder holds other results.
     """
     folder = output or rates_folder(trials.options, trials.rows)
     settings = sweep_settings(trials) | {"steps": steps}
     check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
-    settings["layer"] = layer = choose_layer()
+    settings["model.layer"] = layer = choose_layer()
     store = CellStore(folder, settings | OF_CELLS, changed_options)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple
 
 
 def check_rates(
-    lrs: Rates, eps: Sequence[float] | None, steps: int, seeds: Sequence[int], estimator: Estimator
+    lrs: Sequence[float] | None, eps: Sequence[float] | None, steps: int, seeds: Sequence[int], estimator: Estimator
 ) -> None:
     """Check the options of a search.
 
@@ -119,7 +117,7 @@ def check_rates(
     """
     if eps is not None and estimator.perturbs != "weights":
         raise SlzoError(f"eps {list(eps)}: {estimator.describe()} has no eps; leave it out")
-    for name, values in (("lrs", None if lrs == "auto" else lrs), ("eps", eps)):
+    for name, values in (("lrs", lrs), ("eps", eps)):
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
     check_at_least("steps", steps, advice="40 is enough to compare rates")
@@ -128,13 +126,12 @@ def check_rates(
 
 
 def rates_to_try(
-    lrs: Rates, eps: Sequence[float] | None, own: Callable[[], tuple[float, float | None]]
+    lrs: Sequence[float] | None, eps: Sequence[float] | None, own: Callable[[], tuple[float, float | None]]
 ) -> tuple[Collection[float], Collection[float | None]]:
     """Return the learning rates and the sizes of the perturbation to try, in rising order.
 
     The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
     """
-    lrs = None if lrs == "auto" else lrs
     own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
     rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
     return sorted(set(rates)), [own_eps] if eps is None else sorted(set(eps))

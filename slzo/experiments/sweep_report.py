@@ -17,8 +17,8 @@ from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
 from slzo.utils.sampling_error import standard_error
-from slzo.zo.profile import LayerStatistics, OutlierProfile
-from slzo.zo.selection.base import CLEAR, in_errors
+from slzo.zo.profile import LayerStatistics
+from slzo.zo.selection.base import CLEAR, Choice, in_errors
 from slzo.zo.trial import Score, Trial
 
 
@@ -70,7 +70,7 @@ class SweepResult:
         rows: Figures of all layers.
         plan: Options of the sweep.
         curves: Dev scores during each training that did not diverge, by layer.
-        chosen: What the layer is called that the profile or the user chose.
+        chosen: What the layer is called that the profile or the user chose; empty if there is none.
         loss: What the loss is called.
     """
 
@@ -81,17 +81,20 @@ class SweepResult:
     loss: str
 
     @classmethod
-    def of(cls, store: CellStore, plan: SweepPlan, profile: OutlierProfile, loss: str) -> Self:
-        """Collect the results from finished cells."""
+    def of(
+        cls, store: CellStore, plan: SweepPlan, layers: Sequence[LayerStatistics], choice: Choice | None, loss: str
+    ) -> Self:
+        """Collect the results from finished cells, of all ``layers`` and the choice among them, if there is one."""
+        dominant, title = (None, "") if choice is None else (choice.layer, choice.title)
         trials: dict[int, list[Trial]] = {}
         for layer, seed in plan.trainings:
             trials.setdefault(layer, []).append(Trial.from_dict(store.result(plan.training_cell(layer, seed))))
         curves = {layer: [trial.scores for trial in own if not trial.diverged] for layer, own in trials.items()}
         rows = []
-        for measured in profile.layers:
+        for measured in layers:
             found = store.result(plan.sensitivity_cell(measured.index)) if plan.directions else {}
-            rows.append(_layer_result(measured, found, trials.get(measured.index, []), profile.dominant_layer))
-        return cls(rows, plan, {layer: own for layer, own in curves.items() if own}, profile.title, loss)
+            rows.append(_layer_result(measured, found, trials.get(measured.index, []), dominant))
+        return cls(rows, plan, {layer: own for layer, own in curves.items() if own}, title, loss)
 
     @property
     def dominant(self) -> int | None:

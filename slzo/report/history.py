@@ -1,7 +1,7 @@
 """What a run has recorded so far, together with the runs that it continues."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from slzo.evaluation.held_out import HeldOutScores
@@ -33,12 +33,8 @@ class History:
         named = ("step", "evaluations", "seconds")
         return [{**{name: point[name] for name in named}, "loss": point["distance"]} for point in self.points]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as primitives."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "History":
-        """Read what :meth:`to_dict` returned."""
+        """Read a record from primitives, as ``asdict`` returns them."""
         before = saved["before"]
         return cls(**{**saved, "before": None if before is None else HeldOutScores(**before)})

@@ -1,35 +1,55 @@
-"""Write an outlier profile, and the race that decided it, to a folder."""
+"""Write an outlier profile with the layer chosen from it, and the race that decided it, to a folder."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import PROFILE_FILE
-from slzo.zo.profile import LayerStatistics, OutlierProfile
+from slzo.zo.profile import LayerStatistics, OutlierProfile, format_figure
 from slzo.zo.selection import Choice
-from slzo.zo.selection.base import CLEAR
+from slzo.zo.selection.base import CLEAR, Margin
 
 PICTURE = "outlier_profile"
 """Name of the picture, without the endings .png and .svg."""
 _RACE = "race"
 
 
-def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, model: str, task: str) -> None:
+def profile_content(profile: OutlierProfile, choice: Choice) -> dict[str, Any]:
+    """Return the content of ``outlier_profile.json``, primitives only."""
+    margin = _known_margin(choice)
+    return {
+        "layers": tuple(asdict(layer) for layer in profile.layers),
+        "num_sequences": profile.num_sequences,
+        "num_forward_passes": profile.num_forward_passes,
+        "dominant_layer": choice.layer,
+        "rule": choice.reason,
+        "title": choice.title,
+        "margin": None if margin is None else margin.errors,
+        "margin_reason": "" if margin is None else margin.description,
+        "notes": _notes(profile, choice),
+        "thresholds": choice.thresholds,
+    }
+
+
+def write_profile(folder: Path, content: Mapping[str, Any], choice: Choice | None, model: str, task: str) -> None:
     """Write ``outlier_profile.json`` with its picture and, after a race, ``race.json`` with its curves.
 
     Args:
         folder: Folder to write to.
-        profile: The profile.
-        choice: Choice of the layer, with the trials of a race.
+        content: The profile, see :func:`profile_content`.
+        choice: Choice of the layer, with the trials of a race; ``None`` if they are not known.
         model: Name or path of the model, for the pictures.
         task: Name of the task, for the pictures.
     """
     model = model.rstrip("/").rpartition("/")[2]
-    write_json(folder / PROFILE_FILE, asdict(profile))
-    save(profile_picture(asdict(profile), model, task), folder, PICTURE)
+    write_json(folder / PROFILE_FILE, content)
+    save(profile_picture(content, model, task), folder, PICTURE)
     if choice is not None and choice.trials:
         curves = {layer: [asdict(score) for score in trial.scores] for layer, trial in choice.trials.items()}
         trials = {str(layer): asdict(trial) for layer, trial in choice.trials.items()}
@@ -37,8 +57,8 @@ def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, 
         save(sweep_curves_picture(curves, f"{model} on {task}: race of the layers", choice.layer), folder, _RACE)
 
 
-def format_profile(profile: OutlierProfile) -> str:
-    """Format the profile as a table with the chosen layer marked, and say how clear the choice is.
+def format_profile(profile: OutlierProfile, choice: Choice | None) -> str:
+    """Format the profile as a table with the chosen layer, if any, marked, and say how clear the choice is.
 
     The column "±" is the standard error of the figure before it. The column "same" is the share of sequences whose largest
     magnitude is in that channel, or at that position.
@@ -49,39 +69,56 @@ def format_profile(profile: OutlierProfile) -> str:
         "  token",
     ]
     for layer in profile.layers:
-        mark = "  <- dominant" if layer.index == profile.dominant_layer else ""
+        mark = "  <- dominant" if choice is not None and layer.index == choice.layer else ""
         lines.append(_row(layer) + mark)
-    found = (
-        "No layer chosen"
-        if profile.dominant_layer is None
-        else f"Dominant layer {profile.dominant_layer}: {profile.rule}"
-    )
+    found = "No layer chosen" if choice is None else f"Dominant layer {choice.layer}: {choice.reason}"
     lines.append(f"{found} ({profile.num_sequences} sequences)")
-    if profile.margin is not None:
-        lines.append(_how_clear(profile.margin, profile.margin_reason))
-    return "\n".join([*lines, *profile.notes])
+    if choice is None:
+        return "\n".join([*lines, *profile.notes])
+    if (margin := _known_margin(choice)) is not None:
+        lines.append(_how_clear(margin))
+    return "\n".join([*lines, *_notes(profile, choice)])
+
+
+def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
+    """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
+    if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
+        return None
+    return (
+        f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt: without it max "
+        f"{format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}."
+    )
+
+
+def _notes(profile: OutlierProfile, choice: Choice) -> tuple[str, ...]:
+    """Return the remarks on the profile and on the chosen layer."""
+    of_bos = bos_note(profile.layers[choice.layer], profile.bos_token_id)
+    return (*profile.notes, *(note for note in (choice.note, of_bos) if note))
+
+
+def _known_margin(choice: Choice) -> Margin | None:
+    """Return the margin of a choice; ``None`` if it is unknown or infinite, which says nothing about other prompts."""
+    return choice.margin if choice.margin is not None and math.isfinite(choice.margin.errors) else None
 
 
 def _row(layer: LayerStatistics) -> str:
     return (
-        f"{layer.index:5d} {layer.max_abs:10.4g} {_cell(layer.max_abs_se, '6.3g')} {layer.median_abs:11.4g} "
-        f"{layer.ratio:11.5g} {_cell(layer.ratio_se, '6.3g')} {layer.kurtosis:10.4g} "
-        f"{_cell(layer.rest_max_abs, '10.4g')} {_cell(layer.rest_ratio, '11.5g')} "
-        f"{layer.channel:8d} {_cell(layer.same_channel, '5.0%')} {layer.position:9d} {_cell(layer.same_position, '5.0%')}"
-        f"  {layer.token!r}"
+        f"{layer.index:5d} {layer.max_abs:10.4g} {_error(layer.max_abs_se)} {layer.median_abs:11.4g} "
+        f"{layer.ratio:11.5g} {_error(layer.ratio_se)} {layer.kurtosis:10.4g} {layer.rest_max_abs:10.4g} "
+        f"{layer.rest_ratio:11.5g} {layer.channel:8d} {layer.same_channel:5.0%} {layer.position:9d} "
+        f"{layer.same_position:5.0%}  {layer.token!r}"
     )
 
 
-def _cell(value: float | None, form: str) -> str:
-    """Format a figure; a dash of the same width if it is unknown."""
-    width = form.partition(".")[0]
-    return f"{'-':>{width}}" if value is None else f"{value:{form}}"
+def _error(value: float | None) -> str:
+    """Format a standard error; a dash if it is unknown."""
+    return f"{'-':>6}" if value is None else f"{value:6.3g}"
 
 
-def _how_clear(margin: float, reason: str) -> str:
-    if margin >= CLEAR:
-        return f"Clear for prompts like these: {reason}, and no other figure is closer."
+def _how_clear(margin: Margin) -> str:
+    if margin.errors >= CLEAR:
+        return f"Clear for prompts like these: {margin.description}, and no other figure is closer."
     return (
-        f"Not clear: {reason}; compare with other prompts (--profiler.text_file FILE) or more of them "
+        f"Not clear: {margin.description}; compare with other prompts (--profiler.text_file FILE) or more of them "
         "(--profiler.num_sequences N), or set --model.layer."
     )

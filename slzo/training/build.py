@@ -170,7 +170,7 @@ def make_stepper(
 
 def uses_auto(options: TrainingOptions) -> bool:
     """Whether learning rate or eps are ``auto`` and used."""
-    return options.optimizer.automatic or (options.step.eps is None and options.estimator.perturbs == "weights")
+    return options.optimizer.automatic or options.measures_eps
 
 
 def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoRate:

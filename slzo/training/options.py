@@ -1,6 +1,5 @@
 """The options of a training."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +60,7 @@ class TrainingOptions:
                 f"model.eps {self.step.eps}: is a distance between weights, and {self.estimator.describe()} perturbs no weights; "
                 "leave it out, or use model.estimator SPSA"
             )
-        self.flat()  # raises if a checkpoint could not store them
+        self.step_settings(self.layer, self.noise_seed)  # raises if a checkpoint could not store them
 
     @property
     def scope_settings(self) -> dict[str, Any]:
@@ -72,6 +71,11 @@ class TrainingOptions:
     def noise_seed(self) -> int:
         """Seed of the directions: ``seed``, or that of ``seed_everything`` if it is ``None``."""
         return global_seed() if self.seed is None else self.seed
+
+    @property
+    def measures_eps(self) -> bool:
+        """Whether eps is ``auto`` and used."""
+        return self.step.eps is None and self.estimator.perturbs == "weights"
 
     def with_onednn(self, onednn: bool) -> "TrainingOptions":
         """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
@@ -129,27 +133,25 @@ class TrainingOptions:
                 "(trainer.strategy sharded); use LayerOutputPerturbation or SPSA, or ddp"
             )
 
-    def step_settings(self, seed: int, layer: int | None) -> dict[str, Any]:
-        """Return the options that the steps of a run depend on, as they are read back from JSON.
+    def step_settings(self, layer: int | None, seed: int) -> dict[str, Any]:
+        """Return the options that steps depend on by their full names, such as ``model.scope.rank``, primitives only.
 
-        The base model is left out, because its fingerprint is compared.
+        Args:
+            layer: The layer that is tuned; ``None`` if there is none, or none is chosen yet.
+            seed: Seed of the directions.
         """
-        found = {**self.flat(), "noise_seed": seed, "layer": layer}
-        del found["model"]
-        return dict(json.loads(json.dumps(found, default=str)))
-
-    def flat(self) -> dict[str, Any]:
-        """Return the options that steps depend on by dotted name, such as ``scope.rank``, primitives only."""
         optimizer = dict(self.optimizer.settings)
         scheduler = optimizer.pop("scheduler") or {}
         return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "quantization": self.quantization,
-            **flat_settings("scope", self.scope_settings),
-            **flat_settings("estimator", constructor_settings(self.estimator, "model.estimator")),
-            **flat_settings("optimizer", optimizer),
-            **flat_settings("lr_scheduler", scheduler),
-            "eps": "auto" if self.step.eps is None else self.step.eps,
-            "num_queries": self.step.num_queries,
+            "model.model": self.model,
+            "model.layer": layer,
+            "model.dtype": self.dtype,
+            "model.quantization": self.quantization,
+            **flat_settings("model.scope", self.scope_settings),
+            **flat_settings("model.estimator", constructor_settings(self.estimator, "model.estimator")),
+            **flat_settings("model.optimizer", optimizer),
+            **flat_settings("model.lr_scheduler", scheduler),
+            "model.eps": "auto" if self.step.eps is None else self.step.eps,
+            "model.num_queries": self.step.num_queries,
+            "model.seed": seed,
         }

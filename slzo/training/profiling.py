@@ -1,6 +1,5 @@
 """Profiles the activations of a model's layers and lets a rule choose the layer to tune."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.profile import LayerStatistics, OutlierProfile, format_figure, profile_layers, usable_sequences
+from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 
 MIN_SEQUENCES = 10
@@ -79,7 +78,7 @@ class ChosenLayer:
 
 
 def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) -> OutlierProfile:
-    """Measure every layer on prompts, of the rows or of a text file. No layer is chosen yet.
+    """Measure every layer on prompts, of the rows or of a text file.
 
     All processes get the figures of the first one.
 
@@ -101,8 +100,8 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
     if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     notes = sequence_notes(options.num_sequences, num_given, sequences)
-    profile = OutlierProfile(tuple(layers), len(sequences), len(batches), notes=tuple(notes))
-    return rows.processes.broadcast(profile)
+    bos = rows.encoder.tokenizer.bos_token_id
+    return rows.processes.broadcast(OutlierProfile(tuple(layers), len(sequences), len(batches), tuple(notes), bos))
 
 
 def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Choice:
@@ -121,22 +120,6 @@ def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Ch
     if failure:
         raise SlzoError(failure)
     return replace(choice, layer=layer, reason=reason)
-
-
-def with_choice(profile: OutlierProfile, choice: Choice, rows: TaskRows) -> OutlierProfile:
-    """Return the profile with a chosen layer."""
-    of_bos = bos_note(profile.layers[choice.layer], rows.encoder.tokenizer.bos_token_id)
-    margin = choice.margin if choice.margin is not None and math.isfinite(choice.margin.errors) else None
-    return replace(
-        profile,
-        dominant_layer=choice.layer,
-        rule=choice.reason,
-        title=choice.title,
-        margin=None if margin is None else margin.errors,
-        margin_reason="" if margin is None else margin.description,
-        notes=(*profile.notes, *(note for note in (choice.note, of_bos) if note)),
-        thresholds=choice.thresholds,
-    )
 
 
 def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
@@ -164,16 +147,6 @@ def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]])
 def has_too_few_distinct(sequences: Sequence[tuple[int, ...]]) -> bool:
     """Return whether fewer than 10 sequences are different, so that their spread says nothing about other prompts."""
     return len(set(sequences)) < MIN_SEQUENCES
-
-
-def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
-    """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
-    if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
-        return None
-    rest = ""
-    if layer.rest_max_abs is not None and layer.rest_ratio is not None:
-        rest = f": without it max {format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}"
-    return f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt{rest}."
 
 
 def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:

@@ -1,5 +1,6 @@
 """Resumes a run from a checkpoint and from the log of the steps after it."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -77,16 +78,14 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
 
 def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     """Return the options of model and rows that a checkpoint holds and in which all processes agree, by name, as primitives."""
-    own = {
-        **options.flat(),
-        "layer": options.layer,
-        "seed": options.noise_seed,
-        "parallel": options.parallel,
-        "max_nonfinite": options.max_nonfinite,
-        "trust_remote_code": options.trust_remote_code,
-        **flat_settings("engine", asdict(options.engine)),
+    return {
+        **options.step_settings(options.layer, options.noise_seed),
+        "model.parallel": options.parallel,
+        "model.max_nonfinite": options.max_nonfinite,
+        "model.trust_remote_code": options.trust_remote_code,
+        **flat_settings("model.engine", asdict(options.engine)),
+        **rows.step_settings(),
     }
-    return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
 def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,14 +138,25 @@ def check_environment(note: Mapping[str, Any], device: torch.device, processes: 
         warn(f"the environment differs from the checkpoint's: {changes}; {effect}")
 
 
+def logged_options(options: TrainingOptions, layer: int | None, seed: int) -> dict[str, Any]:
+    """Return the options of the model that steps depend on, as they are read back from JSON.
+
+    The base model is left out, because its fingerprint is compared.
+    """
+    own = options.step_settings(layer, seed)
+    del own["model.model"]
+    return dict(json.loads(json.dumps(own, default=str)))
+
+
 def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """Return the options that steps depend on, as they are read back from JSON."""
+    """Return the settings that steps depend on, as they are read back from JSON."""
     data = rows.step_settings()
-    data["rows_per_step"] = data.pop("batch_size") * rows.processes.of_rows.total
+    batch_size = data.pop("data.batch_size")  # of one process; their number may change
     return {
-        "model": prepared.options.step_settings(prepared.stepper.seed, prepared.model.layer),
-        "data": data,
-        "train_rows": prepared.data.hashes()["train rows"],
+        **logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed),
+        **data,
+        "rows per step": batch_size * rows.processes.of_rows.total,
+        "train rows": prepared.data.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
 
@@ -197,10 +207,10 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
     except SlzoError as error:
         warn(f"{error}; its steps are not used")
         return None
-    if log.settings != settings:
+    if changes := differences(log.settings, settings):
         warn(
-            "options that steps depend on have changed; the log of the run is not used: steps after the checkpoint are taken "
-            "again, and slzo replay can rebuild the run that it continues, but not this one"
+            f"options that steps depend on have changed ({changes}); the log of the run is not used: steps after the checkpoint "
+            "are taken again, and slzo replay can rebuild the run that it continues, but not this one"
         )
         return None
     return log

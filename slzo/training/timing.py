@@ -115,7 +115,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
 
 def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, most: float) -> tuple[float, float]:
     """Return the seconds of a step with cached states, and what a new row adds."""
-    if options.step.eps is None and options.estimator.perturbs == "weights":
+    if options.measures_eps:
         options = replace(options, step=replace(options.step, eps=_EPS))
     stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), rows)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.0)  # moves nothing

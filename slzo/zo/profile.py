@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,51 +47,33 @@ class LayerStatistics:
     channel: int
     position: int
     token_id: int
+    _: KW_ONLY
     token: str = ""
     max_abs_se: float | None = None
     ratio_se: float | None = None
-    same_channel: float | None = None
-    same_position: float | None = None
-    rest_max_abs: float | None = None
-    rest_ratio: float | None = None
+    same_channel: float
+    same_position: float
+    rest_max_abs: float
+    rest_ratio: float
 
 
 @dataclass(frozen=True)
 class OutlierProfile:
-    """Statistics of all layers, and the layer that a rule chose.
+    """Statistics of all layers.
 
     Attributes:
         layers: Statistics of each layer.
         num_sequences: Number of sequences that the figures are averaged over.
         num_forward_passes: Number of forward passes, each over a batch.
-        dominant_layer: The chosen layer; ``None`` if none is chosen.
-        rule: Why it was chosen, in words.
-        title: Name of the chosen layer, for the table.
-        margin: Distance, in standard errors, of the closest figure from a value that would change the choice; ``None`` if
-            unknown.
-        margin_reason: That figure, in words.
-        notes: Remarks on the figures and the choice, one line each.
-        thresholds: Names of the figures that the rule compares with a threshold, and the thresholds.
+        notes: Remarks on the figures, one line each.
+        bos_token_id: Id of the tokenizer's beginning-of-sequence token; ``None`` if it has none.
     """
 
     layers: tuple[LayerStatistics, ...]
     num_sequences: int
     num_forward_passes: int
-    dominant_layer: int | None = None
-    rule: str = ""
-    title: str = "chosen layer"
-    margin: float | None = None
-    margin_reason: str = ""
-    notes: tuple[str, ...] = ()
-    thresholds: tuple[tuple[str, float], ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
-        """Create a profile from primitives, as ``asdict`` returns them."""
-        layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
-        thresholds = tuple((name, value) for name, value in data["thresholds"])
-        notes = tuple(data["notes"])
-        return cls(**{**data, "layers": layers, "notes": notes, "thresholds": thresholds})
+    notes: tuple[str, ...]
+    bos_token_id: int | None
 
 
 def _sequence_statistics(index: int, hidden: Tensor, ids: Tensor) -> LayerStatistics:
@@ -114,6 +95,8 @@ def _sequence_statistics(index: int, hidden: Tensor, ids: Tensor) -> LayerStatis
         channel=channel,
         position=position,
         token_id=int(ids[position]),
+        same_channel=1.0,
+        same_position=1.0,
         rest_max_abs=rest_max_abs,
         rest_ratio=rest_max_abs / max(rest_median_abs, 1e-30),
     )
