@@ -21,7 +21,6 @@ from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardedAnswers
 from slzo.tasks.base import Example, Kind, Task
@@ -297,5 +296,5 @@ def score_rows(
         score.update(moved, outcome)
         if seen is not None:
             seen(moved, outcome)
-    placement_of(evaluator.parts.model).barrier()
+    evaluator.parts.placement.barrier()
     return {name: float(value) for name, value in score.compute().items()}
