@@ -66,7 +66,7 @@ def make_prompts(options: Options) -> list[list[list[int]]]:
     encoder = Encoder(load_tokenizer(options.model))
     ids: list[int] = []
     for example in RowSource(task).read("train").examples:
-        ids += encoder.encode_prompt(example)
+        ids += encoder.encode_prompt(example).ids
         if len(ids) >= options.rounds * options.batch_size * options.prompt_tokens:
             break
     rows = [ids[start : start + options.prompt_tokens] for start in range(0, len(ids), options.prompt_tokens)]
