@@ -33,7 +33,7 @@ from helpers import (
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.datamodule import TaskDataModule
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
@@ -104,7 +104,7 @@ def test_states_come_back_from_pinned_memory():
 def test_answers_are_those_of_the_processor(family):
     prompts = [example.sequences[0].ids[:-1] for example in random_prompts(6)]
     both = [ModelParts(tiny_model(family).to(device)) for device in ("cpu", CARD)]
-    found = [generate(parts, prompts, {2}, max_new_tokens=8).answers for parts in both]
+    found = [decode(parts, prompts, {2}, max_new_tokens=8).answers for parts in both]
     same = sum(one == other for one, other in zip(*found, strict=True))
     assert same >= len(prompts) - 1  # a near tie may fall otherwise
 

@@ -28,7 +28,8 @@ from options import command, option, parse
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
-from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
+from slzo.evaluation.decoder import CachedPrompts, VariedLayers
+from slzo.evaluation.decoding import decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
@@ -93,7 +94,7 @@ class Step:
         tuned, span = self.tuned_model, self.tuned_model.span
         states = tuned.prompt_states
         with tuned.tensors.live_points(points) as write:
-            return generate(
+            return decode(
                 self.parts,
                 prompts,
                 set(),
