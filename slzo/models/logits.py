@@ -13,16 +13,9 @@ from slzo.models.recorded import can_run_last_tokens, keys_and_values
 _LARGEST_SHARE = 0.7
 
 
-def needed_logits(parts: ModelParts, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None) -> Tensor:
-    """Run layer ``start`` and all above; return the logits at the needed positions, shape (U, vocabulary), float32.
-
-    Args:
-        parts: The model.
-        batch: The batch.
-        start: The first layer.
-        hidden: States that enter it, shape (T, hidden); not needed for ``start == 0``.
-    """
-    return parts.head(final_states(parts, batch, start, hidden)[0])
+def needed_logits(parts: ModelParts, batch: PackedBatch) -> Tensor:
+    """Run a batch; return the logits at the needed positions, shape (U, vocabulary), float32."""
+    return parts.head(final_states(parts, batch, 0, None)[0])
 
 
 def last_layer_share(parts: ModelParts, batch: PackedBatch) -> float:
