@@ -24,7 +24,6 @@ from slzo.experiments.layer_trials import LayerTrials
 from slzo.models.fingerprint import hash_tensors
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
@@ -426,7 +425,7 @@ def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: 
     writes = rows.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(train, test)
-    if writes and placement_of(prepared.model.parts.model).is_here:
+    if writes and prepared.model.parts.placement.is_here:
         first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     figures = {
         "model": options.model,

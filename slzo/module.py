@@ -29,7 +29,6 @@ from slzo.models.device_map import DeviceMap, DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.strategy import shard_group_of
@@ -242,7 +241,7 @@ class ZOModule(LightningModule):
         if shard_group_of(trainer) is not None:
             self.options.check_shards()
         if self._untuned is not None:
-            check_shard_group(self._untuned.model, shard_group_of(trainer))
+            check_shard_group(self._untuned.placement, shard_group_of(trainer))
         if stage == "fit":
             if type(self).configure_optimizers is not ZOModule.configure_optimizers:
                 raise SlzoError(
@@ -289,7 +288,7 @@ class ZOModule(LightningModule):
             if self.tuned_model is None:
                 self._drop_parts()  # their weights and modules may have changed
             raise
-        placement_of(prepared.model.parts.model).barrier()
+        prepared.model.parts.placement.barrier()
         done = 0 if checkpoint is None else checkpoint.step
         found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer, "steps": done}
         check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
@@ -501,7 +500,7 @@ class ZOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         assert self._score is not None
-        placement_of(self.parts.model).barrier()
+        self.parts.placement.barrier()
         stage = "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in self._score.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")

@@ -229,9 +229,7 @@ class TaskRows:
         cuts = length < self.max_length
         if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
-        encoder.max_length = length
-        encoder.num_embeddings = num_embeddings
-        encoder.limited_by_model = cuts
+        self.encoder = encoder.limited_to(length, num_embeddings, by_model=cuts)
         self._rows.clear()
 
     @property

@@ -33,11 +33,12 @@ from helpers import (
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.datamodule import TaskDataModule
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.models.placement import HERE
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
@@ -103,7 +104,7 @@ def test_states_come_back_from_pinned_memory():
 def test_answers_are_those_of_the_processor(family):
     prompts = [example.sequences[0].ids[:-1] for example in random_prompts(6)]
     both = [ModelParts(tiny_model(family).to(device)) for device in ("cpu", CARD)]
-    found = [generate(parts, prompts, {2}, max_new_tokens=8).answers for parts in both]
+    found = [decode(parts, prompts, {2}, max_new_tokens=8).answers for parts in both]
     same = sum(one == other for one, other in zip(*found, strict=True))
     assert same >= len(prompts) - 1  # a near tie may fall otherwise
 
@@ -193,9 +194,11 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
     batch = pack([random_example(random.Random(0), i) for i in range(3)]).to(CARD)
     found = []
     for given in ({"model.layers.0": "disk", "model.layers.2": "cpu", "model.layers.3": "disk"}, None):
-        plain = load_model(str(tmp_path)).to(CARD) if given is None else None
-        model = plain or load_with_device_map(str(tmp_path), "float32", False, DeviceMapOptions(given), CARD)
-        own = tuned_layer(split_and_verify(model), 2)
+        if given is None:
+            model, placement = load_model(str(tmp_path)).to(CARD), HERE
+        else:
+            model, placement = load_with_device_map(str(tmp_path), "float32", False, DeviceMapOptions(given), CARD)
+        own = tuned_layer(split_and_verify(model, placement=placement), 2)
         assert all(tensor.live.device == CARD for _, tensor in own.tensors.items())
         found.append(own.parts.head(own.final_states(batch)))
     assert torch.equal(*found)

@@ -99,7 +99,7 @@ def test_the_assistants_tokens_are_scored_and_no_others():
     (last,) = encoder(turns="last").encode(example, 0).sequences
     assert last.ids == every.ids
     assert scored_text(last) == "It was great.<|im_end|>"
-    prompt = encoder().encode_prompt(example, max_new_tokens=5)
+    prompt = encoder().encode_prompt(example, max_new_tokens=5).ids
     assert text_of(prompt) == chatml(TALK[:-1]) + "<|im_start|>assistant\n"
     assert every.ids[: len(prompt)] == prompt
 
@@ -136,22 +136,23 @@ def test_long_conversations_keep_the_last_user_turn_and_the_answer():
     example = example_of({"messages": TALK})
     whole = len(encoder().encode(example, 0).sequences[0].ids)
     made = encoder(whole - 1)
-    (cut,) = made.encode(example, 0).sequences
+    encoded = made.encode(example, 0)
+    (cut,) = encoded.sequences
     assert text_of(cut.ids) == chatml([TALK[0], *TALK[3:]]).rstrip("\n")  # without the first exchange
-    assert made.num_shortened == 1
+    assert encoded.num_cut == 1
     (cut,) = encoder(len(cut.ids) - 1).encode(example, 0).sequences
     assert text_of(cut.ids) == chatml(TALK[3:]).rstrip("\n")  # without the system prompt
     (short,) = encoder(len(cut.ids) - 3).encode(example, 0).sequences
     assert text_of(short.ids) == chatml([{**TALK[3], "content": "ilm?"}, TALK[4]]).rstrip("\n")
     assert scored_text(short) == scored_text(cut)
-    assert text_of(encoder(len(cut.ids) - 3).encode_prompt(example, max_new_tokens=2)).endswith("assistant\n")
+    assert text_of(encoder(len(cut.ids) - 3).encode_prompt(example, max_new_tokens=2).ids).endswith("assistant\n")
     with pytest.raises(SlzoError, match=r"^data.max_length 40: the answer with the template of example '7' alone"):
         encoder(40).encode(example, 0)
 
 
 def test_demonstrations_are_former_turns():
     first, second = example_of({"prompt": "A?", "completion": "B."}), example_of({"messages": TALK})
-    text = text_of(encoder().encode_prompt(second, [first], 5))
+    text = text_of(encoder().encode_prompt(second, [first], 5).ids)
     shown = [TALK[0], {"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}, *TALK[1:-1]]
     assert text == chatml(shown) + "<|im_start|>assistant\n"
 

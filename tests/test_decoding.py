@@ -9,7 +9,8 @@ from helpers import VOCABULARY, each_family, tiny_model, tuned_layer
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
-from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
+from slzo.evaluation.decoder import CachedPrompts, VariedLayers
+from slzo.evaluation.decoding import decode
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
@@ -50,7 +51,7 @@ def joint_answers(tuned_model, points, prompts, prompt_of, stops, budget=10_000,
     span = tuned_model.span
     with tuned_model.tensors.live_points(points) as write:
         varied = VariedLayers(span.start, span.stop, len(points), write)
-        return generate(tuned_model.parts, prompts, stops, prompt_of=prompt_of, varied=varied, **options)[0]
+        return decode(tuned_model.parts, prompts, stops, prompt_of=prompt_of, varied=varied, **options)[0]
 
 
 @torch.no_grad()
@@ -162,10 +163,10 @@ def test_kept_prompts_give_the_same_gold_loss():
         answer = generator.choices(range(3, VOCABULARY), k=1 + number % 3)
         own = EncodedSequence((*prompt, *answer), len(answer))
         gold.append(EncodedExample(number, (own,), () if number == 2 else (0,)))
-    plain = generate(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS)
+    plain = decode(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS)
     kept = CachedPrompts(tuned_model.prompt_states, range(len(prompts)))
     for _ in range(2):
-        made = generate(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS, kept=kept)
+        made = decode(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS, kept=kept)
         assert made.answers == plain.answers
         assert float(made.gold[1]) == float(plain.gold[1])
         assert float(made.gold[0]) == pytest.approx(float(plain.gold[0]), rel=1e-5)

@@ -18,7 +18,7 @@ from slzo.models.device_placement import DevicePlacement, load_with_device_map
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model
-from slzo.models.placement import placement_of
+from slzo.models.placement import HERE
 from slzo.models.shape import skeleton_of
 from slzo.models.startup_check import split_and_verify
 from slzo.trainer import ZOTrainer
@@ -35,7 +35,13 @@ ON_DISK = {"model.layers.0": "disk", "model.layers.2": "disk", "model.layers.3":
 
 
 def placed(folder, given=ON_DISK, dtype="float32", offload_folder=None):
+    """The model and its placement."""
     return load_with_device_map(str(folder), dtype, False, DeviceMapOptions(given, offload_folder), CPU)
+
+
+def parts_of(loaded, onednn=False):
+    model, placement = loaded
+    return split_and_verify(model, onednn=onednn, placement=placement)
 
 
 def rows():
@@ -43,10 +49,14 @@ def rows():
     return TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(3)]), ())
 
 
-def steps(model, scope=None, onednn=False, before_step=lambda: None):
+def in_memory(folder, *dtype):
+    return load_model(str(folder), *dtype), HERE
+
+
+def steps(loaded, scope=None, onednn=False, before_step=lambda: None):
     """Masters and losses after three steps of two queries, evaluated together, and what took them."""
     batch = rows()
-    parts = split_and_verify(model, onednn=onednn)
+    parts = parts_of(loaded, onednn)
     engine = Engine(paired=True, queries_at_once=2)
     scope = LayerScope() if scope is None else scope
     own = TunedModel.from_scope(parts, scope, LAYER, engine=engine, prompts=lambda _: [batch.packed])
@@ -66,7 +76,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("scope", [LayerScope(), LoRA(), PrefixTuning(num_tokens=2)], ids=lambda s: type(s).__name__)
 def test_the_steps_are_the_same_to_the_bit(model_dir, scope):
-    expected = steps(load_model(str(model_dir)), scope)
+    expected = steps(in_memory(model_dir), scope)
     found = steps(placed(model_dir), scope)
     assert same(found, expected)
     assert found[2].model.base == expected[2].model.base
@@ -75,19 +85,19 @@ def test_the_steps_are_the_same_to_the_bit(model_dir, scope):
 @pytest.mark.parametrize("given", [ON_DISK, {"": "disk"}], ids=["the others", "all"])
 @pytest.mark.parametrize("onednn", [False, True])
 def test_the_tuned_layer_is_in_memory_whatever_the_map_says(model_dir, given, onednn):
-    model = placed(model_dir, given)
-    found = steps(model, onednn=onednn)
-    assert same(found, steps(load_model(str(model_dir)), onednn=onednn))
+    model, placement = placed(model_dir, given)
+    found = steps((model, placement), onednn=onednn)
+    assert same(found, steps(in_memory(model_dir), onednn=onednn))
     on_meta = {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.is_meta}
     assert on_meta == {"0", "2", "3"}
     assert model.device == CPU
 
 
 def test_each_layer_is_visited_once_a_step(model_dir):
-    model, visits = placed(model_dir), []
+    (model, placement), visits = placed(model_dir), []
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: visits.append(number))
-    _, _, stepper = steps(model, before_step=visits.clear)
+    _, _, stepper = steps((model, placement), before_step=visits.clear)
     # the states that enter the tuned layer are kept since the first step; two queries have four points
     assert visits == [LAYER] * 4 + [2, 3]
     stepper.model.clear_prefix()
@@ -98,22 +108,22 @@ def test_each_layer_is_visited_once_a_step(model_dir):
 
 def test_weights_on_disk_are_read_once_a_step(model_dir, monkeypatch):
     """Although the last layer runs twice: for keys and values, and for the last tokens."""
-    model, reads, plain = placed(model_dir), [], AlignDevicesHook.pre_forward
+    (model, placement), reads, plain = placed(model_dir), [], AlignDevicesHook.pre_forward
 
     def counting(self, module, *args, **kwargs):
         reads.append(module)
         return plain(self, module, *args, **kwargs)
 
     monkeypatch.setattr(AlignDevicesHook, "pre_forward", counting)
-    steps(model, before_step=reads.clear)
+    steps((model, placement), before_step=reads.clear)
     assert [list(model.model.layers).index(layer) for layer in reads] == [2, 3]
     assert all(tensor.is_meta for tensor in model.model.layers[3].parameters())
 
 
 def test_a_layer_goes_back_unless_it_has_changed(model_dir):
-    model = placed(model_dir, {"": "disk"})
+    model, placement = placed(model_dir, {"": "disk"})
     away = lambda: {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.is_meta}  # noqa: E731
-    parts = split_and_verify(model, onednn=False)
+    parts = parts_of((model, placement))
     TunedModel.from_scope(parts, LayerScope(), 2).release()
     TunedModel.from_scope(parts, LoRA(), 1).release()
     assert away() == {"0", "1", "2", "3"}
@@ -124,7 +134,7 @@ def test_a_layer_goes_back_unless_it_has_changed(model_dir):
 
 
 def test_scopes_of_the_whole_model_are_refused(model_dir):
-    parts = split_and_verify(placed(model_dir), onednn=False)
+    parts = parts_of(placed(model_dir))
     with pytest.raises(SlzoError, match=r"model.device_map: .* model.scope tunes all; tune only some"):
         TunedModel.from_scope(parts, AllParameters())
 
@@ -136,15 +146,15 @@ def test_every_family_runs_from_disk(family, tmp_path):
     model.save_pretrained(tmp_path)
     ids = torch.arange(3, 23)[None]
     path = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
-    from_disk = placed(tmp_path, {path: "disk", f"{path}.1": "cpu"})
-    assert placement_of(from_disk).places.offloaded == [0, 2, 3]
+    from_disk, placement = placed(tmp_path, {path: "disk", f"{path}.1": "cpu"})
+    assert placement.places.offloaded == [0, 2, 3]
     assert torch.equal(from_disk(ids).logits, load_model(str(tmp_path))(ids).logits)
-    assert Fingerprint.of(from_disk) == Fingerprint.of(load_model(str(tmp_path)))
-    assert split_and_verify(from_disk, onednn=False).packed
+    assert Fingerprint.of(from_disk, placement) == Fingerprint.of(load_model(str(tmp_path)))
+    assert parts_of((from_disk, placement)).packed
 
 
 def test_files_of_another_type_are_converted_at_each_visit(model_dir):
-    assert same(steps(placed(model_dir, dtype="bfloat16")), steps(load_model(str(model_dir), "bfloat16")))
+    assert same(steps(placed(model_dir, dtype="bfloat16")), steps(in_memory(model_dir, "bfloat16")))
 
 
 @pytest.fixture
@@ -161,11 +171,14 @@ def test_layers_that_the_files_do_not_hold_are_written_to_the_folder(pickled, tm
         SlzoError, match=r"layers on disk cannot be read directly from its files\); set model.offload_folder to"
     ):
         placed(pickled)
-    found = placed(pickled, offload_folder=str(tmp_path / "offload"))
+    loaded = placed(pickled, offload_folder=str(tmp_path / "offload"))
     written = list((tmp_path / "offload").rglob("*.safetensors"))
     assert len(written) == 3 * 9
-    assert same(steps(found), steps(load_model(str(pickled))))
-    del found
+    assert same(steps(loaded), steps(in_memory(pickled)))
+    model, _ = loaded
+    del loaded, _
+    assert all(path.exists() for path in written)  # the model still reads them
+    del model
     assert not any(path.exists() for path in written)
 
 

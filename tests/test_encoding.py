@@ -139,7 +139,7 @@ def test_bos_comes_once_and_appended_eos_is_taken_off():
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in ids[1:]
     assert tokenizer.decode(ids[1:]) == "the film is good It was great"
-    assert tokenizer.decode(encoder.encode_prompt(CASES[0])[1:]) == "the film is good It was"
+    assert tokenizer.decode(encoder.encode_prompt(CASES[0]).ids[1:]) == "the film is good It was"
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", None])
@@ -156,8 +156,9 @@ def test_long_prompts_lose_tokens_on_the_left_only(template):
         else:
             assert short.ids == (tokenizer.bos_token_id, *long.ids[-11:])
     prompt = Encoder(tokenizer, max_length=12).encode_prompt(example, max_new_tokens=5)
-    assert len(prompt) == 7
-    assert tokenizer.decode(prompt[1:]).endswith("It was")
+    assert (whole.num_cut, cut.num_cut, prompt.cut) == (0, 2, True)
+    assert len(prompt.ids) == 7
+    assert tokenizer.decode(prompt.ids[1:]).endswith("It was")
 
 
 def test_answer_that_does_not_fit_is_an_error():
@@ -177,7 +178,7 @@ def test_demonstrations_stand_in_front_and_do_not_change_the_answer(tokenizer):
     plain, after = encoder.encode(CASES[1], 0), encoder.encode(CASES[1], 0, demonstrations=shown)
     assert [s.num_answer for s in after.sequences] == [s.num_answer for s in plain.sequences]
     text = "the film is good It was great\n\nQuestion: where is the film?\nAnswer: Paris\n\n" + CASES[1].prompt
-    for found, expected in ((after.sequences[0].ids, text + "Yes"), (encoder.encode_prompt(CASES[1], shown), text)):
+    for found, expected in ((after.sequences[0].ids, text + "Yes"), (encoder.encode_prompt(CASES[1], shown).ids, text)):
         ids = tokenizer(expected)["input_ids"]
         assert list(found) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
 

@@ -361,7 +361,7 @@ def test_missing_f1_is_that_of_the_generated_answers():
 
     def rows(references):
         examples = [Example(str(i), f"film {i}:", (" x\n",), (0,), references[i]) for i in range(6)]
-        return tuple(Row(e, encoder.encode(e, i), i, encoder.encode_prompt(e)) for i, e in enumerate(examples))
+        return tuple(Row(e, encoder.encode(e, i), i, encoder.encode_prompt(e).ids) for i, e in enumerate(examples))
 
     texts = [answer.text for answer in evaluator.answers(rows([("x",)] * 6))]
     assert sum(bool(text) for text in texts) >= 4

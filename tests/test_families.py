@@ -13,7 +13,7 @@ import family_table
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.models import attention, linear
 from slzo.models.load import load_model
 from slzo.models.logits import needed_logits
@@ -215,7 +215,7 @@ def test_sinks_are_seen_while_answers_are_generated():
         expected.append(ids[len(prompt) :])
     parts = split_and_verify(family_table.tiny_model("gpt_oss"))
     assert parts.packed
-    assert generate(parts, prompts, set(), max_new_tokens=6).answers == expected
+    assert decode(parts, prompts, set(), max_new_tokens=6).answers == expected
 
 
 def test_a_model_that_sees_padding_generates_rows_of_equal_length_together():
@@ -224,8 +224,8 @@ def test_a_model_that_sees_padding_generates_rows_of_equal_length_together():
     with pytest.warns(UserWarning, match="padding is used"):
         parts = split_and_verify(family_table.tiny_model("recurrent_gemma"))
     assert not parts.limits.left_padding
-    together = generate(parts, prompts, set(), max_new_tokens=5).answers
-    assert together == [generate(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
+    together = decode(parts, prompts, set(), max_new_tokens=5).answers
+    assert together == [decode(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
 
 
 def test_a_mixture_of_experts_is_tuned_and_its_router_stays(one_token_examples):

@@ -11,7 +11,7 @@ from slzo.batches.chunks import chunk_by_tokens, num_distinct_tokens, shared_beg
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import share_beginnings
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.evaluation.generation import answer_text, ends_with, generate_plainly, stop_tokens
 from slzo.models.logits import needed_logits
 from slzo.models.parts import Limits, ModelParts
@@ -53,17 +53,17 @@ def test_equals_a_plain_loop(family):
     assert len({len(answer) for answer in expected}) > 1
     parts = ModelParts(model)
     for budget in (1, 40, 10_000):
-        assert generate(parts, prompts, stops, max_new_tokens=12, prefill_tokens=budget).answers == expected
+        assert decode(parts, prompts, stops, max_new_tokens=12, prefill_tokens=budget).answers == expected
     padded = ModelParts(tiny_model(family), packed=False)
-    assert generate(padded, prompts, stops, max_new_tokens=12).answers == expected
+    assert decode(padded, prompts, stops, max_new_tokens=12).answers == expected
 
 
 def test_stop_token_at_once_gives_an_empty_answer():
     model = tiny_model()
     prompt = make_prompts()[4]
     first = plain_greedy(model, prompt, set(), 1)[0]
-    assert generate(ModelParts(model), [prompt, prompt], {first}).answers == [[], []]
-    assert generate(ModelParts(model), [], {first}).answers == []
+    assert decode(ModelParts(model), [prompt, prompt], {first}).answers == [[], []]
+    assert decode(ModelParts(model), [], {first}).answers == []
 
 
 @torch.no_grad()
@@ -82,12 +82,12 @@ def test_gold_loss_is_that_of_the_answer_tokens(packed):
         count += len(answer)
     parts = ModelParts(model, packed)
     for budget in (1, 10_000):
-        made = generate(parts, prompts, {2}, prefill_tokens=budget, gold=gold)
+        made = decode(parts, prompts, {2}, prefill_tokens=budget, gold=gold)
         assert float(made.gold[1]) == count
         assert float(made.gold[0]) == pytest.approx(total, rel=1e-5)
-        assert made.answers == generate(parts, prompts, {2}).answers
+        assert made.answers == decode(parts, prompts, {2}).answers
     unknown = [replace(row, gold=()) for row in gold]
-    made = generate(parts, prompts, {2}, gold=unknown)
+    made = decode(parts, prompts, {2}, gold=unknown)
     assert made.gold.tolist() == [0, 0]
 
 
@@ -145,12 +145,12 @@ class _Joined:
 @pytest.mark.parametrize("packed", [True, False])
 def test_settings_that_come_with_a_model_change_no_answer(packed):
     parts = ModelParts(tiny_model(), packed=packed)
-    expected = generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers
+    expected = decode(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers
     parts.model.generation_config.update(
         repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0
     )
     own = parts.model.generation_config
-    assert generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers == expected
+    assert decode(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers == expected
     assert parts.model.generation_config is own
 
 
@@ -173,8 +173,8 @@ def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_pa
     def ended(ids):
         return tuple(ids[-2:]) in pairs
 
-    expected = generate(ModelParts(model), prompts, set(), max_new_tokens=12, ended=ended).answers
+    expected = decode(ModelParts(model), prompts, set(), max_new_tokens=12, ended=ended).answers
     assert len({len(answer) for answer in expected}) > 2
     padded = ModelParts(tiny_model(), packed=False)
     padded.limits = Limits(left_padding=left_padding)
-    assert generate(padded, prompts, set(), max_new_tokens=12, ended=ended).answers == expected
+    assert decode(padded, prompts, set(), max_new_tokens=12, ended=ended).answers == expected

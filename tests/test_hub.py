@@ -75,7 +75,7 @@ def test_every_way_to_load_takes_the_revision(model, model_dir):
         assert not (Path(folder) / "model.safetensors").exists()
         assert model_shape(name)[0].stored_bytes is None  # only the weights are missing
         on_disk = DeviceMapOptions({"model.layers.0": "disk"}, None)
-        placed = load_with_device_map(name, "float32", False, on_disk, torch.device("cpu"))
+        placed, _ = load_with_device_map(name, "float32", False, on_disk, torch.device("cpu"))
         assert torch.equal(placed.lm_head.weight, expected)
         assert torch.equal(load_model(name).lm_head.weight, expected)
         assert model_shape(name)[0].stored_bytes == (Path(folder) / "model.safetensors").stat().st_size

@@ -6,7 +6,7 @@ from helpers import batch_loss, described, estimate_at, tuned_model
 
 from slzo.batches.losses import RowLosses, token_log_likelihoods
 from slzo.batches.packing import pack
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states
 from slzo.zo import likely_tokens
 from slzo.zo.estimators import Backprop, Request
 from slzo.zo.likely_tokens import LikelyTokens
@@ -111,7 +111,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
         shifts = 0.5 * torch.randn(3, len(output.size), output.width, generator=generator)
         likely, hidden = output._likely, output._output
         assert likely is not None
-        base = needed_logits(parts, batch, stop, hidden)
+        base = parts.head(final_states(parts, batch, stop, hidden)[0])
         is_likely = torch.zeros(base.shape, dtype=torch.bool)
         rows = torch.arange(len(examples)).repeat_interleave(torch.tensor(likely.batch.example_needed))
         is_likely[torch.arange(len(base))[:, None], likely.ids[rows]] = True
@@ -119,7 +119,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
         for shift in shifts:
             moved = hidden.clone()
             moved[batch.needed] += shift
-            logits = torch.where(is_likely, needed_logits(parts, batch, stop, moved), base)
+            logits = torch.where(is_likely, parts.head(final_states(parts, batch, stop, moved)[0]), base)
             own = objective.row_losses(logits[None], batch, False)
             expected.append(own.by_position if output.per_token else own.totals)
         outputs.append((output.losses(shifts), torch.cat(expected)))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.cli.app import SlzoCLI
 from slzo.commands.registry import COMMANDS
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.training.memory_estimate import tuning_bytes
 from slzo.utils.errors import SlzoError
 from slzo.zo.optim import OptimizerOptions
@@ -164,9 +164,9 @@ def test_generation_sees_the_learned_prefix(family):
     parts = learned.parts
     generator = random.Random(0)
     prompts = [random_example(generator, i, 4 + 3 * i, (1,)).sequences[0].ids[:-1] for i in range(5)]
-    got = generate(parts, prompts, {2}, max_new_tokens=6).answers
+    got = decode(parts, prompts, {2}, max_new_tokens=6).answers
     parts.virtual_tokens = None
-    without = generate(parts, prompts, {2}, max_new_tokens=6).answers
+    without = decode(parts, prompts, {2}, max_new_tokens=6).answers
     assert got != without
 
     reference = peft_prefix(family, model.slzo_prefix.encoder.embedding.weight)

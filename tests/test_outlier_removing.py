@@ -177,7 +177,7 @@ def test_every_source_of_prompts_gives_the_same_layer(model, source, loaded):
     texts = SOURCES[source]()
     assert len(texts) >= 10
     encoded = [
-        prompt_alone(number, encoder.encode_prompt(Example(str(number), text, ()), max_new_tokens=1))
+        prompt_alone(number, encoder.encode_prompt(Example(str(number), text, ()), max_new_tokens=1).ids)
         for number, text in enumerate(texts)
     ]
     layers = profile_layers(parts, [pack(encoded[start : start + 16]) for start in range(0, len(encoded), 16)])

@@ -32,7 +32,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_alone
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, TrainBatch
-from slzo.evaluation.decoding import VariedLayers
+from slzo.evaluation.decoder import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer, Decoding, answer_text
 from slzo.evaluation.sampling import Sampling, sample_key

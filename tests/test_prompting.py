@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.chat import TEMPLATES, ChatEncoder
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import Pair
@@ -52,7 +52,7 @@ def engine_texts(checkpoint, model_dir):
     parts = ModelParts(load_model(str(model_dir)))
 
     def text(parts):
-        (answer,) = generate(parts, [ids], {tokenizer.eos_token_id}, max_new_tokens=LENGTH).answers
+        (answer,) = decode(parts, [ids], {tokenizer.eos_token_id}, max_new_tokens=LENGTH).answers
         return tokenizer.decode(answer, skip_special_tokens=True).rstrip("\n")
 
     untuned = text(parts)
@@ -263,7 +263,7 @@ def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path)
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}])
 def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
     tokenizer, model, ids = make_tokenizer(), tiny_model(), [5, 6, 7]
-    (made,) = generate(ModelParts(tiny_model()), [ids], {2}, max_new_tokens=LENGTH).answers
+    (made,) = decode(ModelParts(tiny_model()), [ids], {2}, max_new_tokens=LENGTH).answers
     text = tokenizer.decode(made, skip_special_tokens=True)
     model.generation_config.update(**settings)
 

@@ -17,7 +17,7 @@ from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, TrainBatch
 from slzo.datamodule import TaskDataModule
-from slzo.evaluation.decoding import generate
+from slzo.evaluation.decoding import decode
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text
 from slzo.evaluation.rewarding import answer_batch
@@ -477,7 +477,7 @@ def test_an_answer_depends_on_its_key_alone():
     keys = [sample_key(3, 1, f"r{number}", 0) for number in range(3)]
 
     def drawn(parts, prompts, keys):
-        return generate(parts, prompts, {2}, max_new_tokens=6, sampling=Sampling(1.0, tuple(keys))).answers
+        return decode(parts, prompts, {2}, max_new_tokens=6, sampling=Sampling(1.0, tuple(keys))).answers
 
     parts, padded = ModelParts(tiny_model()), ModelParts(tiny_model(), packed=False)
     whole = drawn(parts, prompts, keys)
@@ -491,7 +491,7 @@ def test_an_answer_depends_on_its_key_alone():
 def test_stop_texts_of_several_tokens_end_an_answer():
     tokenizer, model = make_tokenizer(), tiny_model()
     parts, prompt = ModelParts(model), [5, 6, 7]
-    long = generate(parts, [prompt], set(), max_new_tokens=12).answers[0]
+    long = decode(parts, [prompt], set(), max_new_tokens=12).answers[0]
     text = tokenizer.decode(long, skip_special_tokens=True)
     stop = text[4:7]
     row = Row(Example("1", "p", ()), prompt_alone(0, tuple(prompt)), 0, tuple(prompt))
@@ -527,9 +527,7 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
     losses = loss.at([Point(z, 0.5), Point(z, -0.5)])
     for scale, found in zip((0.5, -0.5), losses.tolist(), strict=True):
         tensors.write(Point(z, scale))
-        made = [
-            generate(stepper.model.parts, [row.prompt], {2}, max_new_tokens=5).answers[0] for row in batch_of().rows
-        ]
+        made = [decode(stepper.model.parts, [row.prompt], {2}, max_new_tokens=5).answers[0] for row in batch_of().rows]
         texts = [answer_text(make_tokenizer(), ids, ()) for ids in made]
         assert found == pytest.approx(-sum(len(text) / 100 for text in texts) / 5, rel=1e-5)
     (report,) = reports  # on both points

@@ -158,7 +158,7 @@ def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objectiv
     found = estimate_at(model, batch_loss(model, examples, objective), scale=0.5)
     assert found.finite
     assert all(part.isfinite().all() for part in found.gradient.values())
-    logits = needed_logits(model.parts, pack(examples), 0, None)
+    logits = needed_logits(model.parts, pack(examples))
     total, weight = objective.row_losses(logits, pack(examples), False).sum()
     assert found.loss == pytest.approx(float(total / weight), rel=1e-4)
     if not isinstance(objective, CandidateErrors):  # the errors may be the same at all points

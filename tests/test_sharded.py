@@ -13,9 +13,8 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states, needed_logits
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
@@ -50,10 +49,11 @@ def seen(folder):
     rank, found = distributed.get_rank(), {}
     group = ShardGroup(CPU)
     whole = load_model(folder)
-    model = load_sharded(folder, "float32", False, group, CPU)
-    found["share"] = placement_of(model).share
+    model, placement = load_sharded(folder, "float32", False, group, CPU)
+    found["share"] = placement.share
     found["absent"] = all(p.is_meta for p in model.model.layers.parameters())
-    parts, plain = split_and_verify(model, onednn=Engine().onednn), ModelParts(whole, onednn=False)
+    parts = split_and_verify(model, onednn=Engine().onednn, placement=placement)
+    plain = ModelParts(whole, onednn=False)
     rows = [[5, 9, 3, 7, 8][: 3 + rank], [11, 4, 6, 2]]
     batch = pack([EncodedExample(number, (EncodedSequence(tuple(row), 1),), ()) for number, row in enumerate(rows)])
     expected = needed_logits(plain, batch)
@@ -61,26 +61,27 @@ def seen(folder):
     for number in range(1 + 3 * rank):  # rank 0 is done after one pass
         start = number % 3
         hidden = plain.run(batch, 0, start) if start else None
-        worst = max(worst, float((needed_logits(parts, batch, start, hidden) - expected).abs().max()))
+        logits = parts.head(final_states(parts, batch, start, hidden)[0])
+        worst = max(worst, float((logits - expected).abs().max()))
     group.barrier()
     found["error"] = worst
     start, gathered = plain.num_layers - 2, []
     for _ in range(3):
-        needed_logits(parts, batch, start, plain.run(batch, 0, start))
+        final_states(parts, batch, start, plain.run(batch, 0, start))
         gathered.append(group.num_bytes)
     group.barrier()
     found["last layers stay"] = gathered[1:] == gathered[:1] * 2
-    same = [torch.equal(value, whole.get_parameter(name)) for name, value in placement_of(model).values(model)]
+    same = [torch.equal(value, whole.get_parameter(name)) for name, value in placement.values(model)]
     found["values"] = all(same) and len(same) == len(list(whole.parameters()))
-    found |= loaded_again(model, whole)
+    found |= loaded_again(model, placement, whole)
     found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
     group.barrier()
     return found
 
 
-def loaded_again(model, whole):
+def loaded_again(model, placement, whole):
     """Load a layer, put it back unchanged, load it again, change it, and put it back."""
-    placement, layer = placement_of(model), model.model.layers[LAYER]
+    layer = model.model.layers[LAYER]
     placement.load_layers([LAYER])
     own = dict(layer.named_parameters())
     loaded = all(torch.equal(own[name], value) for name, value in whole.model.layers[LAYER].named_parameters())

@@ -10,7 +10,7 @@ from slzo.batches.packing import Block, pack
 from slzo.data.batch import TrainBatch
 from slzo.models import startup_check
 from slzo.models.parts import ModelParts
-from slzo.models.placement import Placement, set_placement
+from slzo.models.placement import Placement
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop
@@ -104,11 +104,11 @@ def test_a_derivative_needs_parameters_of_the_model():
 
 def test_a_plan_without_prompts_runs_nothing():
     """So tasks that generate nothing run with layers on another GPU, where answers cannot be generated."""
-    parts, calls = ModelParts(tiny_model(), onednn=False), []
-    model, elsewhere = tuned_layer(parts, 2), Placement()
-    elsewhere.elsewhere = "layers 0 and 1 on cuda:1"
+    placement, calls = Placement(), []
+    placement.elsewhere = "layers 0 and 1 on cuda:1"
+    parts = ModelParts(tiny_model(), onednn=False, placement=placement)
+    model = tuned_layer(parts, 2)
     parts.layers[0].register_forward_hook(lambda *_: calls.append(0))
-    set_placement(parts.model, elsewhere)
     model.plan_prefix([])
     with pytest.raises(
         SlzoError, match=r"model\.device_map: layers 0 and 1 on cuda:1; answers are generated on one GPU"

@@ -28,7 +28,8 @@ from options import command, option, parse
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
-from slzo.evaluation.decoding import CachedPrompts, VariedLayers, generate
+from slzo.evaluation.decoder import CachedPrompts, VariedLayers
+from slzo.evaluation.decoding import decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
@@ -66,7 +67,7 @@ def make_prompts(options: Options) -> list[list[list[int]]]:
     encoder = Encoder(load_tokenizer(options.model))
     ids: list[int] = []
     for example in RowSource(task).read("train").examples:
-        ids += encoder.encode_prompt(example)
+        ids += encoder.encode_prompt(example).ids
         if len(ids) >= options.rounds * options.batch_size * options.prompt_tokens:
             break
     rows = [ids[start : start + options.prompt_tokens] for start in range(0, len(ids), options.prompt_tokens)]
@@ -93,7 +94,7 @@ class Step:
         tuned, span = self.tuned_model, self.tuned_model.span
         states = tuned.prompt_states
         with tuned.tensors.live_points(points) as write:
-            return generate(
+            return decode(
                 self.parts,
                 prompts,
                 set(),

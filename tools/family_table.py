@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.models.logits import needed_logits
+from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
@@ -139,7 +139,8 @@ def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
     plain = torch.cat(expected)
     batch, errors = pack(examples), []
     for layer in range(parts.num_layers):
-        ours = needed_logits(parts, batch, layer, parts.run(batch, 0, layer) if layer else None)[batch.token_needed]
+        below = parts.run(batch, 0, layer) if layer else None
+        ours = parts.head(final_states(parts, batch, layer, below)[0])[batch.token_needed]
         errors.append(float((ours - plain).abs().max() / plain.abs().max()))
     return max(errors)
 

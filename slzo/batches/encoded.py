@@ -26,6 +26,19 @@ class EncodedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt alone.
+
+    Attributes:
+        ids: Its token ids, after the special tokens that the tokenizer adds in front.
+        cut: Whether it was too long, so that ids are missing.
+    """
+
+    ids: tuple[int, ...]
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedExample:
     """All candidates of one example.
 
@@ -33,11 +46,13 @@ class EncodedExample:
         index: Number of the example, unique over the splits of a data set. It is the key of the prefix cache.
         sequences: One sequence per candidate, in the task's order.
         gold: Numbers of the right candidates, as in :class:`slzo.tasks.base.Example`.
+        num_cut: Number of sequences that were too long, so that ids are missing.
     """
 
     index: int
     sequences: tuple[EncodedSequence, ...]
     gold: tuple[int, ...]
+    num_cut: int = 0
 
     @property
     def num_tokens(self) -> int:

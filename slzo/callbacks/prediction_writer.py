@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.models.placement import placement_of
 from slzo.module import zo_module
 from slzo.utils.console import say
 from slzo.utils.files import output_file, replacing
@@ -34,7 +33,7 @@ class PredictionWriter(Callback):
         self._records.extend(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        placement_of(zo_module(pl_module).parts.model).barrier()
+        zo_module(pl_module).parts.placement.barrier()
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else self.output

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedPrompt, EncodedSequence
 from slzo.data.encoding import Encoder
 from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.tasks.messages import ChatFormat, Message
@@ -85,24 +85,25 @@ class ChatEncoder(Encoder):
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
     ) -> EncodedExample:
-        ids, counts = self._fit(example, self._solved(demonstrations), _answer(example), self.max_length)
+        ids, counts, cut = self._fit(example, self._solved(demonstrations), _answer(example), self.max_length)
         if True not in counts:
             raise RowError(f"{example.location}: the chat template leaves nothing of the answer; change either")
         first = counts.index(True)
         mask = tuple(counts[first:])
         sequence = EncodedSequence(tuple(ids), len(mask), None if all(mask) else mask)
-        return EncodedExample(index, (sequence,), example.gold)
+        return EncodedExample(index, (sequence,), example.gold, int(cut))
 
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS
-    ) -> tuple[int, ...]:
+    ) -> EncodedPrompt:
         room = self.max_length - max_new_tokens
         if room < 1:
             raise SlzoError(
                 f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
                 f"{self.length_advice}, or lower data.task.max_new_tokens"
             )
-        return tuple(self._fit(example, self._solved(demonstrations), None, room)[0])
+        ids, _, cut = self._fit(example, self._solved(demonstrations), None, room)
+        return EncodedPrompt(tuple(ids), cut)
 
     def _solved(self, demonstrations: Sequence[Example]) -> list[_Turn]:
         """Return the turns of demonstrations, without their system prompts."""
@@ -114,15 +115,15 @@ class ChatEncoder(Encoder):
 
     def _fit(
         self, example: Example, shown: Sequence[_Turn], answer: str | None, room: int
-    ) -> tuple[list[int], list[bool]]:
-        """Return the tokens of the longest version of a conversation that fits, and which of them are trained on.
+    ) -> tuple[list[int], list[bool], bool]:
+        """Return the tokens of the longest version of a conversation that fits, which are trained on, and whether it was cut.
 
         The turns of ``shown`` come after the system prompt. Without an answer, the tokens are those of the prompt alone.
         """
         own = [_Turn(message, scored=self.chat.turns == "all") for message in example.messages]
         front = sum(turn.message.is_system for turn in own[:1])
         try:
-            ids, counts = self._longest((*own[:front], *shown, *own[front:]), answer, room)
+            ids, counts, cut = self._longest((*own[:front], *shown, *own[front:]), answer, room)
         except ValueError as error:  # of the template
             raise RowError(f"{example.location}: {error}; give rows that it supports, or another template") from error
         if len(ids) > room:
@@ -131,27 +132,26 @@ class ChatEncoder(Encoder):
                 f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, and "
                 f"{room} are available; {self.length_advice}, or leave out the example"
             )
-        return ids, counts
+        return ids, counts, cut
 
-    def _longest(self, turns: tuple[_Turn, ...], answer: str | None, room: int) -> tuple[list[int], list[bool]]:
-        """Return the longest version that fits, or the shortest one if none does."""
+    def _longest(self, turns: tuple[_Turn, ...], answer: str | None, room: int) -> tuple[list[int], list[bool], bool]:
+        """Return the longest version that fits, or the shortest one if none does, and whether it is not the whole one."""
         ids, counts = self._tokens(turns, answer)
         if len(ids) <= room:
-            return ids, counts
-        self.num_shortened += 1
+            return ids, counts, False
         versions = _shorter_versions(turns)
         place = bisect_left(versions, True, key=lambda each: len(self._tokens(each, answer)[0]) <= room)
         if place < len(versions):
-            return self._tokens(versions[place], answer)
+            return (*self._tokens(versions[place], answer), True)
         # the last turn alone is too long: keep as much of its end as fits
         *others, last = versions[-1]
         text = last.message.content
 
-        def cut(kept: int) -> tuple[list[int], list[bool]]:
-            end = Message(last.message.role, text[len(text) - kept :])
-            return self._tokens((*others, _Turn(end, scored=False)), answer)
+        def end(kept: int) -> tuple[list[int], list[bool]]:
+            message = Message(last.message.role, text[len(text) - kept :])
+            return self._tokens((*others, _Turn(message, scored=False)), answer)
 
-        return cut(bisect_left(range(1, len(text) + 1), True, key=lambda kept: len(cut(kept)[0]) > room))
+        return (*end(bisect_left(range(1, len(text) + 1), True, key=lambda kept: len(end(kept)[0]) > room)), True)
 
     def _tokens(self, conversation: tuple[_Turn, ...], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""

@@ -1,12 +1,13 @@
 """Tokenization of prompts with answers: which tokens belong to the answer, and the truncation of long prompts."""
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.chunks import num_common
-from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedPrompt, EncodedSequence
 from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.utils.errors import RowError, SlzoError
 
@@ -30,7 +31,6 @@ class Encoder:
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
 
     Attributes:
-        num_shortened: Number of sequences that were too long so far.
         num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
         limited_by_model: Whether ``max_length`` is all that the model takes.
         note: Sentence for the log if conversations are put in a template that is not the tokenizer's, else ``None``.
@@ -47,10 +47,17 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.num_shortened = 0
         self.num_embeddings: int | None = None
         self.limited_by_model = False
         self._num_front, self._num_back = _num_specials(tokenizer)
+
+    def limited_to(self, max_length: int, num_embeddings: int | None, by_model: bool) -> Self:
+        """Return the same encoder with the limits of a model; ``by_model`` says whether ``max_length`` is one of them."""
+        limited = copy.copy(self)
+        limited.max_length = max_length
+        limited.num_embeddings = num_embeddings
+        limited.limited_by_model = by_model
+        return limited
 
     @property
     def length_advice(self) -> str:
@@ -81,16 +88,18 @@ class Encoder:
             texts += [front + text for text in texts[1:]]
         prompt, *answers = self._tokenize(texts)
         finals = answers[len(candidates) :] if front else answers
-        sequences = []
+        sequences, num_cut = [], 0
         for candidate, answer, final in zip(candidates, answers, finals, strict=False):
             count = _num_answer(prompt, answer, len(example.prompt))
             self._check_answer(example, candidate, count, len(answer.ids))
-            sequences.append(EncodedSequence(self._cut(final.ids, self.max_length), count))
-        return EncodedExample(index, tuple(sequences), gold)
+            ids, cut = self._cut(final.ids, self.max_length)
+            sequences.append(EncodedSequence(ids, count))
+            num_cut += cut
+        return EncodedExample(index, tuple(sequences), gold, num_cut)
 
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS
-    ) -> tuple[int, ...]:
+    ) -> EncodedPrompt:
         """Encode the prompt for generation, with at most ``max_length - max_new_tokens`` tokens.
 
         Raises:
@@ -102,7 +111,8 @@ class Encoder:
                 f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
                 f"{self.length_advice}"
             )
-        return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
+        whole = self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0]
+        return EncodedPrompt(*self._cut(whole.ids, room))
 
     def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")
@@ -121,12 +131,12 @@ class Encoder:
                 f" including the one before it; {self.length_advice}, or leave out the example"
             )
 
-    def _cut(self, ids: list[int], length: int) -> tuple[int, ...]:
+    def _cut(self, ids: list[int], length: int) -> tuple[tuple[int, ...], bool]:
+        """Return at most ``length`` ids, and whether others are missing."""
         if len(ids) <= length:
-            return tuple(ids)
-        self.num_shortened += 1
+            return tuple(ids), False
         kept = length - self._num_front
-        return (*ids[: self._num_front], *ids[len(ids) - kept :])
+        return (*ids[: self._num_front], *ids[len(ids) - kept :]), True
 
     def _tokenize(self, texts: list[str]) -> list[_Tokens]:
         is_fast = self.tokenizer.is_fast

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slzo.batches.chunks import chunk_by_tokens
-from slzo.batches.encoded import prompt_alone
+from slzo.batches.encoded import EncodedPrompt, prompt_alone
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import Row
 from slzo.data.encoding import Encoder
@@ -41,26 +41,28 @@ def encode_rows(
     """
     found: list[Row] = []
     bad = BadRows(skip_bad_rows)
-    encoder.num_shortened = 0
+    num_cut = 0
     for place, example in numbered:
         try:
-            prompt: tuple[int, ...] = ()
+            prompt = EncodedPrompt((), cut=False)
             if generates or not example.candidates:
                 prompt = encoder.encode_prompt(example, demonstrations, max_new_tokens if generates else 1)
             if example.candidates:
                 encoded = encoder.encode(example, first_key + place, demonstrations, only_gold)
             else:
-                encoded = prompt_alone(first_key + place, prompt)
-            _check_tokens(example, (prompt, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings)
-            found.append(Row(example, encoded, place, prompt if generates else ()))
+                encoded = prompt_alone(first_key + place, prompt.ids)
+            _check_tokens(
+                example, (prompt.ids, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings
+            )
+            found.append(Row(example, encoded, place, prompt.ids if generates else ()))
+            num_cut += prompt.cut + encoded.num_cut
         except RowError as error:
             bad.add(error)
     if note := bad.report(len(found), f"the {split} split"):
         say(note)
-    if encoder.num_shortened:
+    if num_cut:
         warn(
-            f"data.max_length {encoder.max_length}: {encoder.num_shortened} sequences of {split} rows are longer, and "
-            f"{encoder.shortening}"
+            f"data.max_length {encoder.max_length}: {num_cut} sequences of {split} rows are longer, and {encoder.shortening}"
         )
     return found
 
@@ -83,7 +85,7 @@ def prompt_batches(encoder: Encoder, examples: Sequence[Example], skip_bad_rows:
     bad = BadRows(skip_bad_rows)  # they are reported when the split is encoded
     for example in examples:
         try:
-            prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
+            prompts.append(encoder.encode_prompt(example, max_new_tokens=1).ids)
         except RowError as error:
             bad.add(error)
     chunks = chunk_by_tokens([*map(len, prompts)], _PROMPT_TOKENS, _PROMPTS)

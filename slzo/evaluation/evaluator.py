@@ -14,14 +14,14 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import CachedPrompts, EnteringStates, VariedLayers, generate
+from slzo.evaluation.decoder import CachedPrompts, EnteringStates, VariedLayers
+from slzo.evaluation.decoding import decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardedAnswers
 from slzo.tasks.base import Example, Kind, Task
@@ -124,7 +124,7 @@ class Evaluator:
     ) -> list[Answer]:
         """Generate answers to the rows at several points, all together; return those of one point after the other.
 
-        ``sampling`` has one key per answer; ``None`` takes the most likely tokens. For ``entering`` see :func:`generate`; its
+        ``sampling`` has one key per answer; ``None`` takes the most likely tokens. For ``entering`` see :func:`decode`; its
         prompts are the different rows, in order.
         """
         distinct = {row.encoded.index: row for row in rows}
@@ -151,9 +151,9 @@ class Evaluator:
         entering: EnteringStates | None = None,
         gold: Sequence[EncodedExample] | None = None,
     ) -> tuple[list[Answer], Tensor | None]:
-        """Generate answers to rows, which have these keys in the cache, see :func:`generate`; and the loss of ``gold``."""
+        """Generate answers to rows, which have these keys in the cache, see :func:`decode`; and the loss of ``gold``."""
         tokenizer, stop = self.tokenizer, self.decoding.stop
-        decoded = generate(
+        decoded = decode(
             self.parts,
             [row.prompt for row in rows],
             stop_tokens(tokenizer, self.parts.model, stop),
@@ -297,5 +297,5 @@ def score_rows(
         score.update(moved, outcome)
         if seen is not None:
             seen(moved, outcome)
-    placement_of(evaluator.parts.model).barrier()
+    evaluator.parts.placement.barrier()
     return {name: float(value) for name, value in score.compute().items()}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from slzo.batches.layout import group_by_length
 from slzo.models.attention import VIRTUAL_ARGUMENT, KeyValues, masked_attention, visible, with_virtual_tokens
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.utils.errors import SlzoError
 
 _MIN_GROWTH = 4  # slots by which a full buffer grows at least
@@ -146,7 +145,7 @@ def check_places(parts: ModelParts) -> None:
     Raises:
         SlzoError: Some layers run on another device.
     """
-    if elsewhere := placement_of(parts.model).elsewhere:
+    if elsewhere := parts.placement.elsewhere:
         raise SlzoError(
             f"model.device_map: {elsewhere}; answers are generated on one GPU; put the other layers on cpu or disk"
         )

@@ -47,7 +47,7 @@ def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
         **option_settings(trials.options, rows),
         **reward,
         **data.hashes(),
-        "weights": Fingerprint.of(trials.parts.model).short_hash(),
+        "weights": Fingerprint.of(trials.parts.model, trials.parts.placement).short_hash(),
     }
 
 

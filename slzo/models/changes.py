@@ -7,7 +7,6 @@ from typing import Self
 from slzo.models.adapters import Adapter
 from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.models.quantization import method_of
 
 
@@ -41,8 +40,8 @@ class ModelChanges:
 
         ``layers_to_change`` is called only if layers are elsewhere or quantized.
         """
-        model = self.parts.model
-        if not (placement := placement_of(model)).is_here:
+        model, placement = self.parts.model, self.parts.placement
+        if not placement.is_here:
             layers = layers_to_change()
             placement.load_layers(layers)
             self._undo.callback(placement.return_layers, layers)

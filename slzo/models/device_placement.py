@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from slzo.models.decoder_layers import layer_of
 from slzo.models.device_map import DISK, DeviceMapOptions, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_config, load_model
-from slzo.models.placement import Placement, set_placement
+from slzo.models.placement import HERE, Placement
 from slzo.models.shape import skeleton_of
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
@@ -38,21 +38,13 @@ class DevicePlacement(Placement):
         model: The model; its layers are where ``places`` says, without values if on disk.
         places: Device of each layer.
         stored: Weights of the layers on disk, by their names in the model; read on access.
-        folder: Temporary folder to keep as long as the model; ``None`` if there is none.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        places: LayerPlaces,
-        stored: Mapping[str, Tensor],
-        folder: TemporaryDirectory[str] | None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, places: LayerPlaces, stored: Mapping[str, Tensor]) -> None:
         self.places = places
         self.offloads, self.elsewhere = bool(places.offloaded), places.describe() if places.elsewhere else ""
         self._layers = model.get_submodule(places.path)
         self._stored = stored
-        self._folder = folder
         self._skip_keys = [*arguments_of_any_device(model), VIRTUAL_ARGUMENT]
         self._weights: dict[int, Mapping[str, Tensor]] = {}
         self._handles: dict[int, list[RemovableHandle]] = {}
@@ -163,8 +155,8 @@ class _Visitor:
 
 def load_with_device_map(
     name: str, dtype: DType, trust_remote_code: bool, options: DeviceMapOptions, main: torch.device
-) -> PreTrainedModel:
-    """Load a frozen causal language model with a device map; see :func:`slzo.models.load.load_model`.
+) -> tuple[PreTrainedModel, Placement]:
+    """Load a frozen causal language model with a device map, and place its layers; see :func:`slzo.models.load.load_model`.
 
     ``main`` is the main device, as for :meth:`DeviceMapOptions.places`.
 
@@ -184,14 +176,14 @@ def load_with_device_map(
         device_map=places.of_modules(skeleton),
         offload_folder=None if folder is None else folder.name,
     )
+    if folder is not None:
+        finalize(model, folder.cleanup)  # the model reads it, also without its placement
     stored = _stored(model) if DISK in places.places else {}
     remove_hook_from_module(model, recurse=True)  # they are per linear map, and break copies of a layer
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward  # left by the hooks; a copy of the module would run the original
-    if places.away:
-        set_placement(model, DevicePlacement(model, places, stored, folder))
-    return model
+    return model, DevicePlacement(model, places, stored) if places.away else HERE
 
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from slzo.models.placement import placement_of
+from slzo.models.placement import HERE, Placement
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
@@ -59,11 +59,11 @@ class Fingerprint:
     tuned: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """Compute the fingerprint of a model; ``tuned`` is empty."""
+    def of(cls, model: PreTrainedModel, placement: Placement = HERE) -> Self:
+        """Compute the fingerprint of a model, whose layers are as ``placement`` says; ``tuned`` is empty."""
         method = method_of(model)
         if method is None:
-            some = {name: _sample(tensor).clone() for name, tensor in placement_of(model).values(model)}
+            some = {name: _sample(tensor).clone() for name, tensor in placement.values(model)}
             dtypes = [dtype for dtype in _DTYPES if all(part.dtype in (torch.float32, dtype) for part in some.values())]
             sample = {
                 _name(dtype): hash_tensors((name, part.to(dtype)) for name, part in some.items()) for dtype in dtypes

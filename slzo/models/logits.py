@@ -6,7 +6,6 @@ from torch import Tensor
 from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.models.recorded import can_run_last_tokens, keys_and_values
 
 # Queries, keys and values of the last tokens are computed twice. One layer of SmolLM2-135M takes 0.84 of the time with a share of
@@ -14,16 +13,9 @@ from slzo.models.recorded import can_run_last_tokens, keys_and_values
 _LARGEST_SHARE = 0.7
 
 
-def needed_logits(parts: ModelParts, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None) -> Tensor:
-    """Run layer ``start`` and all above; return the logits at the needed positions, shape (U, vocabulary), float32.
-
-    Args:
-        parts: The model.
-        batch: The batch.
-        start: The first layer.
-        hidden: States that enter it, shape (T, hidden); not needed for ``start == 0``.
-    """
-    return parts.head(final_states(parts, batch, start, hidden)[0])
+def needed_logits(parts: ModelParts, batch: PackedBatch) -> Tensor:
+    """Run a batch; return the logits at the needed positions, shape (U, vocabulary), float32."""
+    return parts.head(final_states(parts, batch, 0, None)[0])
 
 
 def last_layer_share(parts: ModelParts, batch: PackedBatch) -> float:
@@ -55,7 +47,7 @@ def final_states(
         return final.index_select(1, batch.needed)
     last = stop - 1
     entering = hidden if start == last and hidden is not None else parts.run(tokens, start, last, hidden)
-    with placement_of(parts.model).visit(last):
+    with parts.placement.visit(last):
         return states_at_needed(parts, batch, last, stop, entering, num_points)
 
 

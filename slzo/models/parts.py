@@ -13,6 +13,7 @@ from slzo.batches.packing import TokenBatch
 from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, Attend, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.linear import onednn_is_faster
+from slzo.models.placement import HERE, Placement
 from slzo.models.quantization import is_plain
 from slzo.models.views import Decoder, Views
 from slzo.utils.errors import SlzoError
@@ -45,6 +46,7 @@ class ModelParts:
             transformers' attention interface are always padded.
         onednn: Run linear layers through oneDNN while autograd is off (see :mod:`slzo.models.linear`); ``None`` decides by timing
             both.
+        placement: Where the layers are, as returned with the model by what loaded it.
 
     Attributes:
         virtual_tokens: Keys and values that every sequence sees before its tokens, see :meth:`rebuilt`; at first ``None``.
@@ -53,8 +55,15 @@ class ModelParts:
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        packed: bool = True,
+        onednn: bool | None = None,
+        placement: Placement = HERE,
+    ) -> None:
         self.model = model
+        self.placement = placement
         self.virtual_tokens: VirtualTokens | None = None
         self.limits = Limits()
         self.layers_path, self.layers = find_decoder_layers(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -59,15 +58,5 @@ class Placement:
         """
 
 
-_HERE = Placement()
-_PLACED: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
-
-
-def set_placement(model: nn.Module, placement: Placement) -> None:
-    """Let a placement manage the layers of a model from now on."""
-    _PLACED[model] = placement
-
-
-def placement_of(model: nn.Module) -> Placement:
-    """Return the placement of a model."""
-    return _PLACED.get(model, _HERE)
+HERE = Placement()
+"""Placement of a model whose layers are all on its main device."""

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from slzo.batches.packing import TokenBatch
 from slzo.models.attention import KeyValues, packed_attention_forward
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 
 
 def can_run_last_tokens(parts: ModelParts) -> bool:
     """Return whether layers of a model can run for some tokens, with the recorded keys and values of the others."""
-    return parts.packed and parts.virtual_tokens is None and not placement_of(parts.model).elsewhere
+    return parts.packed and parts.virtual_tokens is None and not parts.placement.elsewhere
 
 
 def recorded(

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from slzo.models.decoder_layers import find_decoder_layers, layer_of
 from slzo.models.engine import DType
 from slzo.models.load import load_model
-from slzo.models.placement import Placement, placement_of, set_placement
+from slzo.models.placement import Placement
 from slzo.models.quantization import is_plain
 from slzo.models.shard_group import MOST_IDLE, ShardGroup
 from slzo.utils.console import say
@@ -173,8 +173,8 @@ def _move_rest(model: nn.Module, main: torch.device) -> None:
 
 def load_sharded(
     name: str, dtype: DType, trust_remote_code: bool, group: ShardGroup, main: torch.device
-) -> PreTrainedModel:
-    """Load a frozen causal language model whose layers are divided over processes. A collective call.
+) -> tuple[PreTrainedModel, ShardedLayers]:
+    """Load a frozen causal language model and divide its layers over processes. A collective call.
 
     For arguments see :func:`slzo.models.load.load_model`. Each process reads the whole model into CPU memory, or maps it if its
     files have this type, and keeps its share of each layer on ``main``.
@@ -184,18 +184,16 @@ def load_sharded(
     """
     model = load_model(name, dtype, trust_remote_code)
     placement = ShardedLayers(model, group, main)
-    set_placement(model, placement)
     say(f"Layers     divided over {group.world_size} processes, {placement.share:.0%} of their weights here")
-    return model
+    return model, placement
 
 
-def check_shard_group(model: nn.Module, group: ShardGroup | None) -> None:
+def check_shard_group(placement: Placement, group: ShardGroup | None) -> None:
     """Check that the processes that share the layers of a model, if any do, are those of the trainer.
 
     Raises:
         SlzoError: They belong to another trainer.
     """
-    placement = placement_of(model)
     if isinstance(placement, ShardedLayers) and placement.group is not group:
         raise SlzoError(
             "trainer.strategy: the layers of this model are divided over the processes of another trainer; use that trainer, or "

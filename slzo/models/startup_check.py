@@ -20,6 +20,7 @@ from slzo.models.attention import packed_attention_forward
 from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
+from slzo.models.placement import HERE, Placement
 from slzo.models.quantization import method_of
 from slzo.models.twin import rope_entries, tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
@@ -49,7 +50,9 @@ _LONG: _Rows = ((9, (3, 2)), (28, (2,)), (11, (2,)), (38, (1, 1)))
 _CHANGED = 1
 
 
-def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> ModelParts:
+def split_and_verify(
+    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, placement: Placement = HERE
+) -> ModelParts:
     """Split a model into parts and check that they compute the same as the whole model.
 
     The arguments are those of :class:`ModelParts`. If packed attention gives wrong results, the model keeps its own attention
@@ -84,7 +87,7 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     for without_padding in (True, False) if packed else (False,):
         try:
             longest = twin.longest(without_padding)
-            parts = ModelParts(model, without_padding, onednn)
+            parts = ModelParts(model, without_padding, onednn, placement)
             selects_tokens = _check_model(parts, expected)
             parts.limits = Limits(longest, selects_tokens, parts.packed or twin.allows_left_padding())
         except _NOT_OF_THE_MODEL:

@@ -62,14 +62,13 @@ class Pair:
             prompt = replace(prompt, prompt=prompt.prompt.strip(" "))
         elif not prompt.messages:
             prompt = replace(prompt, messages=self.chat.with_system((Message("user", prompt.prompt),)))
-        self._encoder.num_shortened = 0
-        ids = self._encoder.encode_prompt(prompt, max_new_tokens=0)
-        if self._encoder.num_shortened:
+        encoded = self._encoder.encode_prompt(prompt, max_new_tokens=0)
+        if encoded.cut:
             warn(
                 f"the prompt is longer than the {self.prompt_length} tokens that data.max_length of the run leaves for prompts, "
                 "and is cut as in slzo predict"
             )
-        return ids
+        return encoded.ids
 
     @cached_property
     def _encoder(self) -> Encoder:

@@ -14,6 +14,7 @@ from slzo.checkpoints.note import check_commit
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.models.placement import HERE, Placement
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
@@ -52,6 +53,7 @@ def load_parts(
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
+    placement: Placement = HERE
     if loaded is not None:
         if shard_group is not None:
             raise SlzoError(
@@ -59,15 +61,15 @@ def load_parts(
             )
         model = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     elif shard_group is not None:
-        model = load_sharded(*common, shard_group, device)
+        model, placement = load_sharded(*common, shard_group, device)
     elif options.device_map is not None:
-        model = load_with_device_map(*common, options.device_map, device)
+        model, placement = load_with_device_map(*common, options.device_map, device)
     else:
         model = load_model(*common, options.quantization, device=device)
         if options.quantization is None and model.device != device:
             model = model.to(device)  # type: ignore[arg-type]
     engine = options.engine
-    parts = split_and_verify(cast("Any", model), engine.packed, engine.onednn)
+    parts = split_and_verify(cast("Any", model), engine.packed, engine.onednn, placement)
     if (agreed := broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
         parts = parts.rebuilt(parts.virtual_tokens, onednn=agreed)
     return parts

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from slzo.data.batch import EvalBatch, Row
-from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training.build import make_stepper
@@ -101,7 +100,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     passes = budget.passes
     kept = passes.test_before > 0 and not rows.generates("test")
     test, test_new = _time_scores(model, rows, "test", most, keep=kept)
-    placement_of(model.parts.model).barrier()  # the processes did not run the layers equally often
+    model.parts.placement.barrier()  # the processes did not run the layers equally often
     return RunTimes(
         step=step + _HOOKS_SECONDS,
         new_row=new_row,

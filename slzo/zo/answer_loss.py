@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slzo.data.batch import Row
-from slzo.evaluation.decoding import EnteringStates, VariedLayers
+from slzo.evaluation.decoder import EnteringStates, VariedLayers
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
@@ -22,7 +22,7 @@ from slzo.zo.tuned import AT_MASTERS, Gradient, Point
 
 @dataclass
 class BatchAnswerLoss(SummedLoss):
-    """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoding`.
+    """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoder`.
 
     It has no derivative. Estimators of a gradient get the policy gradient of the expected loss of sampled answers instead, see
     :mod:`slzo.zo.policy_gradient`.

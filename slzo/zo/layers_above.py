@@ -17,7 +17,6 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.logits import states_at_needed
 from slzo.models.parts import ModelParts
-from slzo.models.placement import placement_of
 from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded
 from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.tuned import TunedTensors
@@ -57,9 +56,8 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         return LayersAbove(positions, parts.run(batch, start, stop, hidden), over_all_tokens)
 
     last, final = batch.last_tokens, None
-    placement = placement_of(parts.model)
     # one more pass would read or gather all weights once more, unless they stay
-    if placement.offloads and stop - start > placement.num_kept:
+    if parts.placement.offloads and stop - start > parts.placement.num_kept:
         states_after, states = recorded(parts, batch, start, stop, hidden)
         final = states_after[last.positions]
     else:

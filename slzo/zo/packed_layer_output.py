@@ -74,35 +74,31 @@ class PackedLayerOutput(LayerOutput):
         objective: LogitLoss,
         max_tokens: int | None = None,
     ) -> None:
-        parts, span = forward.parts, forward.span
-        self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
-        self._selected = self.shifts_all_tokens = not objective.needs_vocabulary(batch)
-        self._above = layers_above(parts, span.stop, batch, output)
-        self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
-        here = output[batch.needed].float()
-        added = rms(here - entered[batch.needed].float())
-        least = max(_LEAST_SHARE, _LEAST_ROUNDINGS * torch.finfo(output.dtype).eps)
-        self.size = torch.maximum(added, least * rms(here)).clamp(min=_LEAST)
-        run = self._above.positions
-        self._needed = torch.searchsorted(run, batch.needed)
-        most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
-        self.points_at_once = max(1, most // run.numel())
-        self.num_layers_above = parts.num_layers - span.stop
-        self._likely: LikelyTokens | None = None
-        logits = self._logits(self._above.final[None])
-        self._unshifted = logits[0]
-        found = self._row_losses(logits)
-        self.sums = found.sum()
-        self.per_token = not self._selected and found.by_position is not None
-        if self.per_token:
+        parts, above = forward.parts, layers_above(forward.parts, forward.span.stop, batch, output)
+        needed = torch.searchsorted(above.positions, batch.needed)
+        selected = not objective.needs_vocabulary(batch)
+        unshifted = parts.head(above.final[needed], batch.choice_ids if selected else None)
+        found = checked_row_losses(objective, unshifted[None], batch, selected)
+        per_token = not selected and found.by_position is not None
+        if per_token:
             check_positions(objective, found, batch)
-        if not self._selected:
-            if found.likelihood_temperature is not None:
-                self._likely = LikelyTokens.of(logits[0], batch, found.likelihood_temperature)
-            computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
-            self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
-        self.whole_vocabulary = not self._selected and self._likely is None
-        self.term = torch.arange(len(here), device=here.device) if self.per_token else batch.needed_example
+        likely = None
+        if not selected and found.likelihood_temperature is not None:
+            likely = LikelyTokens.of(unshifted, batch, found.likelihood_temperature)
+        columns = unshifted.shape[1] if likely is None else likely.ids.shape[1]
+
+        self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
+        self._above, self._needed, self._likely = above, needed, likely
+        self._selected, self._unshifted = selected, unshifted
+        self.sums = found.sum()
+        self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
+        self.size = _size_of_added(entered[batch.needed], output[batch.needed])
+        self.per_token = per_token
+        self.term = torch.arange(len(needed), device=output.device) if per_token else batch.needed_example
+        self.num_layers_above = parts.num_layers - forward.span.stop
+        self.shifts_all_tokens = selected
+        self.whole_vocabulary = not selected and likely is None
+        self.points_at_once = _points_at_once(batch, len(above.positions), max_tokens, None if selected else columns)
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
@@ -155,3 +151,27 @@ class PackedLayerOutput(LayerOutput):
             return self._likely.logits(needed, head)
         ids = self._batch.choice_ids if self._selected else None
         return head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
+
+
+def _size_of_added(entered: Tensor, output: Tensor) -> Tensor:
+    """Return the root mean square of what a layer adds to states, see :attr:`LayerOutput.size`, or the least that counts."""
+    here = output.float()
+    least = max(_LEAST_SHARE, _LEAST_ROUNDINGS * torch.finfo(output.dtype).eps)
+    return torch.maximum(rms(here - entered.float()), least * rms(here)).clamp(min=_LEAST)
+
+
+def _points_at_once(batch: PackedBatch, num_run: int, max_tokens: int | None, columns: int | None) -> int:
+    """Return how many points run together.
+
+    Args:
+        batch: The batch.
+        num_run: Number of tokens that run at each point.
+        max_tokens: See :class:`PackedLayerOutput`.
+        columns: Number of logits of each needed position; ``None`` if they take little memory.
+    """
+    most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
+    points = max(1, most // num_run)
+    if columns is None:
+        return points
+    computed = batch.needed.numel() * columns
+    return min(points, max(computed, _FEWEST_LOGITS) // computed)

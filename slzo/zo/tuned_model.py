@@ -18,7 +18,6 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.peft_files import PeftFiles, lora_files
-from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
 from slzo.utils.errors import SlzoError
@@ -72,7 +71,7 @@ class TunedModel:
         if cache is None or cache.start != span.start:
             cache = PrefixCache(span.start, engine.cache_gb, engine.cache_dir)
         # weights on disk or another device should be read only once a step, so all points are evaluated together
-        self._offloads = placement_of(parts.model).offloads
+        self._offloads = parts.placement.offloads
         self.forward = SuffixForward(parts, span, cache, paired=self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
@@ -101,7 +100,7 @@ class TunedModel:
         if layer is not None:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
-        settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
+        settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model, parts.placement)
         with ModelChanges(parts) as changes:
             changes.make_tunable(partial(_changed_layers, scope, context))
             changes.add_adapter(scope.adapter(replace(context, parts=changes.parts)))
@@ -124,7 +123,7 @@ class TunedModel:
         Raises:
             SlzoError: The description is of another base model, or does not fit the model. The model is unchanged then.
         """
-        base = Fingerprint.of(parts.model)
+        base = Fingerprint.of(parts.model, parts.placement)
         base.check(description.get("base", {}))
         settings = description["adapter"]
         try:
