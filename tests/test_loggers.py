@@ -9,18 +9,22 @@ import pytest
 from helpers import error_line, run_dir, run_fit, summary
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import log_picture
 
 
 def test_tensorboard_has_one_score_before_and_one_after(options, once):
-    """And it shows the options next to the score after."""
+    """And it shows the options next to the score after, with the layer and the seed that were used."""
     once(run_fit, *options)
     events, scores = EventAccumulator(str(run_dir()), {"scalars": 0}).Reload(), summary()
     found = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test/accuracy")]
     assert found == [(0, scores["score_before"]), (8, scores["score_after"])]
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {"dominant_layer", "noise_seed"} <= set(shown)
+    assert shown["data.task"].string_value == "sst2"
 
 
 def test_scores_and_losses_are_ordinary_metrics_at_their_steps(options):

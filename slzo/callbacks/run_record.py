@@ -107,7 +107,7 @@ class RunRecord(Callback):
             return
         module = zo_module(pl_module)
         summary = finish(module.prepared, module.rows, self._outcome(trainer), folder_of(trainer))
-        _log_scores(trainer, summary["scores_after"], dict(module.hparams))
+        _log_scores(trainer, summary["scores_after"], {**module.hparams, **_options(trainer, module)})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
@@ -172,7 +172,7 @@ class RunRecord(Callback):
 
 
 def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str, Any] | None = None) -> None:
-    """Log the held-out scores at the current step; TensorBoard shows the final ones next to the options of the model."""
+    """Log the held-out scores at the current step; TensorBoard shows the final ones next to the options."""
     metrics = {f"test/{name}": value for name, value in scores.items()}
     for logger in trainer.loggers:
         if options is not None and isinstance(logger, TensorBoardLogger):
