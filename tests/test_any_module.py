@@ -105,3 +105,10 @@ def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
         take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
     assert torch.equal(flat(dict(model.named_parameters())), before)
     assert all(master.grad is None for master in tuned.masters)
+
+
+def test_a_loss_that_is_no_number_is_named():
+    tuned, _ = image_loss(cnn(), images())
+    request = Request(tuned, ClosureLoss(tuned, lambda: torch.ones(2)), seed=0, step=0, eps=1.0)
+    with pytest.raises(SlzoError, match=r"^the closure returned a tensor of shape \(2,\); return the mean loss"):
+        take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))

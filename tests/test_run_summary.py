@@ -409,7 +409,7 @@ FIRST_ORDER = (
     "slzo fit --config run/config.yaml --model.layer 3 --model.estimator Backprop --model.optimizer AdamW "
     "--model.optimizer.lr auto  # first order fits (about 1.25 GiB) and may learn more"
 )
-TOO_FEW = f"{SEARCH}too few validations to find the reason: compares learning rates"
+TOO_FEW = f"{SEARCH}too few validations to find the reason: try other learning rates"
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     search = _command("sweep", run, *options, python="ZOModule(optimizer=...)")
     if losses is None:
         needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
-        return f"{search}  # too few validations to find the reason: compares learning rates{needs}"
+        return f"{search}  # too few validations to find the reason: try other learning rates{needs}"
     if losses.rose:
         return f"{search}  # the learning rate may be too large"
     if not losses.fell:
         return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
     if change is not None and change.worse and change.shown:
         if run.layer is None:
-            return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
+            return f"{search}  # the dev loss fell but the score became worse: try other learning rates"
         race = ("--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
         look = _command("fit", run, *race, python="OutlierProfiler(Race())")
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
@@ -47,7 +47,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         options = ("--data.num_test", rows, "--ckpt_path", best)
         more = _command("test", run, *options, python=f"TaskDataModule(num_test={rows})")
         return f"{more}  # more held-out rows; repeat without a checkpoint to compare"
-    return f"{search}  # compares learning rates"
+    return f"{search}  # try other learning rates"
 
 
 def first_order_command(run: RunFacts, memory_gb: float) -> str:

@@ -30,7 +30,12 @@ class ClosureLoss(Loss):
         losses = []
         for point in points:
             self.tuned.write(point)
-            losses.append(torch.as_tensor(self.closure()).float())
+            loss = torch.as_tensor(self.closure()).float()
+            if loss.dim() > 0:
+                raise SlzoError(
+                    f"the closure returned a tensor of shape {tuple(loss.shape)}; return the mean loss, of shape ()"
+                )
+            losses.append(loss)
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Gradient]:
