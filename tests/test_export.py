@@ -20,9 +20,9 @@ from slzo.batches.packing import pack
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import write_chat_template
 from slzo.export.card import without_folders, write_card, write_licences
-from slzo.export.export import FORMATS
 from slzo.export.facts import Facts
 from slzo.export.push import push
+from slzo.export.write import FORMATS
 from slzo.models.builtin.base import Licence
 from slzo.models.logits import needed_logits
 from slzo.models.origin import Origin, loadable, origin_of

@@ -14,7 +14,7 @@ from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, run_fit,
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.commands.registry import COMMANDS, Command
-from slzo.export import export
+from slzo.export import write
 
 PAGE = "docs/extending.md"
 
@@ -56,10 +56,10 @@ def test_a_reward(options):
 def test_an_export_format(options, monkeypatch, once):
     scope = {}
     exec(page_code(PAGE, "export"), scope)
-    monkeypatch.setattr(export, "FORMATS", MappingProxyType({**export.FORMATS, "npz": scope["NPZ"]}))
+    monkeypatch.setattr(write, "FORMATS", MappingProxyType({**write.FORMATS, "npz": scope["NPZ"]}))
     once(run_fit, *options)
     path = last_checkpoint()
-    folder = export.export_checkpoint(read_checkpoint(path), "out", "npz")
+    folder = write.export_checkpoint(read_checkpoint(path), "out", "npz")
     with np.load(folder / "tuned.npz") as arrays:
         assert {name: array.tolist() for name, array in arrays.items()} == {
             name: tensor.tolist() for name, tensor in tuned(path).items()

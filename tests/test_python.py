@@ -36,7 +36,7 @@ from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_checkpoint
-from slzo.export.export import export_checkpoint
+from slzo.export.write import export_checkpoint
 from slzo.fit import best_state
 from slzo.loggers import RunLogger
 from slzo.trainer_state import callback_of

@@ -15,7 +15,7 @@ from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.cli.option_types import types_in
 from slzo.commands.registry import COMMANDS
-from slzo.export.export import export_checkpoint
+from slzo.export.write import export_checkpoint
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.config_code import CODE_OPTIONS, GROUPS, code_in
 

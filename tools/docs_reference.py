@@ -12,7 +12,7 @@ from command_parsers import parser_of
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
-from slzo.export.export import export_checkpoint
+from slzo.export.write import export_checkpoint
 from slzo.module import ZOModule
 from slzo.private.parsers import options_of
 from slzo.trainer import ZOTrainer

@@ -1,7 +1,7 @@
 """``slzo export``."""
 
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.export.export import FORMATS, export_checkpoint
+from slzo.export.write import FORMATS, export_checkpoint
 from slzo.utils.docs import with_lists
 
 

@@ -1,1 +1,1 @@
-"""Exported models: each format is one file, registered in :mod:`slzo.export.export`."""
+"""Exported models: each format is one file, registered in :mod:`slzo.export.write`."""
