@@ -156,14 +156,14 @@ KNOWN = (torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam, torch.optim.AdamW,
 def test_the_rate_lowers_the_loss_by_its_share(kind, options, share):
     """Plain steps: kappa L / s^2; steps of one size: that times the slope, the length of a plain step's element."""
     auto, optimizer = AutoStep(**MEASURED), made(kind, **options)
-    assert auto.rate(optimizer, SPSA()) == pytest.approx(share * PLAIN_RATE)
+    assert auto.rate(optimizer, SPSA(), 1) == pytest.approx(share * PLAIN_RATE)
     auto.factor = 0.25
-    set_rate(optimizer, auto.rate(optimizer, SPSA()))
+    set_rate(optimizer, auto.rate(optimizer, SPSA(), 1))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(share * PLAIN_RATE / 4)
 
 
 def test_an_estimator_that_normalizes_is_like_an_optimizer_that_does():
-    rate = AutoStep(**MEASURED).rate(made(torch.optim.SGD), FZOO())
+    rate = AutoStep(**MEASURED).rate(made(torch.optim.SGD), FZOO(), 1)
     assert rate == pytest.approx(5.0 * PLAIN_RATE)
 
 
@@ -186,10 +186,10 @@ def test_the_first_step_has_its_gain_with_any_number_of_queries(num_queries):
 
 def test_a_loss_that_explodes_along_a_direction_does_not_raise_the_rate():
     auto, optimizer = AutoStep(**MEASURED, weight=20.0), made(torch.optim.SGD)
-    usual = auto.rate(optimizer, SPSA())
+    usual = auto.rate(optimizer, SPSA(), 1)
     factor = auto.add(estimate(2000.0, 1e5))
-    assert auto.rate(optimizer, SPSA()) <= usual
-    assert factor * 1e5 * auto.rate(optimizer, SPSA()) <= 3 * auto.slope * usual
+    assert auto.rate(optimizer, SPSA(), 1) <= usual
+    assert factor * 1e5 * auto.rate(optimizer, SPSA(), 1) <= 3 * auto.slope * usual
 
 
 def test_an_estimate_that_is_divided_by_its_size_is_not_clipped():
@@ -209,7 +209,7 @@ def test_an_estimate_that_is_divided_by_its_size_is_not_clipped():
 def test_other_optimizers_are_refused_in_one_line(kind):
     message = rf"^model\.optimizer\.lr auto: no rate is known for {kind.__name__}; .*SGD.*Adam[^\n]*$"
     with pytest.raises(SlzoError, match=message):
-        AutoStep(**MEASURED).rate(made(kind), SPSA())
+        AutoStep(**MEASURED).rate(made(kind), SPSA(), 1)
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -253,8 +253,8 @@ def test_the_means_run_over_twenty_steps():
 )
 def test_what_limits_the_rate(changes, share):
     auto = AutoStep(**{**MEASURED, **changes})
-    assert auto.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(share * PLAIN_RATE)
-    assert auto.rate(made(torch.optim.Adam), SPSA()) == pytest.approx(5 * share * PLAIN_RATE)
+    assert auto.rate(made(torch.optim.SGD), SPSA(), 1) == pytest.approx(share * PLAIN_RATE)
+    assert auto.rate(made(torch.optim.Adam), SPSA(), 1) == pytest.approx(5 * share * PLAIN_RATE)
 
 
 @pytest.mark.parametrize(("slope", "taken"), [(14.0, 14.0), (-14.0, -14.0), (45.0, 15.0), (-450.0, -15.0)])
@@ -391,7 +391,7 @@ def test_matrices_of_zeros_beside_others_limit_the_rate():
         found[name] = AutoStep.measure(tuned, loss, 0, eps=1e-3)
     assert found["both"].slope == pytest.approx(1, rel=1e-2)
     assert found["both"].largest == pytest.approx(0.1 * 0.5 / found["both"].slope, rel=1e-6)
-    assert found["both"].rate(made(torch.optim.SGD), SPSA()) == found["both"].largest  # below 0.045 x 2
+    assert found["both"].rate(made(torch.optim.SGD), SPSA(), 1) == found["both"].largest  # below 0.045 x 2
     assert (found["alone"].largest, found["whole"].largest) == (0, 0)
 
 

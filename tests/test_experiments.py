@@ -89,6 +89,12 @@ def test_a_trial_takes_the_steps_of_fit_and_leaves_the_model_untuned(options, ex
         assert lr == 1e-3
 
 
+def test_the_own_rate_of_adam_is_that_of_a_step_with_as_many_queries(options):
+    adam = [*AUTO, "--model.optimizer=Adam", "--model.optimizer.lr=auto"]
+    one, hundred = (trials_of(options, *adam, f"--model.num_queries={number}").own_step(2)[0] for number in (1, 100))
+    assert hundred == pytest.approx(one / 10)
+
+
 def test_a_step_size_that_is_known_is_not_measured_again(options):
     plain, looked = trials_of(options, *AUTO), trials_of(options, *AUTO)
     step = looked.step_size(1)

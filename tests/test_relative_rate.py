@@ -41,7 +41,7 @@ def adam(kind=torch.optim.Adam):
 
 
 def rate_of(rate, optimizer=None):
-    return rate.rate(adam() if optimizer is None else optimizer, LayerOutputPerturbation())
+    return rate.rate(adam() if optimizer is None else optimizer, LayerOutputPerturbation(), 1)
 
 
 # ---- the rate --------------------------------------------------------------------------------------------------------------

@@ -197,16 +197,15 @@ class LayerTrials(Trials):
 
         eps is ``None`` if the estimator has none.
         """
-        choice, eps = self.options.optimizer, self.options.step.eps
+        choice, estimator, step = self.options.optimizer, self.options.estimator, self.options.step
         if not uses_auto(self.options):
-            return choice.lr, eps
+            return choice.lr, step.eps
         with self.tuned(layer) as model:
             measured = self._rate(layer, model, self.options)
-            optimizer = choice.make(model.tensors.masters)
-            rate = choice.lr
-            if choice.automatic:
-                rate = float(f"{measured.rate(optimizer, self.options.estimator):.1g}")
-            return rate, measured.eps
+            if not choice.automatic:
+                return choice.lr, measured.eps
+            rate = measured.rate(choice.make(model.tensors.masters), estimator, step.num_queries)
+            return float(f"{rate:.1g}"), measured.eps
 
     @contextmanager
     def tuned(self, layer: int | None) -> Iterator[TunedModel]:

@@ -67,7 +67,7 @@ class AutoRate(ABC):
         return (1 + self.steps / _HALF_STEPS) / self.factor
 
     @abstractmethod
-    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int = 1) -> float:
+    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int) -> float:
         """Return the learning rate for the step whose estimate was added last.
 
         Raises:
@@ -218,7 +218,7 @@ class AutoStep(AutoRate):
         self.square += (square - self.square) / self.weight
         return factor
 
-    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int = 1) -> float:
+    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int) -> float:
         r"""Return the learning rate for the step whose estimate was added last.
 
         Optimizers and estimators that divide the gradient by its size move every element by about the rate. For them the rate is

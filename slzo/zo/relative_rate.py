@@ -60,7 +60,7 @@ class RelativeRate(AutoRate):
         share = _PRODUCT_SHARE if multiplies else _DIRECTION_SHARE if along else _SHARE
         return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
-    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int = 1) -> float:
+    def rate(self, optimizer: Optimizer, estimator: Estimator, num_queries: int) -> float:
         return self.share * self.size / self.divisor
 
     def describe(self, sets_rate: bool = True) -> str:
