@@ -26,32 +26,6 @@ from slzo.models.parts import ModelParts
 
 
 @dataclass(frozen=True)
-class VariedLayers:
-    """Layers whose weights differ from point to point.
-
-    Attributes:
-        start: First layer.
-        stop: One past the last layer.
-        num_points: Number of points.
-        write: Makes the weights of a point live.
-    """
-
-    start: int
-    stop: int
-    num_points: int
-    write: Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class CachedPrompts:
-    """Cached states of prompts, with the key of each prompt; newly computed states are added if ``keep`` is set."""
-
-    states: PromptStates
-    keys: Sequence[int]
-    keep: bool = True
-
-
-@dataclass(frozen=True)
 class EnteringStates:
     """States that enter the varied layers, one per token that was run, recorded while answers are generated.
 
@@ -67,6 +41,34 @@ class EnteringStates:
         """Return the states of a prompt and, after them, of some answers one by one, shape (tokens, hidden)."""
         own = [state[None] for answer in answers for state in self.answers.get(answer, ())]
         return torch.cat([self.prompts[prompt], *own])
+
+
+@dataclass(frozen=True)
+class VariedLayers:
+    """Layers whose weights differ from point to point.
+
+    Attributes:
+        start: First layer.
+        stop: One past the last layer.
+        num_points: Number of points.
+        write: Makes the weights of a point live.
+        entering: Records the states that enter the layers, unless these are the first ones; with one point only.
+    """
+
+    start: int
+    stop: int
+    num_points: int
+    write: Callable[[int], None]
+    entering: EnteringStates | None = None
+
+
+@dataclass(frozen=True)
+class CachedPrompts:
+    """Cached states of prompts, with the key of each prompt; newly computed states are added if ``keep`` is set."""
+
+    states: PromptStates
+    keys: Sequence[int]
+    keep: bool = True
 
 
 class Logits(NamedTuple):
@@ -95,7 +97,6 @@ class Decoder:
     max_tokens: int
     varied: VariedLayers | None
     kept: CachedPrompts | None
-    entering: EnteringStates | None
     below: Histories | None = field(init=False, default=None)
     points: dict[int, Stage] = field(init=False, default_factory=dict)
     above: Stage | None = field(init=False, default=None)
@@ -114,6 +115,10 @@ class Decoder:
                 self.points[point] = Stage(parts, start, stop, of_point, self.num_new)
         if stop < last:
             self.above = Stage(parts, stop, last, dict(enumerate(lengths)), self.num_new)
+
+    @property
+    def _entering(self) -> EnteringStates | None:
+        return None if self.varied is None else self.varied.entering
 
     @property
     def num_points(self) -> int:
@@ -167,8 +172,8 @@ class Decoder:
             self.below.stage.fill(below, dict(zip(rows, sequences, strict=True)))
         elif self.below is not None:
             hidden = self.below.stage.prefill(batch, None, positions)
-        if self.entering is not None and hidden is not None:
-            self.entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
+        if self._entering is not None and hidden is not None:
+            self._entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
         final, answers = self._prefill_above(batch, hidden, positions)
         needed = torch.cat([batch.needed + point * batch.num_tokens for point in range(self.num_points)])
         logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
@@ -209,9 +214,9 @@ class Decoder:
         else:
             order = [answer for answers in orders.values() for answer in answers]
         hidden = None if self.below is None else self.below.advance(tokens, order)
-        if self.entering is not None and hidden is not None:
+        if self._entering is not None and hidden is not None:
             for answer, state in zip(order, hidden, strict=True):
-                self.entering.answers.setdefault(answer, []).append(state)
+                self._entering.answers.setdefault(answer, []).append(state)
         if orders:
             sizes = [len(answers) for answers in orders.values()]
             inputs = [None] * len(orders) if hidden is None else hidden.split(sizes)

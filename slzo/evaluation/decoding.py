@@ -13,7 +13,7 @@ from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import answer_losses
 from slzo.batches.packing import pack
-from slzo.evaluation.decoder import CachedPrompts, Decoder, EnteringStates, VariedLayers
+from slzo.evaluation.decoder import CachedPrompts, Decoder, VariedLayers
 from slzo.evaluation.generation import Ended, generate_padded
 from slzo.evaluation.key_values import check_places
 from slzo.evaluation.sampling import Sampling
@@ -50,7 +50,6 @@ def decode(
     varied: VariedLayers | None = None,
     kept: CachedPrompts | None = None,
     gold: Sequence[EncodedExample] | None = None,
-    entering: EnteringStates | None = None,
 ) -> Decoded:
     """Generate answers.
 
@@ -68,7 +67,6 @@ def decode(
             uses the live weights for all answers.
         kept: Cached states of the prompts; they enter the first varied layer, or any layer if none is varied.
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt; with one point only.
-        entering: Records the states that enter the varied layers, unless these are the first ones; with one point only.
     """
     if not parts.packed:
         loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
@@ -84,7 +82,7 @@ def decode(
     losses: list[Tensor] = []
     tokens: dict[int, int] = {}
     check_places(parts)
-    decoder = Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept, entering)
+    decoder = Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept)
     for rows, cached in decoder.chunks():
         logits, loss = decoder.prefill(rows, cached, gold)
         tokens |= logits.tokens(0, sampling)

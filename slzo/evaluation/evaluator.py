@@ -14,7 +14,7 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoder import CachedPrompts, EnteringStates, VariedLayers
+from slzo.evaluation.decoder import CachedPrompts, VariedLayers
 from slzo.evaluation.decoding import decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
@@ -115,17 +115,11 @@ class Evaluator:
         """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
         return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], sampling=sampling)[0]
 
-    def answers_at_points(
-        self,
-        rows: Sequence[Row],
-        varied: VariedLayers,
-        sampling: Sampling | None,
-        entering: EnteringStates | None = None,
-    ) -> list[Answer]:
+    def answers_at_points(self, rows: Sequence[Row], varied: VariedLayers, sampling: Sampling | None) -> list[Answer]:
         """Generate answers to the rows at several points, all together; return those of one point after the other.
 
-        ``sampling`` has one key per answer; ``None`` takes the most likely tokens. For ``entering`` see :func:`decode`; its
-        prompts are the different rows, in order.
+        ``sampling`` has one key per answer; ``None`` takes the most likely tokens. The prompts of ``varied.entering`` are the
+        different rows, in order.
         """
         distinct = {row.encoded.index: row for row in rows}
         place = {index: number for number, index in enumerate(distinct)}
@@ -136,7 +130,6 @@ class Evaluator:
             sampling=sampling,
             prompt_of=[place[row.encoded.index] for row in rows],
             varied=varied,
-            entering=entering,
         )[0]
 
     def _generate(
@@ -148,7 +141,6 @@ class Evaluator:
         sampling: Sampling | None = None,
         prompt_of: Sequence[int] | None = None,
         varied: VariedLayers | None = None,
-        entering: EnteringStates | None = None,
         gold: Sequence[EncodedExample] | None = None,
     ) -> tuple[list[Answer], Tensor | None]:
         """Generate answers to rows, which have these keys in the cache, see :func:`decode`; and the loss of ``gold``."""
@@ -164,7 +156,6 @@ class Evaluator:
             kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
             prompt_of=prompt_of,
             varied=varied,
-            entering=entering,
             gold=gold,
         )
         answers = [

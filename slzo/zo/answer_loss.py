@@ -122,8 +122,9 @@ class BatchAnswerLoss(SummedLoss):
         differ = len({row.encoded.index for row in rows}) == len(rows)
         if evaluator is None or not forward.decodes_together or span.start == 0 or not differ:
             return self._answers([AT_MASTERS], repeated, sampling), None
-        entering, varied = EnteringStates(), VariedLayers(span.start, span.stop, 1, lambda _: None)
-        answers = evaluator.answers_at_points(repeated, varied, sampling, entering)
+        entering = EnteringStates()
+        varied = VariedLayers(span.start, span.stop, 1, lambda _: None, entering)
+        answers = evaluator.answers_at_points(repeated, varied, sampling)
         return answers, [
             entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
         ]
