@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample, prompt_key
+from slzo.batches.encoded import prompt_key
 from slzo.batches.losses import LogitLoss, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
@@ -90,9 +90,7 @@ class Evaluator:
         """
         packed = batch.packed
         if packed is None:
-            gold = [row.encoded for row in batch.rows]
-            keys = [example.index for example in gold]
-            answers, gold_loss = self._generate(batch.rows, keys, keep=keep_prefix, gold=gold)
+            answers, gold_loss = self._generate(batch.rows, keep=keep_prefix, with_gold=True)
             assert gold_loss is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
@@ -113,7 +111,7 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
         """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
-        return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], sampling=sampling)[0]
+        return self._generate(rows, sampling=sampling)[0]
 
     def answers_at_points(self, rows: Sequence[Row], varied: VariedLayers, sampling: Sampling | None) -> list[Answer]:
         """Generate answers to the rows at several points, all together; return those of one point after the other.
@@ -125,7 +123,6 @@ class Evaluator:
         place = {index: number for number, index in enumerate(distinct)}
         return self._generate(
             list(distinct.values()),
-            [prompt_key(index) for index in distinct],
             keep=True,
             sampling=sampling,
             prompt_of=[place[row.encoded.index] for row in rows],
@@ -135,16 +132,18 @@ class Evaluator:
     def _generate(
         self,
         rows: Sequence[Row],
-        keys: Sequence[int],
         *,
         keep: bool = False,
+        with_gold: bool = False,
         sampling: Sampling | None = None,
         prompt_of: Sequence[int] | None = None,
         varied: VariedLayers | None = None,
-        gold: Sequence[EncodedExample] | None = None,
     ) -> tuple[list[Answer], Tensor | None]:
-        """Generate answers to rows, which have these keys in the cache, see :func:`decode`; and the loss of ``gold``."""
+        """Generate answers to rows, see :func:`decode`; with ``with_gold``, also return the loss of the gold answers."""
         tokenizer, stop = self.tokenizer, self.decoding.stop
+        examples = [row.encoded for row in rows]
+        # cached states of a prompt that runs with its gold answer include those of the answer
+        keys = [example.index if with_gold else prompt_key(example.index) for example in examples]
         decoded = decode(
             self.parts,
             [row.prompt for row in rows],
@@ -156,7 +155,7 @@ class Evaluator:
             kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
             prompt_of=prompt_of,
             varied=varied,
-            gold=gold,
+            gold=examples if with_gold else None,
         )
         answers = [
             Answer(answer_text(tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
