@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -49,11 +49,7 @@ def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
 
 
 def plan_time(
-    model: TunedModel,
-    options: TrainingOptions,
-    rows: TaskRows,
-    budget: TimeBudget | None,
-    scheduler_state: Mapping[str, Any] | None,
+    model: TunedModel, options: TrainingOptions, rows: TaskRows, budget: TimeBudget | None
 ) -> TimePlan | None:
     """Turn the time of a run into steps and validations, and print them. A collective call.
 
@@ -62,7 +58,6 @@ def plan_time(
         options: Options of the training.
         rows: Rows of the task.
         budget: The time; ``None`` if it is not limited.
-        scheduler_state: State of the learning-rate scheduler of a run that is continued.
 
     Raises:
         SlzoError: Not even one step and its validation fit.
@@ -77,7 +72,6 @@ def plan_time(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
             f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
-    options.optimizer.check_schedule(plan.steps, scheduler_state)
     say(plan.describe(budget))
     return plan
 
