@@ -164,7 +164,7 @@ def test_the_head_runs_through_onednn_where_it_is_faster(monkeypatch):
     for found, wanted in zip(logits, (expected, expected[:, many], expected[:, few]), strict=True):
         torch.testing.assert_close(found, wanted.detach())
     parts.head(hidden)  # with a derivative
-    parts = parts.rebuilt(None, onednn=False)
+    parts = parts.rebuilt(onednn=False)
     with torch.no_grad():
         parts.head(hidden)
     assert len(seen) == 2

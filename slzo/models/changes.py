@@ -50,7 +50,7 @@ class ModelChanges:
         paths = [f"{self.parts.layers_path}.{layer}" for layer in layers_to_change()]
         self.full_precision = FullPrecision.make(model, paths)
         self._undo.callback(self.full_precision.undo, model)
-        self.parts = self.parts.rebuilt(self.parts.virtual_tokens)
+        self.parts = self.parts.rebuilt()
 
     def add_adapter(self, adapter: Adapter | None) -> None:
         """Add an adapter's modules, if there is one."""

@@ -75,15 +75,13 @@ class ModelParts:
         self.onednn = onednn
         self._views = Views(self._decoder, onednn)
 
-    def rebuilt(self, virtual_tokens: VirtualTokens | None, onednn: bool | None = None) -> ModelParts:
-        """Return new parts of the same model with the same settings; needed after its modules were replaced or extended.
+    def rebuilt(self, virtual_tokens: VirtualTokens | None = None, onednn: bool | None = None) -> ModelParts:
+        """Return new parts of the same model; needed after its modules were replaced or extended.
 
-        Args:
-            virtual_tokens: Those of the new parts.
-            onednn: See :class:`ModelParts`; ``None`` for the same.
+        What is left out stays the same; for ``onednn`` see :class:`ModelParts`.
         """
         parts = copy.copy(self)
-        parts.virtual_tokens = virtual_tokens
+        parts.virtual_tokens = self.virtual_tokens if virtual_tokens is None else virtual_tokens
         parts.onednn = self.onednn if onednn is None else onednn
         parts._views = Views(self._decoder, parts.onednn)
         return parts

@@ -71,7 +71,7 @@ def load_parts(
     engine = options.engine
     parts = split_and_verify(cast("Any", model), engine.packed, engine.onednn, placement)
     if (agreed := broadcast(parts.onednn)) != parts.onednn:  # each process made a timing of its own
-        parts = parts.rebuilt(parts.virtual_tokens, onednn=agreed)
+        parts = parts.rebuilt(onednn=agreed)
     return parts
 
 

@@ -20,7 +20,7 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
         SlzoError: The model does not run a map once for each token.
     """
     # copies of linear maps that run through oneDNN do not call the hooks of the maps
-    plain = parts.rebuilt(parts.virtual_tokens, onednn=False) if parts.onednn else parts
+    plain = parts.rebuilt(onednn=False) if parts.onednn else parts
     plain.prepare()  # runs the model, so it must come before the hooks
     recorded: list[list[Tensor]] = [[] for _ in modules]
 
