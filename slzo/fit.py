@@ -8,7 +8,7 @@ optimizer before the first step.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from slzo.training.memory_plan import (
     check_memory,
     first_order_bytes,
     format_memory,
-    known_memory_inputs,
+    memory_inputs,
     with_reserved,
 )
 from slzo.training.options import TrainingOptions
@@ -191,11 +191,12 @@ def _load(
     plan = None
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
-        inputs = known_memory_inputs(options, rows, run.max_steps, run.device, num_shards)
+        inputs = None
+        with suppress(SlzoError):  # of model or rows: it is raised where they are used
+            inputs = memory_inputs(options, rows, run.max_steps, run.device, num_shards)
         if inputs is not None:
-            plan = inputs.plan()
+            plan, free = inputs.plan(), free_bytes(run.device)
             options = with_reserved(options, inputs)
-            free = free_bytes(run.device)
             say(format_memory(inputs, free))
             check_memory(inputs, free, options.model)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)

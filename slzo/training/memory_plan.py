@@ -32,16 +32,6 @@ _GIB = 2**30
 _CLOSE = 1.1
 
 
-def known_memory_inputs(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int
-) -> MemoryInputs | None:
-    """Return :func:`memory_inputs`, or ``None`` if model or rows have an error; it is raised where they are used."""
-    try:
-        return memory_inputs(options, rows, max_steps, device, num_shards)
-    except SlzoError:
-        return None
-
-
 def with_reserved(options: TrainingOptions, inputs: MemoryInputs) -> TrainingOptions:
     """Return the options with the memory besides the weights set in the device map, if there is one."""
     if options.device_map is None:
