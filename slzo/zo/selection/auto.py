@@ -1,10 +1,12 @@
 """The layer that removes the outlier, or the winner of a race if that choice is in doubt."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
+from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection.base import CLEAR, Choice, SelectionContext, SelectionRule
 from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.selection.race import Race, outlier_layers
@@ -38,15 +40,13 @@ class Auto(SelectionRule):
 
     def select(self, context: SelectionContext) -> Choice:
         choice, trials = OutlierRemovingLayer().select(context), context.trials
+        if trials is None:
+            return choice
         is_clear = choice.margin is None or choice.margin.errors >= CLEAR
-        measures = self.min_gain > 0 and trials is not None and trials.measures_rate
-        if is_clear and not measures:  # planning a race would measure the time of its steps
-            return choice
-        race = self._race(context, choice)
-        if race is None or trials is None:
-            return choice
-        doubt = self._doubt(choice, trials)
-        if not doubt:
+        if is_clear and not (self.min_gain > 0 and trials.measures_rate):
+            return choice  # planning a race would measure the time of its steps
+        race = self._race(context.layers, trials, choice)
+        if race is None or not (doubt := self._doubt(choice, trials)):
             return choice
         say(
             f"Layer {choice.layer} ({choice.reason}): {doubt}. A race will decide; --model.layer {choice.layer} skips it."
@@ -55,11 +55,10 @@ class Auto(SelectionRule):
         note = f"OutlierRemovingLayer chose layer {choice.layer}: {doubt}. {winner.note}".rstrip()
         return replace(winner, note=note)
 
-    def _race(self, context: SelectionContext, choice: Choice) -> Race | None:
+    def _race(self, layers: Sequence[LayerStatistics], trials: Trials, choice: Choice) -> Race | None:
         """Return the race to run if the choice is in doubt, or ``None`` if it cannot run or has only one candidate."""
-        layers, trials = context.layers, context.trials
         candidates = {choice.layer, layers[-1].index, *outlier_layers(layers)}
-        if trials is None or trials.generates or not trials.num_dev or len(candidates) < 2:
+        if trials.generates or not trials.num_dev or len(candidates) < 2:
             return None
         race = Race(self.share, layers=sorted(candidates))
         return race if race.plan(layers, trials).steps else None
