@@ -215,7 +215,7 @@ def _stepper(
     """
     plan_prefix(model, rows, held_out=True)
     if auto is None and uses_auto(options):
-        auto = auto_rate(make_stepper(model, options, rows), rows)
+        auto = auto_rate(model, options, rows)
         say(auto.describe(options.optimizer.automatic))
     check_time(rows, run.time, "loading, profile and measurements took")
     time = plan_time(model, options, rows, run.time)

@@ -27,7 +27,7 @@ from slzo.cli.given import given_options
 from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
-from slzo.training.build import auto_rate
+from slzo.training.build import auto_rate, make_stepper
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
     AnswerF1,
@@ -36,6 +36,7 @@ from slzo.zo.objectives import (
     CandidateErrors,
     Reward,
 )
+from slzo.zo.processes import ALONE
 from slzo.zo.scopes import (
     AllParameters,
     LayerScope,
@@ -330,10 +331,13 @@ def test_an_automatic_step_size_fits_every_estimator(estimator, optimizer, examp
     assert options.optimizer.name == ("SGD" if of_weights and optimizer is None else "AdamW")
     model, _ = tiny_loss(examples)
     batch = TrainBatch(pack(examples), ())
-    rows = SimpleNamespace(training_batches=lambda seed: iter([batch]))
-    objective = CandidateCrossEntropy()
-    auto = auto_rate(Stepper(model, objective, estimator, options.step), rows)
-    stepper = Stepper(model, objective, estimator, options.step, auto=auto, sets_rate=True)
+    rows = SimpleNamespace(
+        objective=CandidateCrossEntropy(),
+        processes=ALONE,
+        evaluator=lambda model: None,
+        training_batches=lambda seed: iter([batch]),
+    )
+    stepper = make_stepper(model, options, rows, auto=auto_rate(model, options, rows))
     result = stepper.step(batch, 0, options.optimizer.build(model.tensors.masters)[0])
     assert result.estimate.finite
     assert (result.record.eps > 0, len(result.record.losses)) == ((True, 2) if of_weights else (False, 0))

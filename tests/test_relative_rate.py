@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,9 +241,9 @@ def test_a_resume_with_another_kind_of_estimator_has_a_new_rate(fit):
 def test_the_share_depends_on_how_the_masters_move_the_weights(scope, share):
     """Also when they have been tuned before, so that none is 0."""
     model = tune_scope(scope, tiny_model())
-    stepper = Stepper(model, CandidateCrossEntropy(), Backprop(), StepOptions())
+    options = SimpleNamespace(estimator=Backprop())
     for _ in range(2):
-        assert auto_rate(stepper, None).share == share
+        assert auto_rate(model, options, None).share == share
         with torch.no_grad():
             for master in model.tensors.masters:
                 master.add_(1e-3)

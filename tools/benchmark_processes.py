@@ -131,7 +131,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
     plan_prefix(model, rows)
     optimizer = training.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 1e-4)
-    auto = auto_rate(make_stepper(model, training, rows), rows) if estimator.perturbs == "output" else None
+    auto = auto_rate(model, training, rows) if estimator.perturbs == "output" else None
     stepper, batches = make_stepper(model, training, rows, auto=auto), rows.training_batches(None)
     taken: list[dict[str, float]] = []
     for step in range(_STEPS):

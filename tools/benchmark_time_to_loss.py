@@ -99,7 +99,7 @@ def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float 
     model = tune(parts, training, rows, layer)
     plan_prefix(model, rows)
     optimizer = training.optimizer.make(model.tensors.masters)
-    auto = auto_rate(make_stepper(model, training, rows), rows)
+    auto = auto_rate(model, training, rows)
     stepper = make_stepper(model, training, rows, auto=auto, sets_rate=lr is None)
     if lr is not None:
         set_rate(optimizer, lr)

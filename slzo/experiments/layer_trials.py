@@ -101,8 +101,7 @@ class LayerTrials(Trials):
         """See :meth:`slzo.zo.trial.Trials.step_size`."""
         if layer not in self._measured:
             with self.tuned(layer) as model:
-                stepper = make_stepper(model, self.options, self.rows)
-                self._measured[layer] = measure_step(stepper, self.rows)
+                self._measured[layer] = measure_step(model, self.options, self.rows)
         return self._measured[layer]
 
     def train(
@@ -270,7 +269,7 @@ class LayerTrials(Trials):
         own, seed = self.options, options.noise_seed
         if layer in self._measured and (options.step, seed) == (own.step, own.noise_seed):
             return replace(self._measured[layer], evaluations=0)
-        return auto_rate(make_stepper(model, options, self.rows), self.rows, self._row_seed(seed))
+        return auto_rate(model, options, self.rows, self._row_seed(seed))
 
     def _score(
         self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: float = 0, seconds: float = 0.0

@@ -175,12 +175,11 @@ def uses_auto(options: TrainingOptions) -> bool:
     return options.optimizer.automatic or options.measures_eps
 
 
-def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoRate:
+def auto_rate(model: TunedModel, options: TrainingOptions, rows: TaskRows, seed: int | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
-    if stepper.estimator.perturbs != "weights":
-        adapter = stepper.model.adapter
-        return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
-    return measure_step(stepper, rows, seed)
+    if options.estimator.perturbs != "weights":
+        return RelativeRate.of(model.tensors, model.adapter is not None and model.adapter.multiplies)
+    return measure_step(model, options, rows, seed)
 
 
 def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:
@@ -189,26 +188,25 @@ def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> A
     return kind(**data) if data is not None and data.keys() == {field.name for field in fields(kind)} else None
 
 
-def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None) -> AutoStep:
+def measure_step(model: TunedModel, options: TrainingOptions, rows: TaskRows, seed: int | None = None) -> AutoStep:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
-    ``seed`` is that of the batches, by default the rows' own. If the stepper has no ``eps``, one is found.
+    ``seed`` is that of the batches, by default the rows' own. If the options have no ``eps``, one is found.
 
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.
     """
-    model = stepper.model
-    objective = stepper.objective
+    objective = rows.objective
     batch = next(rows.training_batches(seed)).to(model.parts.model.device)
     reports = [LossReport()]  # the last one counts
-    loss = stepper.loss(batch, report=reports.append)
+    loss = make_stepper(model, options, rows).loss(batch, report=reports.append)
     half = model.parts.model.dtype in HALF
     try:
         return AutoStep.measure(
             model.tensors,
             loss,
-            stepper.seed,
-            stepper.options.eps,
+            options.noise_seed,
+            options.step.eps,
             half,
             objective.lowest,
             objective.differentiable,

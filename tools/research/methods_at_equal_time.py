@@ -127,7 +127,7 @@ def _train(setting: Setting, options: TrainingOptions, layer: int, factor: float
     before = model.tensors.clone_masters()
     plan_prefix(model, rows)
     fill_prefix(model, rows)
-    auto = auto_rate(make_stepper(model, options, rows), rows)
+    auto = auto_rate(model, options, rows)
     auto.factor *= factor
     optimizer = options.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 0.0)
