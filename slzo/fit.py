@@ -40,7 +40,6 @@ from slzo.training.build import (
     restore,
     restored_rate,
     tune,
-    uses_auto,
 )
 from slzo.training.memory_estimate import MemoryPlan
 from slzo.training.memory_plan import (
@@ -214,7 +213,7 @@ def _stepper(
         The stepper at its first step, and the time plan, ``None`` if the time is not limited.
     """
     plan_prefix(model, rows, held_out=True)
-    if auto is None and uses_auto(options):
+    if auto is None and options.uses_auto:
         auto = auto_rate(model, options, rows)
         say(auto.describe(options.optimizer.automatic))
     check_time(rows, run.time, "loading, profile and measurements took")

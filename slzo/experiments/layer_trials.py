@@ -18,7 +18,7 @@ from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
-from slzo.training.build import auto_rate, make_stepper, measure_step, tune, uses_auto
+from slzo.training.build import auto_rate, make_stepper, measure_step, tune
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
@@ -89,7 +89,7 @@ class LayerTrials(Trials):
             num_layers=self.parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
-            measuring=_MEASURING if options.estimator.perturbs == "weights" and uses_auto(options) else 0,
+            measuring=_MEASURING if options.estimator.perturbs == "weights" and options.uses_auto else 0,
             dev_rows=min(dev_rows, self.num_dev),
             head_cost=self._head_cost(batch),
             last_layer=min(1.0, last_layer_share(self.parts, batch) + _KEYS_AND_VALUES),
@@ -197,7 +197,7 @@ class LayerTrials(Trials):
         eps is ``None`` if the estimator has none.
         """
         choice, estimator, step = self.options.optimizer, self.options.estimator, self.options.step
-        if not uses_auto(self.options):
+        if not self.options.uses_auto:
             return choice.lr, step.eps
         with self.tuned(layer) as model:
             measured = self._rate(layer, model, self.options)

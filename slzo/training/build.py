@@ -170,11 +170,6 @@ def make_stepper(
     )
 
 
-def uses_auto(options: TrainingOptions) -> bool:
-    """Whether learning rate or eps are ``auto`` and used."""
-    return options.optimizer.automatic or options.measures_eps
-
-
 def auto_rate(model: TunedModel, options: TrainingOptions, rows: TaskRows, seed: int | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
     if options.estimator.perturbs != "weights":

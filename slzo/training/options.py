@@ -77,6 +77,11 @@ class TrainingOptions:
         """Whether eps is ``auto`` and used."""
         return self.step.eps is None and self.estimator.perturbs == "weights"
 
+    @property
+    def uses_auto(self) -> bool:
+        """Whether learning rate or eps are ``auto`` and used."""
+        return self.optimizer.automatic or self.measures_eps
+
     def with_onednn(self, onednn: bool) -> "TrainingOptions":
         """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
         if self.engine.onednn is not None or (onednn and not has_onednn_linear()):
