@@ -110,16 +110,15 @@ def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Ch
     Raises:
         SlzoError: The rule finds no layer.
     """
-    failure = ""
+    found: Choice | SlzoError
     try:
-        choice = choice_of(rule, context)
+        found = choice_of(rule, context)
     except SlzoError as error:  # raised below, on all processes
-        choice = Choice(-1, "")
-        failure = str(error)
-    layer, reason, failure = rows.processes.broadcast((choice.layer, choice.reason, failure))
-    if failure:
-        raise SlzoError(failure)
-    return replace(choice, layer=layer, reason=reason)
+        found = error
+    found = rows.processes.broadcast(found)
+    if isinstance(found, SlzoError):
+        raise found
+    return found
 
 
 def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
