@@ -92,30 +92,42 @@ def prepare(
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_objective(rows.objective)
-    settings, checkpoint = agreed_settings(options, rows), run.checkpoint
-    scheduler_state = None
-    if checkpoint is not None:
-        options, settings = _continued(options, settings, checkpoint, loaded)
-        scheduler_state = checkpoint.scheduler_state
-    if run.time is None:  # otherwise the plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, scheduler_state)
-    parts, options, plan = _load(options, rows, run, loaded)
-    data = rows.fingerprint(None if checkpoint is None else checkpoint.note["data"])
-    if checkpoint is None:
-        model, options, chosen = _start(parts, options, rows, run, tuned)
+    settings = agreed_settings(options, rows)
+    if run.checkpoint is None:
+        prepared = _start(options, settings, rows, run, loaded, tuned)
     else:
-        model, chosen = _resume(parts, options, rows, run, checkpoint, tuned)
-    if tuned is not None:
+        prepared = _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
+    prepared.stepper.use_log(*open_step_log(prepared, rows, run))
+    if not prepared.resumed:
+        _announce(prepared)
+    return prepared
+
+
+def _start(
+    options: TrainingOptions,
+    settings: Mapping[str, Any],
+    rows: TaskRows,
+    run: RunContext,
+    loaded: ModelParts | None,
+    tuned: TunedModel | None,
+) -> Prepared:
+    """Prepare a new training, of the untuned model or of the model of an earlier ``fit``."""
+    if run.time is None:  # otherwise the plan decides the steps
+        options.optimizer.check_schedule(run.planned_steps, None)
+    parts, options, plan = _load(options, rows, run, loaded)
+    data = rows.fingerprint(None)
+    if tuned is None:
+        chosen = choose_layer(parts, options, rows, run)
+        model = tune(parts, options, rows, chosen.layer, chosen.states)
+    else:
+        chosen = ChosenLayer.named(tuned.layer, "tuned before")
+        model = tuned
         model.clear_prefix()  # its keys belong to one data module
-    auto = None if checkpoint is None else restored_rate(checkpoint.note["auto_step"], options)
-    stepper, time = _stepper(model, options, rows, run, auto)
-    if time is not None:
-        options.optimizer.check_schedule(time.steps, scheduler_state)
-    if checkpoint is not None:
-        measured = stepper.num_evaluations if auto is None else 0  # now, so the checkpoint has not counted them
-        stepper.load_state_dict(checkpoint.note)
-        stepper.num_evaluations += measured
-    prepared = Prepared(
+        # with the directions of the earlier training it would search the same subspace again
+        seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
+        options = replace(options, seed=rows.processes.broadcast(seed))
+    stepper, time = _stepper(model, options, rows, run)
+    return Prepared(
         options=options,
         settings=settings,
         untuned=parts,
@@ -124,58 +136,59 @@ def prepare(
         data=data,
         chosen=chosen,
         plan=plan,
-        resumed=checkpoint is not None,
+        resumed=False,
         time=time,
         tuned_before=tuned is not None,
     )
-    stepper.use_log(*open_step_log(prepared, rows, run))
-    if checkpoint is None:
-        _announce(prepared)
-    return prepared
 
 
-def _continued(
-    options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint, loaded: ModelParts | None
-) -> tuple[TrainingOptions, dict[str, Any]]:
-    """Check, before weights are downloaded, that a training can continue a checkpoint; return its options and settings."""
+def _resume(
+    options: TrainingOptions,
+    settings: Mapping[str, Any],
+    rows: TaskRows,
+    run: RunContext,
+    checkpoint: Checkpoint,
+    loaded: ModelParts | None,
+    tuned: TunedModel | None,
+) -> Prepared:
+    """Prepare a training that continues a checkpoint; Lightning restores the optimizer afterwards."""
     note = checkpoint.note
+    # before weights are downloaded
     checkpoint.check_resumable(settings)
     check_layer_option(options, note)
     check_commit(note, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
     options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
-    return options, continued_settings(note["settings"], settings)
-
-
-def _start(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext, tuned: TunedModel | None
-) -> tuple[TunedModel, TrainingOptions, ChosenLayer]:
-    """Return the model of a new training, its options and its layer; ``tuned`` is the model of an earlier ``fit``."""
-    if tuned is None:
-        chosen = choose_layer(parts, options, rows, run)
-        return tune(parts, options, rows, chosen.layer, chosen.states), options, chosen
-    # with the directions of the earlier training it would search the same subspace again
-    seed = derive_seed(options.noise_seed, hash_tensors(tuned.tensors.named_masters().items()))
-    options = replace(options, seed=rows.processes.broadcast(seed))
-    return tuned, options, ChosenLayer.named(tuned.layer, "tuned before")
-
-
-def _resume(
-    parts: ModelParts,
-    options: TrainingOptions,
-    rows: TaskRows,
-    run: RunContext,
-    checkpoint: Checkpoint,
-    tuned: TunedModel | None,
-) -> tuple[TunedModel, ChosenLayer]:
-    """Return the model of a training that continues a checkpoint, and its layer; Lightning restores the optimizer."""
-    note = checkpoint.note
+    settings = continued_settings(note["settings"], settings)
+    if run.time is None:  # otherwise the plan decides the steps
+        options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
+    parts, options, plan = _load(options, rows, run, loaded)
+    data = rows.fingerprint(note["data"])
     check_environment(note, run.device, rows.processes.world_size)
     if tuned is None:
-        tuned = restore(parts, checkpoint, options, for_training=True)
+        model = restore(parts, checkpoint, options, for_training=True)
     else:
-        tuned.check(note)
-        tuned.tensors.load(checkpoint.content["state_dict"])
-    return tuned, ChosenLayer.named(note["layer"], note["layer_reason"])
+        model = tuned
+        model.check(note)
+        model.tensors.load(checkpoint.content["state_dict"])
+        model.clear_prefix()  # its keys belong to one data module
+    auto = restored_rate(note["auto_step"], options)
+    stepper, time = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
+    measured = stepper.num_evaluations if auto is None else 0
+    stepper.load_state_dict(note)
+    stepper.num_evaluations += measured
+    return Prepared(
+        options=options,
+        settings=settings,
+        untuned=parts,
+        model=model,
+        stepper=stepper,
+        data=data,
+        chosen=ChosenLayer.named(note["layer"], note["layer_reason"]),
+        plan=plan,
+        resumed=True,
+        time=time,
+        tuned_before=tuned is not None,
+    )
 
 
 def _load(
@@ -205,7 +218,12 @@ def _load(
 
 
 def _stepper(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext, auto: AutoRate | None
+    model: TunedModel,
+    options: TrainingOptions,
+    rows: TaskRows,
+    run: RunContext,
+    auto: AutoRate | None = None,
+    scheduler_state: Mapping[str, Any] | None = None,
 ) -> tuple[Stepper, TimePlan | None]:
     """Measure what is ``auto``, unless a checkpoint has it, and the time of a step.
 
@@ -217,7 +235,7 @@ def _stepper(
         auto = auto_rate(model, options, rows)
         say(auto.describe(options.optimizer.automatic))
     check_time(rows, run.time, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.time)
+    time = plan_time(model, options, rows, run.time, scheduler_state)
     return make_stepper(model, options, rows, auto=auto), time
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -49,7 +49,11 @@ def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
 
 
 def plan_time(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, budget: TimeBudget | None
+    model: TunedModel,
+    options: TrainingOptions,
+    rows: TaskRows,
+    budget: TimeBudget | None,
+    scheduler_state: Mapping[str, Any] | None,
 ) -> TimePlan | None:
     """Turn the time of a run into steps and validations, and print them. A collective call.
 
@@ -58,6 +62,7 @@ def plan_time(
         options: Options of the training.
         rows: Rows of the task.
         budget: The time; ``None`` if it is not limited.
+        scheduler_state: State of the learning-rate scheduler of a run that is continued.
 
     Raises:
         SlzoError: Not even one step and its validation fit.
@@ -72,6 +77,7 @@ def plan_time(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
             f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
+    options.optimizer.check_schedule(plan.steps, scheduler_state)
     say(plan.describe(budget))
     return plan
 
