@@ -274,7 +274,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': fo
 --trainer.logger.version=../../esc | trainer.logger.version '../../esc': leads out of its folder
 --trainer.logger.name=../esc | trainer.logger.name '../esc': leads out of its folder
 --nope | nope: unknown option
-nope | unrecognized arguments: nope
+nope | unrecognized arguments: nope; write each value after its own option, as in --config A --config B
 --model.eps | model.eps '': expected a number
 """
 FILES = {
