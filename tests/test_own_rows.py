@@ -303,7 +303,7 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
         rows = data.rows(split)
         long = sum(len(row.example.prompt) > 30 for row in rows)
         assert capsys.readouterr().err == (
-            f"slzo: warning: data.max_length 30: {2 * long} sequences of {split} rows are longer, and are cut on the left\n"
+            f"slzo: warning: data.max_length 30: {long} {split} rows are longer, and are cut on the left\n"
         )
         data.profile_batches(4)
 

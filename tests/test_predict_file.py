@@ -73,6 +73,13 @@ def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
     assert [line["scores"] for line in read(tmp_path / "shots.jsonl")] != [line["scores"] for line in found]
 
 
+def test_a_missing_field_is_told_with_the_fields_of_the_file_alone(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"body": "a"}')
+    task = TemplateTask("{text} It was", [" bad", " good"], label_field="mood", train_file="rows.jsonl")
+    with pytest.raises(SlzoError, match=r"'text' is missing; .*, and the row has body;"):
+        RowSource(task).read_to_predict(str(tmp_path / "mine.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

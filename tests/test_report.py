@@ -153,6 +153,7 @@ def test_options_are_told_apart_by_their_names():
     assert options == {"model.scope": "LoRA", "model.scope.rank": 4, "model.eps": None}
     assert differing_options([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == [("b", [2, 3]), ("c", [None, 4])]
     assert differing_options([{"a": 1}, {"a": 1}]) == []
+    assert differing_options([{}, {"a": 1}]) == differing_options([{}, {}]) == []  # runs from Python have no config
 
 
 def test_training_losses_come_from_the_step_log(tmp_path):

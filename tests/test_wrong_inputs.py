@@ -241,7 +241,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --profiler.text_file=. | profiler.text_file '.': is a folder
 --profiler.text_file=noise.csv | profiler.text_file 'noise.csv': not UTF-8
 --ckpt_path=last | ckpt_path 'last': no run below 'runs'
---ckpt_path=nothing | ckpt_path 'nothing': no such file; give a .ckpt file from a run's checkpoints folder, last or best
+--ckpt_path=nothing | ckpt_path 'nothing': no such file; give the folder of a run, a .ckpt file of its checkpoints, last or best
 --ckpt_path=other.ckpt | ckpt_path 'other.ckpt': not a checkpoint written by slzo
 --ckpt_path=. | ckpt_path '.': is a folder; give a .ckpt file
 --ckpt_path=text.txt | ckpt_path 'text.txt': not a readable checkpoint
@@ -274,7 +274,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': fo
 --trainer.logger.version=../../esc | trainer.logger.version '../../esc': leads out of its folder
 --trainer.logger.name=../esc | trainer.logger.name '../esc': leads out of its folder
 --nope | nope: unknown option
-nope | unrecognized arguments: nope
+nope | unrecognized arguments: nope; write each value after its own option, as in --config A --config B
 --model.eps | model.eps '': expected a number
 """
 FILES = {

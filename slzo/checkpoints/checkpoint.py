@@ -101,7 +101,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if Path(path).is_dir():
         raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
     if not Path(path).is_file():
-        raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
+        raise SlzoError(
+            f"{option}: no such file; give the folder of a run, a .ckpt file of its checkpoints, last or best"
+        )
     with _as_slzo_error(option):
         # a plain Trainer of Lightning writes pickles in a zip file
         content = torch.load(path, "cpu", weights_only=True) if is_zipfile(path) else checkpoint_file.read(path)

@@ -190,6 +190,15 @@ class SlzoCLI(LightningCLI):
                         f"{start} --ckpt_path {path} --config my_task.yaml"
                     )
                 find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
+                if not self._command.reads_run_config:
+                    raise SlzoError(
+                        f"data.task: {start} does not read the config of the run; repeat the command of the run with "
+                        "--ckpt_path, or give --config RUN/config.yaml"
+                    )
+                raise SlzoError(
+                    f"data.task: the run of ckpt_path {path!r} has no config.yaml, as a run from Python; give one, as in "
+                    f"{start} --ckpt_path {path} --config my_task.yaml"
+                )
             raise SlzoError(
                 f"data.task: no task is given; begin with a config, as in {start} --config quickstart, or with a task, as in "
                 f"{start} --data.task movie_reviews"

@@ -73,7 +73,11 @@ def explain(parser: ArgumentParser, command: str, given: Sequence[Given], messag
             return line
         if kind := _class(hints, option.name, option.value):
             chosen[option.name] = kind
-    return _missing_argument(given, hints, chosen) or _missing_option(parser, given) or " ".join(message.split())
+    if line := _missing_argument(given, hints, chosen) or _missing_option(parser, given):
+        return line
+    line = " ".join(message.split())
+    stray = line.startswith("unrecognized arguments")
+    return f"{line}; write each value after its own option, as in --config A --config B" if stray else line
 
 
 def _missing_argument(given: Sequence[Given], hints: Mapping[str, Any], classes: Mapping[str, type]) -> str:

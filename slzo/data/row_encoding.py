@@ -55,15 +55,13 @@ def encode_rows(
                 example, (prompt.ids, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings
             )
             found.append(Row(example, encoded, place, prompt.ids if generates else ()))
-            num_cut += prompt.cut + encoded.num_cut
+            num_cut += prompt.cut or encoded.num_cut > 0
         except RowError as error:
             bad.add(error)
     if note := bad.report(len(found), f"the {split} split"):
         say(note)
     if num_cut:
-        warn(
-            f"data.max_length {encoder.max_length}: {num_cut} sequences of {split} rows are longer, and {encoder.shortening}"
-        )
+        warn(f"data.max_length {encoder.max_length}: {num_cut} {split} rows are longer, and {encoder.shortening}")
     return found
 
 

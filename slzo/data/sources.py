@@ -153,7 +153,7 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
     """Turn a row into an example; raise ValueError with the reason if it cannot be used."""
     missing = [field for field in task.fields if values.get(field) is None]
     if missing:
-        present = ", ".join(str(name) for name, value in values.items() if value is not None)
+        present = ", ".join(str(name) for name in _without_placeholders(task, values) if values[name] is not None)
         wanted = ", ".join(task.fields)
         raise ValueError(
             f"field {missing[0]!r} is missing; task {task.name!r} needs it (in all: {wanted}), and the row has {present}"

@@ -100,10 +100,14 @@ def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 
 
 def differing_options(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Return each option that differs between runs, with one value per run; ``None`` if a run lacks the option."""
+    """Return each option that differs between runs, with one value per run; ``None`` if a run lacks the option.
+
+    Empty configs, as those of runs from Python, are not compared.
+    """
+    known = [config for config in configs if config]
     names = sorted({name for config in configs for name in config})
     rows = [(name, [config.get(name) for config in configs]) for name in names]
-    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+    return [row for row in rows if any(config.get(row[0]) != known[0].get(row[0]) for config in known)]
 
 
 def write_run_report(folder: Path) -> Path:

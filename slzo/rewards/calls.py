@@ -157,7 +157,10 @@ def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> li
     if values is None:
         raise RewardFailure(spec.function, f"returned {shown(returned)}; return a list with a number for each answer")
     if len(values) != len(answers.ids):
-        raise RewardFailure(spec.function, f"returned {len(values)} values for {len(answers.ids)} answers")
+        raise RewardFailure(
+            spec.function,
+            f"returned a list of {len(values)} for {len(answers.ids)} answers, not a number for each",
+        )
     numbers = []
     for place, value in enumerate(values):
         if value is None:

@@ -141,7 +141,9 @@ class TemplateTask(Task):
                 return ()
         hint = '; name true and false in data.task.labels, as in ["false", "true"]' if isinstance(label, bool) else ""
         allowed = ", ".join(self._index_of)
-        raise ValueError(f"field {self.label_field!r} is {shown(label)}; it must be one of {allowed}{hint}")
+        raise ValueError(
+            f"field {self.label_field!r} is {shown(label)}; it must be one of {allowed} (data.task.labels){hint}"
+        )
 
 
 def _fields_of(prompt: str) -> tuple[str, ...]:
