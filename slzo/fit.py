@@ -207,7 +207,8 @@ def _load(
         with suppress(SlzoError):  # of model or rows: it is raised where they are used
             inputs = memory_inputs(options, rows, run.max_steps, run.device, num_shards)
         if inputs is not None:
-            plan, free = inputs.plan(), free_bytes(run.device)
+            plan = inputs.plan()
+            free = free_bytes(run.device)
             options = with_reserved(options, inputs)
             say(format_memory(inputs, free))
             check_memory(inputs, free, options.model)

@@ -328,7 +328,7 @@ class TaskRows:
         origin = f", {self.splits.origin}" if self.splits.origin else ""
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         unlabelled = sum(not example.gold for example in self.splits.train)
-        if unlabelled and self.objective.needs_label:
+        if stage == "fit" and unlabelled and self.objective.needs_label:
             say(f"Left out {unlabelled} training rows without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)

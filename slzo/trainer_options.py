@@ -101,8 +101,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
     if isinstance(every, float) and options.get("check_val_every_n_epoch") is None:
         raise SlzoError(
-            f"trainer.val_check_interval {every}: a part of an epoch needs trainer.check_val_every_n_epoch 1; or give a number "
-            "of steps"
+            f"trainer.val_check_interval {every}: a fraction of an epoch needs trainer.check_val_every_n_epoch 1; set it, or "
+            "give a number of steps"
         )
     _check_strategy(options.get("strategy"))
     for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):

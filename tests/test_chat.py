@@ -139,7 +139,7 @@ def test_long_conversations_keep_the_last_user_turn_and_the_answer():
     encoded = made.encode(example, 0)
     (cut,) = encoded.sequences
     assert text_of(cut.ids) == chatml([TALK[0], *TALK[3:]]).rstrip("\n")  # without the first exchange
-    assert encoded.num_cut == 1
+    assert encoded.cut
     (cut,) = encoder(len(cut.ids) - 1).encode(example, 0).sequences
     assert text_of(cut.ids) == chatml(TALK[3:]).rstrip("\n")  # without the system prompt
     (short,) = encoder(len(cut.ids) - 3).encode(example, 0).sequences

@@ -339,7 +339,7 @@ def test_test_scores_the_checkpoint_and_says_when_there_is_none(options, capsys,
     assert accuracy(*options) == (True, pytest.approx(found["score_before"], abs=1e-4))
     assert "fit does not read the config of the run" in error_line(capsys, "fit", "--ckpt_path=runs/version_0")
     Path("runs/version_0/config.yaml").unlink()
-    assert "has no config.yaml, as a run from Python" in error_line(capsys, "test", "--ckpt_path=runs/version_0")
+    assert "has no config.yaml, as those from Python" in error_line(capsys, "test", "--ckpt_path=runs/version_0")
 
 
 def test_a_layer_that_is_set_is_drawn_in_the_profile(options, capsys):

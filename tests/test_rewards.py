@@ -220,7 +220,8 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
         ("nothing", "returned None, at row 'row-a'", [math.nan] * 3),
         (
             "too_few",
-            "returned a list of 1 for 3 answers, not a number for each, for 3 rows together, the first of which is 'row-a'",
+            "returned a list of length 1 instead of one number for each of 3 answers, for 3 rows together, the first of which "
+            "is 'row-a'",
             [math.nan] * 3,
         ),
     ],

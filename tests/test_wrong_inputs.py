@@ -169,7 +169,7 @@ WRONG = """
 --trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer.val_check_interval 99: an epoch has 5 batches
 --trainer.val_check_interval=0 | trainer.val_check_interval 0: give the number of steps
 --trainer.val_check_interval=-1 | trainer: You have passed invalid value -1 for val_check_interval
---trainer.val_check_interval=0.5 | trainer.val_check_interval 0.5: a part of an epoch needs trainer.check_val_every_n_epoch 1
+--trainer.val_check_interval=0.5 | trainer.val_check_interval 0.5: a fraction of an epoch needs trainer.check_val_every_n_epoch 1
 --trainer.val_check_interval=x | trainer: Invalid time format for `val_check_interval`: 'x'
 --trainer.limit_train_batches=0 | trainer.limit_train_batches 0: nothing would be trained
 --trainer.limit_train_batches=0.0001 | trainer: You requested to check 0.0001 of the `train_dataloader`

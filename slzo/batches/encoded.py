@@ -46,13 +46,13 @@ class EncodedExample:
         index: Number of the example, unique over the splits of a data set. It is the key of the prefix cache.
         sequences: One sequence per candidate, in the task's order.
         gold: Numbers of the right candidates, as in :class:`slzo.tasks.base.Example`.
-        num_cut: Number of sequences that were too long, so that ids are missing.
+        cut: Whether a sequence was too long, so that ids are missing.
     """
 
     index: int
     sequences: tuple[EncodedSequence, ...]
     gold: tuple[int, ...]
-    num_cut: int = 0
+    cut: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -196,7 +196,7 @@ class SlzoCLI(LightningCLI):
                         "--ckpt_path, or give --config RUN/config.yaml"
                     )
                 raise SlzoError(
-                    f"data.task: the run of ckpt_path {path!r} has no config.yaml, as a run from Python; give one, as in "
+                    f"data.task: the run of ckpt_path {path!r} has no config.yaml, as those from Python; give a config, as in "
                     f"{start} --ckpt_path {path} --config my_task.yaml"
                 )
             raise SlzoError(

@@ -91,7 +91,7 @@ class ChatEncoder(Encoder):
         first = counts.index(True)
         mask = tuple(counts[first:])
         sequence = EncodedSequence(tuple(ids), len(mask), None if all(mask) else mask)
-        return EncodedExample(index, (sequence,), example.gold, int(cut))
+        return EncodedExample(index, (sequence,), example.gold, cut)
 
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS

@@ -88,14 +88,15 @@ class Encoder:
             texts += [front + text for text in texts[1:]]
         prompt, *answers = self._tokenize(texts)
         finals = answers[len(candidates) :] if front else answers
-        sequences, num_cut = [], 0
+        sequences = []
+        any_cut = False
         for candidate, answer, final in zip(candidates, answers, finals, strict=False):
             count = _num_answer(prompt, answer, len(example.prompt))
             self._check_answer(example, candidate, count, len(answer.ids))
             ids, cut = self._cut(final.ids, self.max_length)
             sequences.append(EncodedSequence(ids, count))
-            num_cut += cut
-        return EncodedExample(index, tuple(sequences), gold, num_cut)
+            any_cut |= cut
+        return EncodedExample(index, tuple(sequences), gold, any_cut)
 
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS

@@ -55,7 +55,7 @@ def encode_rows(
                 example, (prompt.ids, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings
             )
             found.append(Row(example, encoded, place, prompt.ids if generates else ()))
-            num_cut += prompt.cut or encoded.num_cut > 0
+            num_cut += prompt.cut or encoded.cut
         except RowError as error:
             bad.add(error)
     if note := bad.report(len(found), f"the {split} split"):

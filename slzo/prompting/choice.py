@@ -33,7 +33,7 @@ def probabilities(
     known = [length for length in (positions, max_length) if length is not None]
     encoder = Encoder(tokenizer, min(known)) if known else Encoder(tokenizer)
     encoded = encoder.encode(example, 0)
-    if encoded.num_cut:
+    if encoded.cut:
         limit = "that the model takes" if encoder.max_length == positions else "of its run (data.max_length)"
         warn(f"the prompt is longer than the {encoder.max_length} tokens {limit}, and is cut on the left")
     for sequence in encoded.sequences:

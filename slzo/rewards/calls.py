@@ -159,7 +159,7 @@ def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> li
     if len(values) != len(answers.ids):
         raise RewardFailure(
             spec.function,
-            f"returned a list of {len(values)} for {len(answers.ids)} answers, not a number for each",
+            f"returned a list of length {len(values)} instead of one number for each of {len(answers.ids)} answers",
         )
     numbers = []
     for place, value in enumerate(values):

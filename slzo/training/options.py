@@ -94,8 +94,9 @@ class TrainingOptions:
         Raises:
             SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        if isinstance(objective, GenerationObjective) and self.estimator.perturbs != "weights":
-            objective.sampling.check()
+        if objective.generates and self.estimator.perturbs != "weights":
+            if isinstance(objective, GenerationObjective):
+                objective.sampling.check()
             if self.parallel not in ("rows", 1):
                 raise SlzoError(
                     f"model.parallel {self.parallel}: with {self.estimator.describe()} every process would compute all rewards; "
