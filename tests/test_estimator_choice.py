@@ -27,6 +27,7 @@ from slzo.cli.given import given_options
 from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import Example
 from slzo.training.build import auto_rate, make_stepper
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
@@ -230,6 +231,13 @@ def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
 def test_an_objective_of_candidates_needs_candidates():
     error = slzo_error(lambda: TaskRows("squad", objective=CandidateErrors()))
     assert error.startswith("data.objective CandidateErrors: compares candidates, and task 'squad' has free answers")
+
+
+def test_an_f1_of_answers_needs_references():
+    error = slzo_error(lambda: AnswerF1().check_examples([Example("x", "a", (" b", " c"), (0,))]))
+    assert error.startswith(
+        "data.objective AnswerF1: no training row has an answer to compare with; use a task with free answers"
+    )
 
 
 @pytest.mark.parametrize(
