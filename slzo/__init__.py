@@ -21,15 +21,15 @@ from slzo.version import __version__
 
 if TYPE_CHECKING:
     from slzo.datamodule import TaskDataModule
+    from slzo.lightning.trainer import ZOTrainer
     from slzo.module import ZOModule
-    from slzo.trainer import ZOTrainer
 
 __all__ = ["TaskDataModule", "ZOModule", "ZOTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a class when it is first used, because it needs torch."""
-    places = {"TaskDataModule": "slzo.datamodule", "ZOModule": "slzo.module", "ZOTrainer": "slzo.trainer"}
+    places = {"TaskDataModule": "slzo.datamodule", "ZOModule": "slzo.module", "ZOTrainer": "slzo.lightning.trainer"}
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(places[name]), name)

@@ -25,16 +25,16 @@ from slzo.data.fingerprint import are_trained_rows, check_tokenizer, hash_tokeni
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
+from slzo.lightning.strategy import shard_group_of
+from slzo.lightning.trainer_checks import check_share, check_trainer
+from slzo.lightning.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
 from slzo.models.device_map import DeviceMap, DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
-from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
-from slzo.trainer_checks import check_share, check_trainer
-from slzo.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate

@@ -34,6 +34,7 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.decoding import decode
+from slzo.lightning.trainer import ZOTrainer
 from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
@@ -42,7 +43,6 @@ from slzo.models.placement import HERE
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, OutlierChannels

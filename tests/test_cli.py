@@ -22,10 +22,10 @@ from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.datamodule import TaskDataModule
+from slzo.lightning.trainer import ZOTrainer
 from slzo.models import parts as parts_of_models
 from slzo.models import views
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from tiny import make_tokenizer

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
+from slzo.lightning.trainer import ZOTrainer
 from slzo.models import device_map
 from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import DevicePlacement, load_with_device_map
@@ -21,7 +22,6 @@ from slzo.models.load import load_model
 from slzo.models.placement import HERE
 from slzo.models.shape import skeleton_of
 from slzo.models.startup_check import split_and_verify
-from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy

@@ -23,13 +23,13 @@ from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, records
 from slzo.evaluation.metrics import TaskMetrics
+from slzo.lightning.trainer import ZOTrainer
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.answers import token_f1
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
-from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy, CandidateErrors
 from slzo.zo.stepper import Stepper

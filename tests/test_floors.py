@@ -13,9 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 FLOORS = [
     ["__main__", "commands", "__init__"],  # __init__ imports three classes when they are used
     ["cli"],
-    ["trainer"],
-    ["module", "loggers", "checkpoint_io"],
-    ["datamodule", "fit", "prompting", "strategy"],
+    ["lightning"],
+    ["datamodule", "fit", "prompting"],
     ["experiments", "export"],
     ["training", "report"],
     ["task_rows"],
@@ -27,15 +26,13 @@ FLOORS = [
     ["utils", "version"],
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
-WITH_LIGHTNING = {"cli", "trainer", "module", "loggers", "checkpoint_io", "datamodule", "strategy"}
+WITH_LIGHTNING = {"cli", "lightning", "datamodule"}
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_utilities")
 ROOMS = {
     "slzo": "__init__",
     "slzo.commands.registry": "commands.registry",  # known before torch is loaded
-    "slzo.callbacks": "module",  # callbacks and module know each other
-    "slzo.trainer_options": "trainer",
-    "slzo.trainer_state": "module",
-    "slzo.trainer_checks": "module",
+    "slzo.callbacks": "lightning",  # callbacks, module and trainer know each other
+    "slzo.module": "lightning",
 }
 
 

@@ -23,7 +23,7 @@ from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.loggers import run_folder
+from slzo.lightning.loggers import run_folder
 from slzo.training.resume import agreed_settings, checkpoint_of_job
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
@@ -372,10 +372,10 @@ def test_a_task_of_an_array_has_a_name_of_its_own(monkeypatch):
 
 def test_only_a_command_continues_the_run_of_a_restarted_job(tmp_path, monkeypatch):
     """A script may fit several times."""
-    monkeypatch.setattr("slzo.trainer.is_restarted", lambda: True)
-    monkeypatch.setattr("slzo.trainer.job_id", lambda: "42")
+    monkeypatch.setattr("slzo.lightning.trainer.is_restarted", lambda: True)
+    monkeypatch.setattr("slzo.lightning.trainer.job_id", lambda: "42")
     asked = []
-    monkeypatch.setattr("slzo.trainer.checkpoint_of_job", lambda root, job: asked.append(job))
+    monkeypatch.setattr("slzo.lightning.trainer.checkpoint_of_job", lambda root, job: asked.append(job))
     trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
     for program in ("script.py", "slzo"):
         monkeypatch.setattr(sys, "argv", [program, "fit"])

@@ -16,8 +16,8 @@ from slzo.checkpoints.note import CHECKPOINT_FORMAT, checkpoint_note
 from slzo.cli.config_files import read_config_file
 from slzo.data.files import READERS, BadRows, read_file
 from slzo.data.sources import RowSource
+from slzo.lightning.trainer import ZOTrainer
 from slzo.tasks.template import TemplateTask
-from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 
 # the same examples in every run; a file in the test's folder is written anew for each

@@ -33,13 +33,13 @@ from slzo.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
-from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_checkpoint
 from slzo.export.write import export_checkpoint
 from slzo.fit import best_state
-from slzo.loggers import RunLogger
-from slzo.trainer_state import callback_of
+from slzo.lightning.checkpoint_io import AtomicCheckpointIO
+from slzo.lightning.loggers import RunLogger
+from slzo.lightning.trainer_state import callback_of
 from slzo.training.resume import changed_settings
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA

@@ -10,8 +10,8 @@ from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statis
 
 from slzo import fit
 from slzo.__main__ import main
+from slzo.lightning.trainer_state import planned_steps
 from slzo.task_rows import TaskRows
-from slzo.trainer_state import planned_steps
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import ALONE, Processes
 from slzo.zo.selection import Race

@@ -22,6 +22,7 @@ from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text
 from slzo.evaluation.rewarding import answer_batch
 from slzo.evaluation.sampling import Sampling, sample_key
+from slzo.lightning.trainer import ZOTrainer
 from slzo.models.parts import Limits, ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.builtin.number_match import last_number
@@ -31,7 +32,6 @@ from slzo.rewards.runner import RewardRunner, read_functions
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
-from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Point

@@ -23,10 +23,10 @@ from slzo.callbacks import time_limit
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
+from slzo.lightning.trainer import ZOTrainer
+from slzo.lightning.trainer_checks import check_interval
+from slzo.lightning.trainer_options import limit_defaults
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
-from slzo.trainer_checks import check_interval
-from slzo.trainer_options import limit_defaults
 from slzo.training import timing
 from slzo.training.time_plan import Passes, RunTimes, TimeBudget, TimePlan
 from slzo.utils.errors import SlzoError

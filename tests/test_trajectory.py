@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from slzo.datamodule import TaskDataModule
+from slzo.lightning.trainer import ZOTrainer
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
 
 pytestmark = pytest.mark.fast
 

@@ -61,7 +61,7 @@ HOSTILE = {
     "pickles": ("trainer: {plugins: [TorchCheckpointIO]}", "trainer.plugins 'TorchCheckpointIO'"),
     "a class in a mapping": ("model: {device_map: {x: {class_path: evil.T}}}", "model.device_map 'evil.T'"),
     "other arguments": (
-        "trainer: {logger: {class_path: slzo.loggers.RunLogger, dict_kwargs: {a: {class_path: evil.T}}}}",
+        "trainer: {logger: {class_path: slzo.lightning.loggers.RunLogger, dict_kwargs: {a: {class_path: evil.T}}}}",
         "trainer.logger.dict_kwargs 'evil.T'",
     ),
     "arguments in a file": (

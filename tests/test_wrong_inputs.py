@@ -349,7 +349,7 @@ data.task | TemplateTask | candidates | [1, 2] | [1, 2]: expected a list like [a
 data.task | TemplateTask | prompt | null | null: expected text; see --data.task.help TemplateTask
 data.task | slzo.tasks.chat.ChatTask | turns | some | 'some': choose one of all, last; see --data.task.help ChatTask
 data.objective | Reward | samples | x | 'x': expected a whole number or null; see --data.objective.help Reward
-trainer.logger | slzo.loggers.RunLogger | save_dir | [1] | [1]: expected text; see --trainer.logger.help RunLogger
+trainer.logger | slzo.lightning.loggers.RunLogger | save_dir | [1] | [1]: expected text; see --trainer.logger.help RunLogger
 trainer.strategy | lightning.pytorch.strategies.DDPStrategy | start_method | x | 'x': choose one of popen, spawn, fork, forkserver; see --trainer.strategy.help DDPStrategy
 trainer.callbacks | EarlyStopping | patience | abc | 'abc': expected a whole number; see --trainer.callbacks.help EarlyStopping
 trainer.callbacks | lightning.pytorch.callbacks.EarlyStopping | nope | 1 | : unknown option of the chosen class EarlyStopping, which has monitor

@@ -13,9 +13,9 @@ from slzo.callbacks.defaults import DEFAULTS
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.export.write import export_checkpoint
+from slzo.lightning.trainer import ZOTrainer
 from slzo.module import ZOModule
 from slzo.private.parsers import options_of
-from slzo.trainer import ZOTrainer
 from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
 
 _GROUPS = ("model", "data", *DEFAULTS)

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
+from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.private.progress import count_epoch_as_started, count_step_as_open
 from slzo.task_rows import TaskRows
-from slzo.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.utils.console import say
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from slzo.lightning.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.module import ZOModule, zo_module
-from slzo.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.training.time_plan import Passes
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError

@@ -6,8 +6,8 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from slzo.lightning.trainer_state import folder_of
 from slzo.report.profile_files import PICTURE, profile_content, write_profile
-from slzo.trainer_state import folder_of
 from slzo.training.profiling import ProfileOptions
 from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists

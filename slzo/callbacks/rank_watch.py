@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
-from slzo.trainer_state import callback_of
+from slzo.lightning.trainer_state import callback_of
 from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.launcher import LAUNCHER

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
+from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import ZOModule, zo_module
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
 from slzo.task_rows import TaskRows
-from slzo.trainer_state import callback_of, folder_of, is_quick
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
 from slzo.training.time_plan import Passes

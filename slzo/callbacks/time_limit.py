@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from slzo.lightning.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
 from slzo.task_rows import TaskRows
-from slzo.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
 from slzo.training.time_plan import Passes, TimeBudget, TimePlan
 from slzo.utils.console import say
 
@@ -82,7 +82,7 @@ class TimeLimit(Callback):
             trainer.val_check_interval = plan.every
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock, unless :class:`slzo.trainer.ZOTrainer` has done so earlier."""
+        """Start the clock, unless :class:`slzo.lightning.trainer.ZOTrainer` has done so earlier."""
         if stage == "fit" and self._ends is None:
             self.begin()
 

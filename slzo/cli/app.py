@@ -28,11 +28,11 @@ from slzo.cli.run_config import with_run_config
 from slzo.commands.registry import Command
 from slzo.datamodule import TaskDataModule
 from slzo.export.exported import Exported
-from slzo.loggers import FolderLogger
+from slzo.lightning.loggers import FolderLogger
+from slzo.lightning.trainer import ZOTrainer
+from slzo.lightning.trainer_options import TRAINER_DEFAULTS, limit_defaults
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
-from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
 from slzo.training.build import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.run_layout import CONFIG_FILE
@@ -159,7 +159,7 @@ class SlzoCLI(LightningCLI):
         parser.set_defaults(
             {
                 **{f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()},
-                "trainer.logger": {"class_path": "slzo.loggers.RunLogger", "init_args": {"save_dir": RUNS}},
+                "trainer.logger": {"class_path": "slzo.lightning.loggers.RunLogger", "init_args": {"save_dir": RUNS}},
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
             }
         )

@@ -1,7 +1,7 @@
 """``slzo plan``."""
 
 from slzo.cli.app import App
-from slzo.strategy import ShardedStrategy
+from slzo.lightning.strategy import ShardedStrategy
 from slzo.training.memory_plan import format_first_order, format_plan, memory_inputs
 from slzo.utils.console import say
 from slzo.utils.runtime import free_bytes

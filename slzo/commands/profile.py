@@ -5,7 +5,7 @@ from pathlib import Path
 from slzo.callbacks.outlier_profiler import log_picture
 from slzo.cli.app import App
 from slzo.fit import profile_and_choose
-from slzo.loggers import run_folder
+from slzo.lightning.loggers import run_folder
 from slzo.module import run_context
 from slzo.report.profile_files import PICTURE, profile_content, write_profile
 from slzo.utils.console import say, warn

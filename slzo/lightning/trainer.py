@@ -15,14 +15,12 @@ from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import NAMES, RUNS, find_checkpoint
-from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
-from slzo.module import ZOModule
-from slzo.strategy import SHARDED, ShardedStrategy
-from slzo.task_rows import TaskRows
-from slzo.trainer_options import (
+from slzo.lightning.checkpoint_io import AtomicCheckpointIO
+from slzo.lightning.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
+from slzo.lightning.strategy import SHARDED, ShardedStrategy
+from slzo.lightning.trainer_options import (
     TRAINER_DEFAULTS,
     check_callbacks,
     check_launcher,
@@ -31,7 +29,9 @@ from slzo.trainer_options import (
     limit_defaults,
     take_time_limit,
 )
-from slzo.trainer_state import callback_of, folder_of, is_quick
+from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
+from slzo.module import ZOModule
+from slzo.task_rows import TaskRows
 from slzo.training.resume import checkpoint_of_job
 from slzo.utils.console import say
 from slzo.utils.environment import command_line
@@ -216,7 +216,7 @@ class ZOTrainer(Trainer):
             )
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
-        """Return the context in which Lightning runs; see :func:`slzo.loggers.run_folder`."""
+        """Return the context in which Lightning runs; see :func:`slzo.lightning.loggers.run_folder`."""
         if (watch := callback_of(self, RankWatch)) is not None:
             watch.watch_launcher(self)
         return run_folder(self, self._run_folders, begun)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.time_limit import TimeLimit
+from slzo.lightning.strategy import SHARDED
+from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
 from slzo.private.launchers import copies_process
-from slzo.strategy import SHARDED
-from slzo.trainer_checks import check_overfit_batches, check_precision, check_supported
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import check_local
 

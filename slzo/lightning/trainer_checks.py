@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from slzo.trainer_state import interval_of
+from slzo.lightning.trainer_state import interval_of
 from slzo.utils.errors import SlzoError
 
 _REFUSED: Mapping[type[Callback], str] = {

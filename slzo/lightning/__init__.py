@@ -1,0 +1,1 @@
+"""The trainer, with its options, checks, strategy, loggers and checkpoint plugin."""
