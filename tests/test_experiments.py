@@ -402,6 +402,7 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
     ("extra", "message"),
     [
         (["--layers=[9]"], r"layers 9: the model has 4 decoder layers"),
+        (["--model.layer=9"], r"model.layer 9: the model has 4 decoder layers"),
         (["--layers=1"], r"layers '1': expected a list like \[1, 2\] or null"),
         (["--layers=[]"], r"layers \[\]: give at least one layer"),
         (["--directions=3"], r"directions 3: .*at least 20"),

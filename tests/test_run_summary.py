@@ -39,6 +39,7 @@ def run_facts(**facts):
         "num_rows": 8,
         "scheduled": False,
         "figures": figures(facts),
+        "metric": SelectionMetric("loss", "accuracy"),
         "history": History(
             seconds=1.0, train_seconds=1.0, points=[{"step": 1, "evaluations": 1, "seconds": 1.0, "distance": 1.0}]
         ),
@@ -220,6 +221,15 @@ def test_what_cannot_be_done_again_is_not_suggested():
     )  # it ends with its steps
     none = replace(FACTS, outcome=replace(FACTS.outcome, history=History()))
     assert next_command(WITHIN, None, none).endswith("; needs dev rows (data.num_dev)")
+
+
+def test_a_reward_that_never_changed_is_no_matter_of_the_learning_rate():
+    facts = replace(FACTS, metric=SelectionMetric("reward", "reward", 1.0))
+    found = next_command(None, losses(1.0, 1.0), facts)
+    assert found.startswith(
+        "slzo predict --config run/config.yaml --ckpt_path run/best.ckpt  # the reward never changed"
+    )
+    assert "too small" in next_command(None, losses(1.0, 0.999), facts)
 
 
 def test_without_a_best_checkpoint_the_last_one_is_used():

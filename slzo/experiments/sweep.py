@@ -47,20 +47,25 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
 
 
 def _profile(trials: LayerTrials, profiler: ProfileOptions) -> tuple[OutlierProfile, Choice | None]:
-    """Profile the layers, and print the profile with the layer that the rule or the user chooses, if any."""
+    """Profile the layers, and print the profile with the layer that the rule or the user chooses, if any.
+
+    Raises:
+        SlzoError: The model does not have the layer of ``model.layer``.
+    """
     parts, options, rows = trials.parts, trials.options, trials.rows
+    chosen = None
+    if options.layer is not None:
+        chosen = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
     profile = profile_model(parts, rows, profiler)
-    try:
-        if options.layer is None:
-            context = SelectionContext(profile.layers, no_trials="a sweep trains all layers itself")
-            choice = choose(profiler.rule, context, rows)
-        else:
-            choice = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
-    except SlzoError as error:
-        say(f"{format_profile(profile, None)}\n{error}")
-        return profile, None
-    say(format_profile(profile, choice))
-    return profile, choice
+    if chosen is None:
+        context = SelectionContext(profile.layers, no_trials="a sweep trains all layers itself")
+        try:
+            chosen = choose(profiler.rule, context, rows)
+        except SlzoError as error:
+            say(f"{format_profile(profile, None)}\n{error}")
+            return profile, None
+    say(format_profile(profile, chosen))
+    return profile, chosen
 
 
 def _finished(store: CellStore, plan: SweepPlan, num_layers: int) -> SweepPlan:

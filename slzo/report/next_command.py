@@ -10,8 +10,9 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     """Return the command to try, or for a run in Python the argument, with the reason after a #.
 
     The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
-    small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
-    lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
+    small. A reward that never changed may be unable to tell the answers apart. If the dev loss fell but the score clearly became
+    worse, another layer may generalize better. If the dev loss was lowest at the end, more steps may help. If the score improved
+    within two standard errors, more held-out rows may show it.
     """
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     output = () if run.folder is None else ("--output", f"{run.folder}/rates")
@@ -22,6 +23,10 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         return f"{search}  # too few validations to find the reason: try other learning rates{needs}"
     if losses.rose:
         return f"{search}  # the learning rate may be too large"
+    best = run.outcome.best
+    if losses.unchanged and run.metric.metric == "reward" and best is not None:
+        answers = _command("predict", run, "--ckpt_path", best, python="ZOTrainer().predict(...)")
+        return f"{answers}  # the reward never changed: see which answers it rated"
     if not losses.fell:
         return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
     if change is not None and change.worse and change.shown:
@@ -30,7 +35,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         race = ("--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
         look = _command("fit", run, *race, python="OutlierProfiler(Race())")
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
-    (limit, value), last, best = run.outcome.limit, run.outcome.last, run.outcome.best
+    (limit, value), last = run.outcome.limit, run.outcome.last
     goes_on = last is not None and value > 0 and not run.scheduled  # a schedule ends with its steps
     if losses.best == losses.last and last is not None and goes_on:
         options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))

@@ -153,9 +153,14 @@ class DevLoss:
         return self.best[1] < (first - MIN_PROGRESS * abs(first) if math.isfinite(first) else first)
 
     @property
+    def unchanged(self) -> bool:
+        """Whether the first, the best and the last loss are equal."""
+        return self.first[1] == self.best[1] == self.last[1]
+
+    @property
     def solved(self) -> bool:
         """Whether it was 0, the lowest possible, at all these validations."""
-        return self.first[1] == self.best[1] == self.last[1] == 0
+        return self.unchanged and self.last[1] == 0
 
     def sentence(self) -> str:
         """Return a sentence on a loss that rose or could not fall, without a full stop."""
