@@ -122,12 +122,16 @@ def test_full_tuning_needs_no_outlier_layer(options, capsys):
     assert summary()["tuned_parameters"] == summary()["total_parameters"]
 
 
-def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
-    assert main(["fit", *options, "--trainer.max_steps=2", "--model.optimizer=Adam"]) == 0
+def test_the_start_says_what_is_tuned_and_a_plan_what_memory_it_takes(options, capsys):
+    options = [*options, "--trainer.max_steps=2", "--model.optimizer=Adam"]
+    assert main(["fit", *options]) == 0
     text = capsys.readouterr().out
+    assert re.search(r"Memory     about [\d.]+ GiB: program [\d.]+ GiB, other [\d.e-]+ GiB; free: ", text)
     assert re.search(r"Tuning the dominant layer: 9,280 of 57,632 parameters by SPSA. Dominant layer: \d of 4", text)
+    assert main(["plan", *options]) == 0
+    text = capsys.readouterr().out
     for name, size in (("masters", 4 * 9280), ("Adam state", 2 * 4 * 9280)):
-        found = re.search(rf"{name} ([\d.e-]+) GiB", text)
+        found = re.search(rf"{name} +([\d.e-]+) GiB", text)
         assert float(found[1]) * 2**30 == pytest.approx(size, rel=1e-2)
 
 

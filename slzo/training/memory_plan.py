@@ -40,9 +40,11 @@ def with_reserved(options: TrainingOptions, inputs: MemoryInputs) -> TrainingOpt
 
 
 def format_memory(inputs: MemoryInputs, free: int | None) -> str:
-    """Describe a plan in one line."""
+    """Describe a plan in one line; parts of at most 2% are added up."""
     plan = inputs.plan()
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.parts.items())
+    large = {name: size for name, size in plan.parts.items() if size > plan.total / 50}
+    rest = sum(plan.parts.values()) - sum(large.values())
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in (large | ({"other": rest} if rest else {})).items())
     line = f"Memory     about {_gib(plan.total)}: {parts}"
     return line + ("" if free is None else f"; free: {_gib(free)}") + (f"; {inputs.where}" if inputs.where else "")
 
