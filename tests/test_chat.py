@@ -284,7 +284,7 @@ def test_the_line_of_a_bad_row_is_named(tmp_path):
         RowSource(ChatTask(train_file=str(path))).read("train")
 
 
-def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
+def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     words = ["great", "terrible", "good", "bad"]
     rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
@@ -294,6 +294,9 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
     options += ["--model.layer=1", "--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2"]
     options += ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
     assert main(["fit", *options]) == 0
+    assert not [
+        each for each in recwarn if "logging interval" in str(each.message)
+    ]  # 2 batches an epoch, fewer than 10
     output = capsys.readouterr().out
     assert "Task chat: 16 training, 8 dev and 6 held-out rows, drawn from the 31 of talks.jsonl" in output
     assert "using the one called plain" in output
