@@ -317,6 +317,24 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys, recwarn):
         assert load_pair(source.partition("=")[2], untuned=False).stop[-1] == "?"
 
 
+def test_a_perplexity_next_to_metrics_of_generated_answers_has_the_same_error(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["great", "terrible", "good", "bad"]
+    rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    for metrics in (["perplexity"], ["perplexity", "f1"]):
+        task = {
+            "class_path": "ChatTask",
+            "init_args": {"train_file": "talks.jsonl", "metrics": metrics, "max_new_tokens": 2},
+        }
+        assert main(["fit", *options, f"--data.task={json.dumps(task)}"]) == 0
+    alone, both = summary(0), summary(1)
+    assert both["metric"] == "perplexity"
+    for name in ("score_after", "score_standard_error", "score_change_standard_error"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-3)
+
+
 def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Film {i}?", "completion": "great"} for i in range(12)]
