@@ -402,7 +402,9 @@ class ZOModule(LightningModule):
     def prepared(self) -> Prepared:
         """What the current or last fit is made of."""
         if self._prepared is None:
-            raise SlzoError("model: nothing was trained; call trainer.fit first")
+            raise SlzoError(
+                "model: nothing was trained; call trainer.fit first, and call super().setup(stage) in a setup of your own"
+            )
         return self._prepared
 
     @property

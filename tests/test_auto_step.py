@@ -313,7 +313,9 @@ def test_a_loss_that_no_step_can_be_measured_from_is_an_error(eps, value, messag
 def test_a_metric_that_no_direction_changes_is_named():
     _, tuned, _ = quadratic()
     constant = ClosureLoss(tuned, lambda: torch.tensor(0.5))
-    with pytest.raises(SlzoError, match=r"model\.eps 1: no direction changes the metric of 0\.5; use more rows"):
+    with pytest.raises(
+        SlzoError, match=r"model\.eps 1: no direction changes the metric or reward \(loss 0\.5\); use more rows"
+    ):
         AutoStep.measure(tuned, constant, 0, smooth=False)
 
 

@@ -284,7 +284,7 @@ def test_the_line_of_a_bad_row_is_named(tmp_path):
         RowSource(ChatTask(train_file=str(path))).read("train")
 
 
-def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
+def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     words = ["great", "terrible", "good", "bad"]
     rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
@@ -294,6 +294,9 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
     options += ["--model.layer=1", "--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2"]
     options += ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
     assert main(["fit", *options]) == 0
+    assert not [
+        each for each in recwarn if "logging interval" in str(each.message)
+    ]  # 2 batches an epoch, fewer than 10
     output = capsys.readouterr().out
     assert "Task chat: 16 training, 8 dev and 6 held-out rows, drawn from the 31 of talks.jsonl" in output
     assert "using the one called plain" in output
@@ -312,6 +315,24 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
         assert main(["generate", source, *rest]) == 0
         assert capsys.readouterr().out.partition("--- tuned\n")[2].strip() == found[0]["prediction"].strip()
         assert load_pair(source.partition("=")[2], untuned=False).stop[-1] == "?"
+
+
+def test_a_perplexity_next_to_metrics_of_generated_answers_has_the_same_error(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["great", "terrible", "good", "bad"]
+    rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    for metrics in (["perplexity"], ["perplexity", "f1"]):
+        task = {
+            "class_path": "ChatTask",
+            "init_args": {"train_file": "talks.jsonl", "metrics": metrics, "max_new_tokens": 2},
+        }
+        assert main(["fit", *options, f"--data.task={json.dumps(task)}"]) == 0
+    alone, both = summary(0), summary(1)
+    assert both["metric"] == "perplexity"
+    for name in ("score_after", "score_standard_error", "score_change_standard_error"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-3)
 
 
 def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_stop_token_at_once_gives_an_empty_answer():
 @pytest.mark.parametrize("packed", [True, False])
 def test_gold_loss_is_that_of_the_answer_tokens(packed):
     model, prompts, generator = tiny_model(), make_prompts(), random.Random(3)
-    gold, total, count = [], 0.0, 0
+    gold, losses, counts = [], {}, {}
     for number, prompt in enumerate(prompts):
         answer = generator.choices(range(3, VOCABULARY), k=1 + number % 3)
         own = EncodedSequence((*prompt, *answer), len(answer))
@@ -78,17 +78,20 @@ def test_gold_loss_is_that_of_the_answer_tokens(packed):
         if number == 4:  # a row without a label does not count
             continue
         logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(dim=-1)
-        total -= sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
-        count += len(answer)
+        losses[number] = -sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        counts[number] = len(answer)
     parts = ModelParts(model, packed)
     for budget in (1, 10_000):
         made = decode(parts, prompts, {2}, prefill_tokens=budget, gold=gold)
-        assert float(made.gold[1]) == count
-        assert float(made.gold[0]) == pytest.approx(total, rel=1e-5)
+        assert float(made.gold[1]) == sum(counts.values())
+        assert float(made.gold[0]) == pytest.approx(sum(losses.values()), rel=1e-5)
+        assert {number: pair[0] for number, pair in made.gold_by_prompt.items()} == pytest.approx(losses, rel=1e-4)
+        assert {number: pair[1] for number, pair in made.gold_by_prompt.items()} == counts
         assert made.answers == decode(parts, prompts, {2}).answers
     unknown = [replace(row, gold=()) for row in gold]
     made = decode(parts, prompts, {2}, gold=unknown)
     assert made.gold.tolist() == [0, 0]
+    assert made.gold_by_prompt == {}
 
 
 @torch.no_grad()

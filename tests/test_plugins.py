@@ -279,8 +279,12 @@ def test_a_task_must_return_a_usable_example(changes, told):
 
 
 def test_a_scope_must_return_tensors_of_the_model():
-    context = ScopeContext(ModelParts(tiny_model()), 1, lambda count: [])
+    model = tiny_model()
+    context = ScopeContext(ModelParts(model), 1, lambda count: [])
+    name, tensor = next(iter(model.named_parameters()))
     for returned, told in (
+        (TunedTensors({name: tensor.clone()}), rf"returned a tensor '{re.escape(name)}', which is not the model's own"),
+        (TunedTensors({name: tensor.data}), "which is not the model's own but a copy or a view"),
         ({}, r"returned \{\}"),
         (TunedTensors({}), "returned no tensors"),
         (TunedTensors({"x": torch.zeros(2)}), "returned a tensor 'x', which the model does not have"),

@@ -689,6 +689,15 @@ def test_a_run_without_a_single_step_trained_nothing(reward_options, capfd):
     assert last.endswith("none of the 4 steps was taken, so nothing was trained")
 
 
+def test_a_reward_that_no_direction_changes_is_named(reward_options, capfd):
+    """The model computes in float32 already, so this is not about rounding."""
+    never = {"function": "regex", "arguments": {"pattern": "$^"}}
+    options = [f"--data.reward={json.dumps(never)}", "--model.estimator=SPSA", "--model.eps=auto"]
+    assert main(["fit", *reward_options, *options]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "no direction changes the metric or reward (loss 1); use more rows (data.batch_size)" in error
+
+
 def test_a_reward_that_is_always_the_best_leaves_nothing_to_learn(reward_options, capfd):
     always = {"function": "regex", "arguments": {"pattern": ""}}
     assert main(["fit", *reward_options, f"--data.reward={json.dumps(always)}"]) == 0

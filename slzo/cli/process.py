@@ -18,6 +18,7 @@ _IRRELEVANT_WARNINGS = (
     ".*args parameter is intended to run from within Python.*",  # main([...]) does this on purpose
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*is smaller than the logging interval.*",  # steps are counted over epochs, and their losses are printed
     ".*It is recommended to use .*sync_dist=True.*",  # the metrics are those of all processes
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slzo.batches.chunks import chunk_by_tokens, shared_beginnings
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
-from slzo.batches.losses import answer_losses
+from slzo.batches.losses import RowLosses, answer_losses
 from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import share_beginnings
 from slzo.evaluation.prompt_states import PromptStates
@@ -150,8 +150,8 @@ class Decoder:
 
     def prefill(
         self, rows: list[int], cached: bool, gold: Sequence[EncodedExample] | None
-    ) -> tuple[Logits, Tensor | None]:
-        """Run prompts; return the logits of each answer's first token, and the loss of the gold answers."""
+    ) -> tuple[Logits, RowLosses | None]:
+        """Run prompts; return the logits of each answer's first token, and the losses of the gold answers."""
         keys = rows if self.kept is None else [self.kept.keys[row] for row in rows]
         encoded = [
             prompt_with_gold(key, tuple(self.prompts[row]), None if gold is None else gold[row])
@@ -177,11 +177,11 @@ class Decoder:
         final, answers = self._prefill_above(batch, hidden, positions)
         needed = torch.cat([batch.needed + point * batch.num_tokens for point in range(self.num_points)])
         logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
-        loss = None if gold is None else answer_losses(logits[0], batch).sum()
+        losses = None if gold is None else answer_losses(logits[0], batch)
         first = torch.cat([of_point.index_select(0, last) for of_point in logits])
         place = {row: number for number, row in enumerate(rows)}
         chosen = [point * len(rows) + place[row] for point, row in answers.values()]
-        return Logits(list(answers), first.index_select(0, torch.tensor(chosen, device=device))), loss
+        return Logits(list(answers), first.index_select(0, torch.tensor(chosen, device=device))), losses
 
     def _prefill_above(
         self, batch: PackedBatch, hidden: Tensor | None, positions: Mapping[int, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import answer_losses
+from slzo.batches.losses import RowLosses, answer_losses
 from slzo.batches.packing import pack
 from slzo.evaluation.decoder import CachedPrompts, Decoder, VariedLayers
 from slzo.evaluation.generation import Ended, generate_padded
@@ -21,6 +21,9 @@ from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import MAX_NEW_TOKENS
 
+_Losses = tuple[Sequence[int], RowLosses]
+"""Prompts by number, and the losses of their gold answers."""
+
 
 class Decoded(NamedTuple):
     """Generated answers, those of one point after the other.
@@ -29,11 +32,13 @@ class Decoded(NamedTuple):
         answers: Tokens of each answer, without the stop token.
         ends: Stop token of each answer; ``None`` if it ended otherwise.
         gold: Total loss of the gold answers' tokens and their number, shape (2,); ``None`` if no gold answers were given.
+        gold_by_prompt: The same of each prompt with a gold answer, by its number.
     """
 
     answers: list[list[int]]
     ends: list[int | None]
     gold: Tensor | None
+    gold_by_prompt: dict[int, tuple[float, float]]
 
 
 @torch.no_grad()
@@ -68,26 +73,27 @@ def decode(
         kept: Cached states of the prompts; they enter the first varied layer, or any layer if none is varied.
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt; with one point only.
     """
+    losses: list[_Losses] = []
     if not parts.packed:
-        loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
+        losses += [] if gold is None else _gold_losses(parts, gold, prefill_tokens)
         made = generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
-        return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
+        total = None if gold is None else _total(losses, parts)
+        return Decoded([answer for answer, _ in made], [end for _, end in made], total, _by_prompt(losses))
     prompt_of = list(range(len(prompts)) if prompt_of is None else prompt_of) * (
         1 if varied is None else varied.num_points
     )
     answers: list[list[int]] = [[] for _ in prompt_of]
     ends: list[int | None] = [None] * len(prompt_of)
     if not prompt_of:
-        return Decoded(answers, ends, None)
-    losses: list[Tensor] = []
+        return Decoded(answers, ends, None, {})
     tokens: dict[int, int] = {}
     check_places(parts)
     decoder = Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept)
     for rows, cached in decoder.chunks():
-        logits, loss = decoder.prefill(rows, cached, gold)
+        logits, of_rows = decoder.prefill(rows, cached, gold)
         tokens |= logits.tokens(0, sampling)
-        if loss is not None:
-            losses.append(loss)
+        if of_rows is not None:
+            losses.append((rows, of_rows))
     for step in range(max_new_tokens):
         finished = {answer for answer, token in tokens.items() if token in stops}
         for answer in finished:
@@ -101,13 +107,28 @@ def decode(
         if not tokens or step == max_new_tokens - 1:
             break
         tokens = decoder.advance(tokens).tokens(step + 1, sampling)
-    return Decoded(answers, ends, torch.stack(losses, dim=1).sum(dim=1) if losses else None)
+    return Decoded(answers, ends, _total(losses, parts) if losses else None, _by_prompt(losses))
 
 
-def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> Tensor:
-    losses = []
-    known = [example for example in gold if example.gold]
-    for chunk in chunk_by_tokens([len(example.sequences[0].ids) for example in known], max_tokens):
-        batch = pack([known[number] for number in chunk]).to(parts.model.device)
-        losses.append(answer_losses(needed_logits(parts, batch), batch).sum())
-    return torch.stack(losses, dim=1).sum(dim=1) if losses else torch.zeros(2, device=parts.model.device)
+def _gold_losses(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> list[_Losses]:
+    losses: list[_Losses] = []
+    known = [number for number, example in enumerate(gold) if example.gold]
+    for chunk in chunk_by_tokens([len(gold[number].sequences[0].ids) for number in known], max_tokens):
+        rows = [known[place] for place in chunk]
+        batch = pack([gold[row] for row in rows]).to(parts.model.device)
+        losses.append((rows, answer_losses(needed_logits(parts, batch), batch)))
+    return losses
+
+
+def _total(losses: Sequence[_Losses], parts: ModelParts) -> Tensor:
+    if not losses:
+        return torch.zeros(2, device=parts.model.device)
+    return torch.stack([each.sum() for _, each in losses], dim=1).sum(dim=1)
+
+
+def _by_prompt(losses: Sequence[_Losses]) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {}
+    for rows, each in losses:
+        pairs = zip(each.totals.tolist(), each.weights.tolist(), strict=True)
+        found |= {row: pair for row, pair in zip(rows, pairs, strict=True) if pair[1] > 0}
+    return found

@@ -1,7 +1,7 @@
 """Evaluate batches: predictions, scores and loss, the same way for every command and every kind of task."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from slzo.batches.losses import LogitLoss, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
 from slzo.evaluation.decoder import CachedPrompts, VariedLayers
-from slzo.evaluation.decoding import decode
+from slzo.evaluation.decoding import Decoded, decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
@@ -45,6 +45,8 @@ class Outcome:
         loss: Total and weight of the reported loss, summed over labelled rows or over their answer tokens, shape (2,).
         num_tokens: Number of tokens of each generated answer; empty if no answers are generated.
         rewarded: Rewards of the generated answers; ``None`` without reward functions.
+        gold_losses: If answers are generated, the loss and the number of tokens of each row's gold answer, by place in the
+            batch.
     """
 
     predictions: list[int] | list[str]
@@ -52,6 +54,7 @@ class Outcome:
     loss: Tensor
     num_tokens: tuple[int, ...] = ()
     rewarded: RewardedAnswers | None = None
+    gold_losses: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ class Evaluator:
         """
         packed = batch.packed
         if packed is None:
-            answers, gold_loss = self._generate(batch.rows, keep=keep_prefix, with_gold=True)
-            assert gold_loss is not None
+            answers, decoded = self._generate(batch.rows, keep=keep_prefix, with_gold=True)
+            assert decoded.gold is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
-            return Outcome(texts, [], gold_loss, tuple(answer.num_tokens for answer in answers), rewarded)
+            num_tokens = tuple(answer.num_tokens for answer in answers)
+            return Outcome(texts, [], decoded.gold, num_tokens, rewarded, decoded.gold_by_prompt)
         if self.states is None or packed.shares_tokens:  # states are cached by example
             final = final_states(self.parts, packed, 0, None)[0]
         else:
@@ -138,8 +142,8 @@ class Evaluator:
         sampling: Sampling | None = None,
         prompt_of: Sequence[int] | None = None,
         varied: VariedLayers | None = None,
-    ) -> tuple[list[Answer], Tensor | None]:
-        """Generate answers to rows, see :func:`decode`; with ``with_gold``, also return the loss of the gold answers."""
+    ) -> tuple[list[Answer], Decoded]:
+        """Generate answers to rows, see :func:`decode`; ``with_gold`` adds the losses of the gold answers."""
         tokenizer, stop = self.tokenizer, self.decoding.stop
         examples = [row.encoded for row in rows]
         # cached states of a prompt that runs with its gold answer include those of the answer
@@ -161,7 +165,7 @@ class Evaluator:
             Answer(answer_text(tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
             for ids, end in zip(decoded.answers, decoded.ends, strict=True)
         ]
-        return answers, decoded.gold
+        return answers, decoded
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
@@ -198,9 +202,11 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 def gold_loss_by_row(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
     """Return the negative log-likelihood and the number of tokens of each row's gold answer, by row id.
 
-    Rows without a gold answer are left out. Empty without scores of the candidates.
+    Rows without a gold answer are left out. Empty if candidates were chosen without their scores.
     """
-    if batch.packed is None or not outcome.scores:
+    if batch.packed is None:
+        return {batch.examples[place].id: losses for place, losses in outcome.gold_losses.items()}
+    if not outcome.scores:
         return {}
     lengths = by_example(batch.packed.candidate_length.float(), batch.packed).tolist()
     found = {}

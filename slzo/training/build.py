@@ -204,7 +204,7 @@ def measure_step(model: TunedModel, options: TrainingOptions, rows: TaskRows, se
             options.step.eps,
             half,
             objective.lowest,
-            objective.differentiable,
+            objective.differentiable and not objective.generates,  # answers change in jumps
         )
     except SlzoError as error:
         if problems := reports[-1].problems:

@@ -150,7 +150,7 @@ class AutoStep(AutoRate):
             half: Whether the model computes in half precision. Then eps changes the loss by about 3%, and the curvature is not
                 measured.
             lowest: Lower bound of the loss.
-            smooth: Whether every change of the weights changes the loss, unlike a metric.
+            smooth: Whether every change of the weights changes the loss, unlike a metric or a reward.
 
         Raises:
             SlzoError: The loss is not finite or not above ``lowest``, or does not change at any distance.
@@ -260,7 +260,8 @@ class AutoStep(AutoRate):
 def _no_effect(loss: float, given: bool, smooth: bool) -> str:
     """Return why no direction changes the loss, and what to do."""
     if not smooth:
-        return f"no direction changes the metric of {loss:.4g}; use more rows (data.batch_size), or give a larger model.eps"
+        what = f"no direction changes the metric or reward (loss {loss:.4g})"
+        return f"{what}; use more rows (data.batch_size), or give a larger model.eps"
     way = "give a larger value, or leave it out" if given else "use model.dtype float32, or another scope"
     return f"rounding hides the effect of every direction on the loss of {loss:.4g}; {way}"
 

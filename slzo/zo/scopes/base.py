@@ -124,10 +124,14 @@ def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
     wanted = "TunedTensors of at least one of the model's parameters, by its name in the model"
     if not isinstance(tensors, TunedTensors):
         raise broken_contract("model.scope", scope, f"tensors() returned {shown(tensors)}", wanted)
-    known = {name for name, _ in context.parts.model.named_parameters()}
-    unknown = next((name for name in tensors.names if name not in known), None)
-    if not tensors.names or unknown is not None:
-        returned = "no tensors" if unknown is None else f"a tensor {unknown!r}, which the model does not have"
+    known = dict(context.parts.model.named_parameters())
+    returned = "" if tensors.names else "no tensors"
+    for name, tensor in tensors.items():
+        if name not in known:
+            returned = f"a tensor {name!r}, which the model does not have"
+        elif tensor.live is not known[name]:  # to tune a copy would change nothing
+            returned = f"a tensor {name!r}, which is not the model's own but a copy or a view"
+    if returned:
         raise broken_contract("model.scope", scope, f"tensors() returned {returned}", wanted)
     return tensors
 
