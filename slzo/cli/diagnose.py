@@ -35,7 +35,7 @@ _LISTED_PACKAGES = ("lightning", "slzo", "torch")
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
 }
-_YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false"
+_YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false, so put texts in quotes"
 _YAML_TIMES = "; YAML reads a time such as 12:00:00:00 without quotes as a number, so put it in quotes"
 
 
