@@ -168,3 +168,15 @@ def test_the_head_runs_through_onednn_where_it_is_faster(monkeypatch):
     with torch.no_grad():
         parts.head(hidden)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_onednn_changes_nothing(dtype, examples):
+    """Few processors have oneDNN's product for float16; elsewhere it raises an error."""
+    batch = pack(examples)
+    with torch.no_grad():
+        plain, asked = (
+            needed_logits(split_and_verify(tiny_model(scale=1.0).to(dtype), onednn=onednn), batch)
+            for onednn in (False, True)
+        )
+    assert torch.equal(plain, asked)

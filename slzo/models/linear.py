@@ -29,7 +29,10 @@ class OneDNNLinear(StandIn):
     """Runs a float32 ``nn.Linear`` on the CPU through oneDNN and shares its weights."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the linear map; the result has shape (..., out_features). With autograd on, torch's own product is used."""
+        """Apply the linear map; the result has shape (..., out_features).
+
+        With autograd on, and in half precision, torch's own product is used.
+        """
         linear: Any = self.replaced[0]
         return _apply(inputs, linear.weight, linear.bias)
 
@@ -56,9 +59,9 @@ class SelectedHead(StandIn):
 
 
 def _apply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # oneDNN's product has no derivative, and the model may have been moved after the timing
-    apply = F.linear if torch.is_grad_enabled() or inputs.device.type != "cpu" else onednn_linear
-    return apply(inputs, weight, bias)
+    # oneDNN's product has no derivative, and few processors have one for float16; the model may have been moved after the timing
+    is_ready = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and not torch.is_grad_enabled()
+    return (onednn_linear if is_ready else F.linear)(inputs, weight, bias)
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
