@@ -501,6 +501,41 @@ def test_in_bfloat16_the_estimate_is_about_that_of_float32(family, examples):
     assert float(gradients[0].norm() / gradients[1].norm()) == pytest.approx(1, abs=0.05)
 
 
+@each_family
+@pytest.mark.parametrize("layer", [2, 3])
+def test_in_half_precision_few_layers_above_run_in_float32(family, layer, one_token_examples, monkeypatch):
+    half = tiny_model(family, scale=1.0).to(torch.bfloat16)
+
+    def gradient(model):
+        tuned = tuned_model(copy.deepcopy(model), layer)
+        return flat(estimate_at(tuned, batch_loss(tuned, one_token_examples), tokens=None).gradient)
+
+    found, expected = gradient(half), gradient(half.float())
+    assert F.cosine_similarity(found, expected, dim=0) > 0.99
+    half.to(torch.bfloat16)
+    monkeypatch.setattr("slzo.zo.forward.MOST_FLOAT32", -1)
+    assert not torch.equal(found, gradient(half))
+
+
+def test_shifts_of_layers_that_run_in_float32_are_not_rounded(one_token_examples):
+    parts = ModelParts(tiny_model(scale=1.0).to(torch.bfloat16), onednn=False)
+    weights = {name: tensor.clone() for name, tensor in parts.model.named_parameters()}
+    output, _ = layer_output(parts, 2, pack(one_token_examples), CandidateCrossEntropy())
+    shifts = 1e-4 * output.size * torch.ones(1, len(output.size), output.width)
+    assert torch.equal(output.applied(shifts), shifts)
+    assert not torch.equal(output.losses(shifts), output.losses(-shifts))
+    # the model itself stays in half precision
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.model.named_parameters())
+    assert {tensor.dtype for tensor in parts.model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_between_decoder_and_head_keep_the_model_in_half_precision():
+    model = tiny_model(scale=1.0).to(torch.bfloat16)
+    model.transform = torch.nn.Linear(2, 2)
+    parts = ModelParts(model, onednn=False)
+    assert parts.in_float32(2) is parts
+
+
 def test_in_bfloat16_what_rounding_left_counts(examples):
     parts = ModelParts(tiny_model(scale=1.0).to(torch.bfloat16), onednn=False)
     batch = pack(examples)

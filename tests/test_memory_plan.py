@@ -129,6 +129,19 @@ def test_a_plan_is_printed_without_loading(options, capsys):
     assert "model.quantization int8" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_not_loaded")
+def test_a_plan_counts_the_layers_that_run_in_float32(options, capsys):
+    perturbs_output = [
+        *options,
+        "--model.estimator=LayerOutputPerturbation",
+        "--model.eps=auto",
+        "--model.optimizer=AdamW",
+    ]
+    for layer, dtype, counted in ((1, "bfloat16", True), (0, "bfloat16", False), (1, "float32", False)):
+        assert main(["plan", *perturbs_output, f"--model.layer={layer}", f"--model.dtype={dtype}"]) == 0
+        assert ("float32 layers above" in capsys.readouterr().out) is counted
+
+
 FIRST_ORDER = ["--model.estimator=Backprop", "--model.optimizer=AdamW"]
 
 

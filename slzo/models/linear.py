@@ -53,9 +53,10 @@ class SelectedHead(StandIn):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the logits of ``token_ids``, shape (..., K)."""
-        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids)
+        dtype = hidden_states.dtype  # may be float32 in a model of half precision
+        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids).to(dtype)
         apply = _apply if self.onednn and self.token_ids.numel() >= _ONEDNN_TOKENS else F.linear
-        return apply(hidden_states, self.weight.index_select(0, self.token_ids), bias)
+        return apply(hidden_states, self.weight.index_select(0, self.token_ids).to(dtype), bias)
 
 
 def _apply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

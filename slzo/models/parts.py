@@ -86,6 +86,20 @@ class ModelParts:
         parts._views = Views(self._decoder, parts.onednn)
         return parts
 
+    def in_float32(self, start: int) -> ModelParts:
+        """Return parts that run layers ``start`` and above, the final norm and selected rows of the head in float32.
+
+        These layers and the norm have float32 copies of their weights. Everything else is shared. A model with other weights
+        between decoder and head is returned as it is.
+        """
+        if not self._decoder.head_follows:
+            return self
+        parts = copy.copy(self)
+        parts._decoder = self._decoder.with_float32(start)
+        parts.model, parts.layers = parts._decoder.model, parts._decoder.layers
+        parts._views = Views(parts._decoder, parts.onednn)
+        return parts
+
     @property
     def width(self) -> int:
         """Size of a hidden state."""
@@ -143,7 +157,7 @@ class ModelParts:
         """Compute the logits of final hidden states.
 
         Args:
-            hidden: Final hidden states, shape (U, hidden).
+            hidden: Final hidden states, shape (U, hidden), in the model's dtype or in float32.
             token_ids: Tokens to compute logits for, shape (K,); ``None`` for the whole vocabulary.
 
         Returns:
@@ -153,6 +167,8 @@ class ModelParts:
             self.limits.selects_tokens and is_plain(self.model.get_output_embeddings().weight)
         ):
             return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
+        if token_ids is None:
+            hidden = hidden.to(self.model.dtype)
         return self._views.of_head(token_ids is not None).run(hidden, token_ids).float()
 
     def _inputs(self, batch: TokenBatch, attend: Attend | None) -> dict[str, Any]:

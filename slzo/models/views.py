@@ -6,10 +6,11 @@ still prepares masks, positions and rotary embeddings for each layer. The origin
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,12 @@ class Outputs(NamedTuple):
     Attributes:
         of_layer: Length of a decoder layer's output tuple, 0 if it returns no tuple.
         of_decoder: Class of the decoder's output.
+        after_layers: Names of the decoder's modules that run after the layers, such as the final norm.
     """
 
     of_layer: int
     of_decoder: type[ModelOutput]
+    after_layers: tuple[str, ...]
 
 
 class Decoder:
@@ -55,9 +58,10 @@ class Decoder:
     @torch.no_grad()
     def outputs(self) -> Outputs:
         """What a layer and the decoder return, from a forward pass. Lazy: loading and saving need none."""
-        layer, seen = self.layers[0], {}
+        layer, last, seen = self.layers[0], self.layers[-1], dict[nn.Module, Any]()
+        inner = dict(self.module.named_children())
         with ExitStack() as hooks:
-            for module in (layer, self.module):
+            for module in (layer, last, self.module, *inner.values()):
                 hooks.enter_context(
                     module.register_forward_hook(lambda module, _, output: seen.update({module: output}))
                 )
@@ -70,7 +74,31 @@ class Decoder:
                 self.model,
                 f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens",
             )
-        return Outputs(len(returned) if is_tuple else 0, type(output))
+        called = list(seen)
+        after = called[called.index(last) + 1 :]
+        names = tuple(name for name, module in inner.items() if module in after)
+        return Outputs(len(returned) if is_tuple else 0, type(output), names)
+
+    @property
+    def head_follows(self) -> bool:
+        """Whether the head comes directly after the decoder, without other weights in between."""
+        own, head = self.path.partition(".")[0], self.model.get_output_embeddings()
+        others = [child for name, child in self.model.named_children() if name != own and child is not head]
+        return not any(True for child in others for _ in child.parameters())
+
+    def with_float32(self, start: int) -> Self:
+        """Copy the decoder with layers ``start`` and above, and what runs after the layers, in float32; the rest is shared."""
+        upper = [copy.deepcopy(layer).float() for layer in self.layers[start:]]
+        layers = nn.ModuleList([*self.layers[:start], *upper])
+        model = cast("PreTrainedModel", with_submodule(self.model, f"{self.path}.{self.layers_name}", layers))
+        for name in self.outputs.after_layers:
+            path = f"{self.path}.{name}"
+            model = cast(
+                "PreTrainedModel", with_submodule(model, path, copy.deepcopy(model.get_submodule(path)).float())
+            )
+        decoder = copy.copy(self)
+        decoder.model, decoder.layers, decoder.module = model, layers, model.get_submodule(self.path)
+        return decoder
 
 
 @dataclass(frozen=True)

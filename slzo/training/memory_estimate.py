@@ -7,6 +7,7 @@ import torch
 
 from slzo.models.quantization import Quantization
 from slzo.models.shape import ModelShape
+from slzo.zo.forward import MOST_FLOAT32
 from slzo.zo.optim import OptimizerOptions
 from slzo.zo.tuned import TunedTensors
 
@@ -148,6 +149,13 @@ class MemoryInputs:
         }
         if self.records:
             above = shape.num_layers - self.start - 1
+            if (
+                self.dtype.itemsize == 2
+                and above <= MOST_FLOAT32
+                and self.quantization is None
+                and self.num_shards == 1
+            ):
+                parts["float32 layers above"] = above * (shape.linear + shape.layer_rest) * 4
             of_step["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
             of_step["directions of tokens"] = work.vocabulary_rows * shape.hidden * 4 * _DIRECTION_COPIES
         # answers are generated before a derivative is computed, or between steps

@@ -14,6 +14,8 @@ from slzo.models.final_norm import FinalNorm
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, run_in_pieces
+from slzo.models.quantization import is_plain
+from slzo.models.recorded import can_run_last_tokens
 from slzo.zo.tuned import Point, TunedTensors
 
 
@@ -39,6 +41,9 @@ class Span(NamedTuple):
             return cls(0, parts.num_layers, inside=False)
         return cls(min(layers), max(layers) + 1)
 
+
+MOST_FLOAT32 = 2
+"""Most layers above the tuned one that get float32 copies in half precision."""
 
 # Up to this many tokens, two evaluations in one batch take less time than in two batches: the weights are read, and packed by
 # oneDNN, only once. With more tokens the matrix products fill the processor either way. The CPU's limit was measured on one Zen 5
@@ -69,6 +74,17 @@ class SuffixForward:
     def final_norm(self) -> FinalNorm:
         """How the final norm, which is not tuned, treats a state. It is measured once."""
         return FinalNorm.of(self.parts)
+
+    @cached_property
+    @torch.no_grad()
+    def parts_above(self) -> ModelParts:
+        """Runs the layers above the tuned ones at shifted outputs, in float32 if they are few: rounding hides small changes."""
+        parts, above = self.parts, self.parts.layers[self.span.stop :]
+        dtype = parts.model.dtype
+        plain = all(is_plain(tensor) and tensor.dtype == dtype for tensor in above.parameters())
+        if dtype.itemsize > 2 or not plain or len(above) > MOST_FLOAT32 or not can_run_last_tokens(parts):
+            return parts
+        return parts.in_float32(self.span.stop)
 
     @property
     def decodes_together(self) -> bool:

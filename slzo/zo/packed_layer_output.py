@@ -1,5 +1,7 @@
 """The output of the tuned layer for a packed batch, and the loss as a function of it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
 from slzo.zo.layer_output import LayerOutput, rms
-from slzo.zo.layers_above import layers_above
+from slzo.zo.layers_above import LayersAbove, layers_above
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
@@ -74,36 +76,30 @@ class PackedLayerOutput(LayerOutput):
         objective: LogitLoss,
         max_tokens: int | None = None,
     ) -> None:
-        parts, above = forward.parts, layers_above(forward.parts, forward.span.stop, batch, output)
-        needed = torch.searchsorted(above.positions, batch.needed)
-        selected = not objective.needs_vocabulary(batch)
-        unshifted = parts.head(above.final[needed], batch.choice_ids if selected else None)
-        found = checked_row_losses(objective, unshifted[None], batch, selected)
-        per_token = not selected and found.by_position is not None
+        upper, start = forward.parts_above, forward.span.stop
+        at = _at_masters(upper, start, batch, output if upper is forward.parts else output.float(), objective)
+        if at.whole_vocabulary and upper is not forward.parts:  # in float32 it would take a copy of the head
+            at = _at_masters(forward.parts, start, batch, output, objective)
+        found, output = at.losses, at.output
+        per_token = not at.selected and found.by_position is not None
         if per_token:
             check_positions(objective, found, batch)
-        likely = None
-        if not selected and found.likelihood_temperature is not None:
-            likely = LikelyTokens.of(unshifted, batch, found.likelihood_temperature)
-        columns = unshifted.shape[1] if likely is None else likely.ids.shape[1]
 
-        self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
-        self._above, self._needed, self._likely = above, needed, likely
-        self._selected, self._unshifted = selected, unshifted
+        self._forward, self._batch, self._objective, self._at = forward, batch, objective, at
         self.sums = found.sum()
         self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
         self.size = _size_of_added(entered[batch.needed], output[batch.needed])
         self.per_token = per_token
-        self.term = torch.arange(len(needed), device=output.device) if per_token else batch.needed_example
-        self.num_layers_above = parts.num_layers - forward.span.stop
-        self.shifts_all_tokens = selected
-        self.whole_vocabulary = not selected and likely is None
-        self.points_at_once = _points_at_once(batch, len(above.positions), max_tokens, None if selected else columns)
+        self.term = torch.arange(len(batch.needed), device=output.device) if per_token else batch.needed_example
+        self.num_layers_above = at.parts.num_layers - forward.span.stop
+        self.shifts_all_tokens = at.selected
+        self.whole_vocabulary = at.whole_vocabulary
+        self.points_at_once = _points_at_once(batch, len(at.above.positions), max_tokens, at.num_columns)
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
         parts, above = self._forward.parts, self.num_layers_above
-        share = self._above.positions.numel() / self._batch.num_tokens
+        share = self._at.above.positions.numel() / self._batch.num_tokens
         # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
         whole_pass = parts.num_layers - self._forward.span.start - 1 + last_layer_share(parts, self._batch)
         # a derivative costs about two passes; if not all tokens run at each point, it goes through those that do
@@ -116,41 +112,93 @@ class PackedLayerOutput(LayerOutput):
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
         if weight is None:
             return None
-        tokens = tokens_of_positions(batch, None if self._selected else self._unshifted, number)
-        states = self._output[batch.needed].float()
+        tokens = tokens_of_positions(batch, None if self._at.selected else self._at.logits, number)
+        states = self._at.output[batch.needed].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
-        if self._output.dtype != torch.float32:
+        if self._at.output.dtype != torch.float32:
             # rounding would hide a smaller shift
             distance = distance.clamp(min=_LEAST_OF_ADDED * self.width**0.5 * self.size)
         return directions * torch.where(sensitivity > 0, distance, 0)
 
     def losses(self, shifts: Tensor) -> Tensor:
-        hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, self._needed] = self._moved(shifts)
-        found = self._row_losses(self._logits(self._above.at(hidden)))
+        at = self._at
+        hidden = at.output[at.above.positions].repeat(len(shifts), 1, 1)
+        hidden[:, at.needed] = self._moved(shifts)
+        found = self._row_losses(self._logits(at.above.at(hidden)))
         return found.by_position if self.per_token and found.by_position is not None else found.totals
 
     def applied(self, shifts: Tensor) -> Tensor:
-        here = self._output[self._batch.needed]
+        here = self._at.output[self._batch.needed]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self._output[self._batch.needed]
+        here = self._at.output[self._batch.needed]
         return (here.float() + shifts).to(here.dtype)
 
     def _row_losses(self, logits: Tensor) -> RowLosses:
-        batch = self._batch if self._likely is None else self._likely.batch
-        return checked_row_losses(self._objective, logits, batch, self._selected)
+        at = self._at
+        batch = self._batch if at.likely is None else at.likely.batch
+        return checked_row_losses(self._objective, logits, batch, at.selected)
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
-        needed, head = final[:, self._needed], self._forward.parts.head
-        if self._likely is not None:
-            return self._likely.logits(needed, head)
-        ids = self._batch.choice_ids if self._selected else None
+        at = self._at
+        needed, head = final[:, at.needed], at.parts.head
+        if at.likely is not None:
+            return at.likely.logits(needed, head)
+        ids = self._batch.choice_ids if at.selected else None
         return head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
+
+
+class _AtMasters(NamedTuple):
+    """What is computed without a shift.
+
+    Attributes:
+        parts: The model whose layers above run, as in :attr:`SuffixForward.parts_above`.
+        output: The output of the tuned layer in the dtype of these layers, shape (T, width).
+        above: The layers above.
+        needed: Places of the needed positions among the tokens that run at each point, shape (U,).
+        logits: Logits at these positions, shape (U, K or vocabulary), float32.
+        losses: Losses of the rows.
+        selected: Whether only logits of the candidates' tokens are computed.
+        likely: Tokens whose logits are computed at each point; ``None`` if they are others.
+    """
+
+    parts: ModelParts
+    output: Tensor
+    above: LayersAbove
+    needed: Tensor
+    logits: Tensor
+    losses: RowLosses
+    selected: bool
+    likely: LikelyTokens | None
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether logits of the whole vocabulary are computed at each point."""
+        return not self.selected and self.likely is None
+
+    @property
+    def num_columns(self) -> int | None:
+        """Number of logits of a position at each point; ``None`` if they take little memory."""
+        if self.selected:
+            return None
+        return self.logits.shape[1] if self.likely is None else self.likely.ids.shape[1]
+
+
+def _at_masters(parts: ModelParts, start: int, batch: PackedBatch, output: Tensor, objective: LogitLoss) -> _AtMasters:
+    """Run layers ``start`` and above without a shift, from the tuned layer's output in their dtype, shape (T, width)."""
+    above = layers_above(parts, start, batch, output)
+    needed = torch.searchsorted(above.positions, batch.needed)
+    selected = not objective.needs_vocabulary(batch)
+    logits = parts.head(above.final[needed], batch.choice_ids if selected else None)
+    losses = checked_row_losses(objective, logits[None], batch, selected)
+    likely = None
+    if not selected and losses.likelihood_temperature is not None:
+        likely = LikelyTokens.of(logits, batch, losses.likelihood_temperature)
+    return _AtMasters(parts, output, above, needed, logits, losses, selected, likely)
 
 
 def _size_of_added(entered: Tensor, output: Tensor) -> Tensor:
