@@ -129,8 +129,8 @@ def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
     for name, tensor in tensors.items():
         if name not in known:
             returned = f"a tensor {name!r}, which the model does not have"
-        elif tensor.live is not known[name]:  # to tune a copy would change nothing
-            returned = f"a tensor {name!r}, which is not the model's own but a copy or a view"
+        elif tensor.live.untyped_storage().data_ptr() != known[name].untyped_storage().data_ptr():
+            returned = f"a copy of {name!r}, so the model would not change"
     if returned:
         raise broken_contract("model.scope", scope, f"tensors() returned {returned}", wanted)
     return tensors
