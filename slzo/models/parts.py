@@ -89,8 +89,8 @@ class ModelParts:
     def in_float32(self, start: int) -> ModelParts:
         """Return parts that run layers ``start`` and above, the final norm and selected rows of the head in float32.
 
-        These layers and the norm have float32 copies of their weights. Everything else is shared. A model with other weights
-        between decoder and head is returned as it is.
+        These layers and the norm have float32 copies of their weights. Everything else is shared. If the model has other weights
+        between the decoder and the head, nothing is copied and these parts are returned.
         """
         if not self._decoder.head_follows:
             return self

@@ -84,7 +84,7 @@ class Decoder:
         """Whether the head comes directly after the decoder, without other weights in between."""
         own, head = self.path.partition(".")[0], self.model.get_output_embeddings()
         others = [child for name, child in self.model.named_children() if name != own and child is not head]
-        return not any(True for child in others for _ in child.parameters())
+        return all(next(child.parameters(), None) is None for child in others)
 
     def with_float32(self, start: int) -> Self:
         """Copy the decoder with layers ``start`` and above, and what runs after the layers, in float32; the rest is shared."""

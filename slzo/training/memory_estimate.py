@@ -149,12 +149,8 @@ class MemoryInputs:
         }
         if self.records:
             above = shape.num_layers - self.start - 1
-            if (
-                self.dtype.itemsize == 2
-                and above <= MOST_FLOAT32
-                and self.quantization is None
-                and self.num_shards == 1
-            ):
+            whole = self.quantization is None and shape.stored_method is None and self.num_shards == 1 and not self.away
+            if whole and self.dtype.itemsize == 2 and above <= MOST_FLOAT32:
                 parts["float32 layers above"] = above * (shape.linear + shape.layer_rest) * 4
             of_step["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
             of_step["directions of tokens"] = work.vocabulary_rows * shape.hidden * 4 * _DIRECTION_COPIES
