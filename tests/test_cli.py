@@ -169,6 +169,9 @@ def test_custom_data_needs_no_python(options):
     kept = [option for option in options if not option.startswith(("--data.task", "--data.data_dir"))]
     assert main(["fit", "--config=mine.yaml", *kept]) == 0
     assert summary()["num_rows"] == 60
+    assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert [line["prediction_label"] for line in found] == [("down", "up")[line["prediction"]] for line in found]
 
 
 def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_path, capsys):

@@ -172,9 +172,9 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
     """Return one record per row, in the form of prediction files.
 
     Returns:
-        Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
-        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` without scores and with
-        ``None`` for numbers that are not finite, which JSON does not have, gold (candidate index, a list of indices if several
+        Records with id, prompt, prediction (candidate index or generated text), prediction_text, prediction_label (only if the
+        task names labels), scores (log-likelihoods of the candidates, means over their tokens) and probabilities (softmax of the
+        scores), both ``None`` without scores and with ``None`` for numbers that are not finite, which JSON does not have, gold (candidate index, a list of indices if several
         are right, a list of accepted answers, or ``None`` without a label), of conversations messages (the turns before the
         answer) and, with reward functions, reward (``None`` if one of them failed).
     """
@@ -191,6 +191,8 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
         if example.messages:
             entry["messages"] = [asdict(turn) for turn in example.messages]
         entry |= {"prediction": prediction, "prediction_text": text}
+        if isinstance(prediction, int) and example.labels:
+            entry["prediction_label"] = example.labels[prediction]
         shares = None if log_likelihoods is None else torch.tensor(log_likelihoods).softmax(0).tolist()
         found.append({**entry, "scores": log_likelihoods, "probabilities": shares, "gold": gold})
     if outcome.rewarded is not None:

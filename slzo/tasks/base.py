@@ -42,6 +42,7 @@ class Example:
             Generation: the single text to train on.
         gold: Indices of the correct candidates; the first is the training target. Empty if the row has no label.
         references: Accepted answers of a generation task, without leading and trailing white space.
+        labels: The user's names of the candidates, in their order, for predictions; empty if there are none.
         group: Key of rows that are scored together (MultiRC: the question), else ``None``.
         messages: Turns of a conversation before the answer; ``prompt`` is then only displayed and compared.
         columns: All fields of the row, for rewards; empty if not requested.
@@ -53,6 +54,7 @@ class Example:
     candidates: tuple[str, ...]
     gold: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
+    labels: tuple[str | int | float, ...] = field(default=(), compare=False)
     group: str | None = None
     messages: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -113,7 +113,7 @@ class TemplateTask(Task):
         prompt = self.prompt.format_map(values).strip(" ")
         if self.kind is Kind.GENERATION:
             return Example.from_answers(id, prompt, self._answers(row), self.stop[0])
-        return Example(id, prompt, self.candidates, self._gold(row[self.label_field]))
+        return Example(id, prompt, self.candidates, self._gold(row[self.label_field]), labels=self.labels or ())
 
     def _answers(self, row: Fields) -> tuple[str, ...]:
         """Return the accepted answers, the one to train on first; empty if the row has no such field."""
