@@ -55,10 +55,13 @@ def weights(trials):
     "extra",
     [
         [],
-        ["--model.scope=LoRA", "--model.scope.rank=4"],
         *(
             pytest.param(own, marks=pytest.mark.slow)
-            for own in (["--model.scope=ActivationSubspace"], ["--data.seed=5"])
+            for own in (
+                ["--model.scope=LoRA", "--model.scope.rank=4"],
+                ["--model.scope=ActivationSubspace"],
+                ["--data.seed=5"],
+            )
         ),
         AUTO,
     ],

@@ -101,6 +101,7 @@ USUAL = {(2, *PLACES[1]), (5, *PLACES[4]), (5, *PLACES[11])}
 ALL = [(interval, *place) for interval in (1, 2, 5) for place in PLACES]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_ends_in_its_final_scores_can_be_resumed(run, whole):
     """Its only step was the last one, so it has saved no state with steps left."""
     expected = whole("--trainer.val_check_interval=5")

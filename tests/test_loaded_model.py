@@ -25,7 +25,7 @@ def fit(module, data_dir, steps=4, ckpt_path=None):
     return tuned(last_checkpoint())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_loaded_model_is_tuned_in_place_as_one_of_that_name(dtype, model_dir, data_dir, tmp_path, monkeypatch):
     options = {"layer": 2, "seed": 0, "estimator": SPSA()}
     (folder := tmp_path / "by_name").mkdir()

@@ -25,7 +25,7 @@ common = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=150,
+    max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 NAMES = st.sampled_from(["sentence", "label", "idx", "id", "a b", "", "0", "\u2028"])

@@ -148,6 +148,7 @@ def test_only_the_dev_batches_that_are_scored_are_planned(options, monkeypatch):
     assert found[0].validation > found[1].validation == 3.0
 
 
+@pytest.mark.slow
 def test_a_time_that_is_long_enough_changes_nothing(options):
     options = [*options, "--model.estimator=SPSA", "--model.eps=auto"]
     assert main(["fit", *options]) == 0
