@@ -97,10 +97,26 @@ def prepare(
         prepared = _start(options, settings, rows, run, loaded, tuned)
     else:
         prepared = _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
-    prepared.stepper.use_log(*open_step_log(prepared, rows, run))
+    with _undone_on_error(prepared.model, is_new=tuned is None):
+        prepared.stepper.use_log(*open_step_log(prepared, rows, run))
     if not prepared.resumed:
         _announce(prepared)
     return prepared
+
+
+@contextmanager
+def _undone_on_error(model: TunedModel, is_new: bool) -> Iterator[None]:
+    """After an error, restore the weights that were perturbed and, of a new ``model``, remove the modules of its scope.
+
+    The model may belong to the user, see :meth:`slzo.module.ZOModule.from_model`.
+    """
+    try:
+        yield
+    except BaseException:
+        model.tensors.restore()
+        if is_new:
+            model.release()
+        raise
 
 
 def _start(
@@ -126,7 +142,8 @@ def _start(
         # with the directions of the earlier training it would search the same subspace again
         seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
         options = replace(options, seed=rows.processes.broadcast(seed))
-    stepper, time = _stepper(model, options, rows, run)
+    with _undone_on_error(model, is_new=tuned is None):
+        stepper, time = _stepper(model, options, rows, run)
     return Prepared(
         options=options,
         settings=settings,
@@ -172,7 +189,8 @@ def _resume(
         model.tensors.load(checkpoint.content["state_dict"])
         model.clear_prefix()  # its keys belong to one data module
     auto = restored_rate(note["auto_step"], options)
-    stepper, time = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
+    with _undone_on_error(model, is_new=tuned is None):
+        stepper, time = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
     measured = stepper.num_evaluations if auto is None else 0
     stepper.load_state_dict(note)
     stepper.num_evaluations += measured

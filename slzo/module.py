@@ -4,8 +4,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -37,7 +35,7 @@ from slzo.models.sharded import check_shard_group
 from slzo.task_rows import TaskRows
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
-from slzo.training.resume import agreed_settings, changed_settings, make_note, takes_new_rate
+from slzo.training.resume import agreed_settings, apply_changed_settings, make_note
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
@@ -48,7 +46,7 @@ from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
-from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerOptions, default_optimizer, set_rate
+from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerOptions, default_optimizer, set_rate
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult
@@ -77,7 +75,8 @@ class ZOModule(LightningModule):
         num_queries: Directions of weights per step; with SPSA each costs two evaluations of the suffix, see model.estimator for
             others.
         optimizer: Any torch optimizer that takes a dense gradient; by default SGD, or AdamW for LayerOutputPerturbation and
-            Backprop. lr auto sets the rate from a measurement, or from the size of the weights.
+            Backprop. lr auto, the default, sets the rate from a measurement, or from the size of the weights. In Python give a
+            class, or ``partial(AdamW, lr=1e-4)``.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors always have a float32 master copy.
         quantization: Quantization of the frozen layers: int8, fp8 (torchao), nf4, fp4 (bitsandbytes), or a transformers config,
@@ -127,7 +126,7 @@ class ZOModule(LightningModule):
         if estimator is None:
             estimator = default_estimator(scope.one_layer, step.has_weight_options)()
         if optimizer is None:
-            optimizer = partial(default_optimizer(estimator.perturbs == "weights"), lr=AUTO_LR)
+            optimizer = default_optimizer(estimator.perturbs == "weights")
         self.options = TrainingOptions(
             OptimizerOptions.of(optimizer, lr_scheduler),
             model=model,
@@ -262,8 +261,6 @@ class ZOModule(LightningModule):
             self._prepare(checkpoint)
             return
         adapt_rows(rows, self.parts, self.options)
-        if self._start is not None and trainer.ckpt_path is None:
-            self._check_scored(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -483,6 +480,13 @@ class ZOModule(LightningModule):
         """Scores rows with the live weights."""
         return self.rows.evaluator(self.tuned_model or self.parts)
 
+    def on_validation_start(self) -> None:
+        """Check that the rows fit the checkpoint that the module was made from, unless another one was just loaded."""
+        if self._start is not None and self.trainer.ckpt_path is None:  # Lightning sets the path after setup
+            self._check_scored(self._start.note)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""
         self._score = self.rows.running_score(self.device)
@@ -548,29 +552,20 @@ class ZOModule(LightningModule):
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
             self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
+        is_first = self.tuned_model is None
         if self.tuned_model is None:
-            start = Checkpoint(str(trainer.ckpt_path), checkpoint)
-            self._restore(start)
-            self._start = Checkpoint(start.path, {"slzo": note})  # its tensors are in the masters
+            self._restore(Checkpoint(str(trainer.ckpt_path), checkpoint))
         else:
             self.tuned_model.check(note)
+        if is_first or self._start is not None:
+            self._start = Checkpoint(str(trainer.ckpt_path), {"slzo": note})  # its tensors are in the masters
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(rows, self.parts, self.options)
             self._check_scored(note)
             return
-        saved = note["settings"]
-        own = agreed_settings(self.options, rows)
-        new_rate = takes_new_rate(saved, own)
-        if new_rate and not self.options.optimizer.automatic:  # in place of the one that Lightning restores
-            for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
-                group["lr"] = self.options.optimizer.lr
-        if changes := changed_settings(saved, own):
-            rate = "; model.optimizer.lr is the new one" if new_rate else ""
-            warn(
-                f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
-                f"model.optimizer and model.lr_scheduler, which continue from the checkpoint{rate}"
-            )
+        # before Lightning restores the optimizer
+        apply_changed_settings(checkpoint, agreed_settings(self.options, rows))
 
     def _release(self) -> None:
         """Drop the tuned tensors, and the model, whose weights they have changed."""

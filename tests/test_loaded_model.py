@@ -11,6 +11,8 @@ from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
+from slzo.zo.scopes import LayerScope, LoRA
+from slzo.zo.tuned import Point
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -67,6 +69,21 @@ def divided(model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     return model
+
+
+@pytest.mark.parametrize("scope", [LayerScope(), LoRA(rank=2)], ids=lambda scope: scope.describe())
+def test_a_fit_that_ends_before_its_first_step_leaves_the_model_as_it_was(scope, model_dir, data_dir, monkeypatch):
+    loaded = AutoModelForCausalLM.from_pretrained(model_dir)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+
+    def interrupted(model, *_):
+        model.tensors.write(Point(model.tensors.draw(0, 0, 0), 0.1))
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr("slzo.fit.auto_rate", interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(ZOModule.from_model(loaded, layer=2, scope=scope, seed=0), data_dir)
+    assert same_tensors(loaded.state_dict(), before)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ from slzo.lightning.trainer_state import callback_of
 from slzo.training.resume import changed_settings
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
-from slzo.zo.optim import AUTO_LR
 from slzo.zo.processes import ALONE, Processes
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning, RandomLayers
 
@@ -123,6 +122,28 @@ def test_a_checkpoint_that_is_scored_is_no_part_of_the_next_training(model_dir, 
     trainer.test(other, datamodule=rows(data_dir), ckpt_path=str(old))
     with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
         trainer.fit(other, datamodule=rows(data_dir))
+
+
+def test_the_checks_of_a_scored_checkpoint_are_those_of_the_one_that_is_scored(model_dir, data_dir, capsys):
+    """A trainer still names the checkpoint of its last call when it sets the module up for the next one."""
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
+    for dtype in ("float32", "bfloat16"):
+        module = ZOModule(str(model_dir), 2, eps=1e-3, dtype=dtype, seed=0)
+        ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=rows(data_dir))
+    float32, bfloat16 = (str(last_checkpoint(number)) for number in (0, 1))
+
+    def said(module, **options):
+        capsys.readouterr()
+        trainer.test(module, datamodule=rows(data_dir), **options)
+        return capsys.readouterr().err
+
+    changed = "model.dtype: float32 -> bfloat16"
+    plain = ZOModule(str(model_dir), dtype="bfloat16", seed=0)
+    assert changed in said(plain, ckpt_path=float32)
+    loaded = ZOModule.load_from_checkpoint(float32, dtype="bfloat16")
+    assert changed in said(loaded)
+    assert changed not in said(loaded, ckpt_path=bfloat16)
+    assert changed not in said(loaded)  # it has the tensors of the other one now
 
 
 def test_a_refused_command_keeps_the_run_of_another_trainer(model_dir, data_dir):
@@ -354,7 +375,9 @@ def test_a_value_of_many_lines_is_named_in_one():
         ZOModule(optimizer=optimizer)
 
 
-@pytest.mark.parametrize("option", ["save_last", "save_on_train_epoch_end"])
+@pytest.mark.parametrize(
+    "option", ["save_last", "save_on_train_epoch_end", "every_n_train_steps", "train_time_interval"]
+)
 def test_the_best_checkpoint_writes_no_other_state(option):
     with pytest.raises(SlzoError, match=f"^checkpoint.{option}: "):
         BestCheckpoint(**{option: True})
@@ -662,7 +685,7 @@ def fit(data_dir, model_dir, **options):
     trainer = ZOTrainer(**{"max_steps": 2, "val_check_interval": 1, **QUIET, **options})
     data = rows(data_dir)
     trainer.fit(
-        ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=partial(torch.optim.SGD, lr=AUTO_LR), eps=1e-3),
+        ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=torch.optim.SGD, eps=1e-3),
         datamodule=data,
     )
     return trainer, data

@@ -249,6 +249,8 @@ def test_another_fit_of_a_trainer_takes_its_own_steps(model_dir, data_dir, own_f
 def test_the_time_alone_limits_unless_steps_are_given():
     assert limit_defaults({"max_time": "00:01:00:00"}) == {"max_steps": -1, "val_check_interval": "00:01:00:00"}
     assert limit_defaults({"max_time": {"hours": 1}, "max_steps": -1})["max_steps"] == -1
+    by_epoch = {"max_steps": -1, "val_check_interval": 1.0}
+    assert limit_defaults({"max_time": "00:01:00:00", "check_val_every_n_epoch": 1}) == by_epoch
     assert limit_defaults({"max_time": "00:01:00:00", "max_steps": 9}) == {}
     assert limit_defaults({"max_steps": -1}) == limit_defaults({"max_time": None}) == {}
     assert limit_defaults({"max_epochs": 3}) == {"max_steps": -1}

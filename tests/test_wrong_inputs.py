@@ -119,8 +119,8 @@ WRONG = """
 --checkpoint.filename=b{step | checkpoint.filename 'b{step': expected '}' before end of string
 --checkpoint.filename={step:zz} | checkpoint.filename '{step:zz}': Unknown format code
 --checkpoint.dirpath=rows.jsonl | rows.jsonl': is a file; give a folder
---checkpoint.every_n_train_steps=-1 | checkpoint: Invalid value for every_n_train_steps=-1
---checkpoint.every_n_train_steps=2 --checkpoint.every_n_epochs=2 | checkpoint: Combination of parameters every_n_train_steps=2
+--checkpoint.every_n_epochs=-1 | checkpoint: Invalid value for every_n_epochs=-1
+--checkpoint.every_n_train_steps=2 | checkpoint.every_n_train_steps: only validated states are saved; for others set last_checkpoint
 --checkpoint.nope=1 | checkpoint.nope: unknown option; did you mean checkpoint.mode?
 --checkpoint.train_time_interval=x | checkpoint.train_time_interval 'x': expected timedelta or null
 --last_checkpoint.every_n_steps=0 | last_checkpoint.every_n_steps 0: must be at least 1

@@ -143,6 +143,19 @@ def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt
         assert objective.needs_vocabulary(pack(others))
 
 
+def test_an_optimizer_without_a_rate_has_an_automatic_one():
+    """As on the command line. A rate of one's own, and another way to compute a step, are kept."""
+    decay = partial(torch.optim.AdamW, weight_decay=0.1)
+    for make in (torch.optim.AdamW, decay, partial(decay, lr="auto"), partial(decay, lr=AUTO_LR)):
+        assert OptimizerOptions.of(make).automatic
+    for make in (partial(torch.optim.AdamW, lr=0.5), lambda params: torch.optim.AdamW(params, lr=0.5)):
+        assert OptimizerOptions.of(make).lr == 0.5
+    with pytest.raises(SlzoError, match=r"^model\.optimizer\.lr auto: no rate is known for Adadelta; give a number"):
+        OptimizerOptions.of(torch.optim.Adadelta)
+    (group,) = OptimizerOptions.of(partial(decay, foreach=False)).make([torch.nn.Parameter(torch.ones(2))]).param_groups
+    assert group["fused"] is None
+
+
 def test_a_fused_step_takes_a_gradient_of_any_layout():
     """Torch's fused AdamW reads a transposed gradient in the wrong order on a CPU."""
     results = []

@@ -25,8 +25,10 @@ from slzo.utils.slurm import PREEMPTION, job_id, requeue
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
 _REPLACED = {
-    "save_last": "last_checkpoint writes last.ckpt",
-    "save_on_train_epoch_end": "only validated states are saved",
+    "save_last": "last_checkpoint writes last.ckpt; leave it out",
+    "save_on_train_epoch_end": "only validated states are saved; leave it out",
+    "every_n_train_steps": "only validated states are saved; for others set last_checkpoint.every_n_steps",
+    "train_time_interval": "only validated states are saved; for others set last_checkpoint.every_minutes",
 }
 
 
@@ -49,7 +51,7 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         for name, instead in _REPLACED.items():
             if options.pop(name, None):
-                raise SlzoError(f"checkpoint.{name}: {instead}; leave it out")
+                raise SlzoError(f"checkpoint.{name}: {instead}")
         # the state is saved after a validation, before LastCheckpoint saves, which names it
         options["save_on_train_epoch_end"] = False
         super().__init__(

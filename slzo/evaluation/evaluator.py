@@ -173,10 +173,11 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
     Returns:
         Records with id, prompt, prediction (candidate index or generated text), prediction_text, prediction_label (only if the
-        task names labels), scores (log-likelihoods of the candidates, means over their tokens) and probabilities (softmax of the
-        scores), both ``None`` without scores and with ``None`` for numbers that are not finite, which JSON does not have, gold (candidate index, a list of indices if several
-        are right, a list of accepted answers, or ``None`` without a label), of conversations messages (the turns before the
-        answer) and, with reward functions, reward (``None`` if one of them failed).
+        task names labels), scores (log-likelihoods of the candidates, means over their tokens) and probabilities (softmax of
+        the scores), both ``None`` without scores and with ``None`` for numbers that are not finite, which JSON does not have,
+        gold (candidate index, a list of indices if several are right, a list of accepted answers, or ``None`` without a label),
+        of conversations messages (the turns before the answer) and, with reward functions, reward (``None`` if one of them
+        failed).
     """
     predictions: Sequence[int | str] = outcome.predictions
     scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)

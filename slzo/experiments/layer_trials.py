@@ -210,10 +210,10 @@ class LayerTrials(Trials):
     def tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope within the context; restore the untuned weights afterwards."""
         model = tune(self.parts, self.options, self.rows, layer, self._cache)
-        plan_prefix(model, self.rows)
-        self._cache = model.forward.cache
         initial = model.tensors.clone_masters()
         try:
+            plan_prefix(model, self.rows)
+            self._cache = model.forward.cache
             yield model
         finally:
             model.tensors.load(initial)

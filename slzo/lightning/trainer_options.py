@@ -34,14 +34,14 @@ def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults that follow from other options.
 
     A run without a number of steps is limited by the time or the epochs. One with ``max_time`` has the steps and validations of
-    its plan. With ``check_val_every_n_epoch`` the dev rows are scored at the end of an epoch.
+    its plan. With ``check_val_every_n_epoch`` the dev rows are scored at the end of an epoch instead.
     """
     by_epoch = {} if options.get("check_val_every_n_epoch") is None else {"val_check_interval": 1.0}
     if options.get("max_steps", -1) != -1:
         return by_epoch
     if options.get("max_time") is not None:
         # validations as rare as the time is long, which the plan makes more frequent
-        return {"max_steps": -1, "val_check_interval": options["max_time"]}
+        return {"max_steps": -1, **(by_epoch or {"val_check_interval": options["max_time"]})}
     return by_epoch if options.get("max_epochs") is None else {"max_steps": -1, **by_epoch}
 
 

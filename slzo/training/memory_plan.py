@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import torch
@@ -21,7 +20,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
 from slzo.zo.objectives import GenerationObjective
-from slzo.zo.optim import AUTO_LR, OptimizerOptions, default_optimizer
+from slzo.zo.optim import OptimizerOptions, default_optimizer
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.stepper import StepOptions
@@ -77,7 +76,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
         changed = replace(
             options,
             estimator=Backprop(),
-            optimizer=OptimizerOptions.of(partial(default_optimizer(False), lr=AUTO_LR)),
+            optimizer=OptimizerOptions.of(default_optimizer(False)),
             step=StepOptions(),
         )
         changed.check_objective(rows.objective)

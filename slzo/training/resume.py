@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
 
     A rate that becomes automatic, or ceases to be, is the new one.
     """
-    takes_rate = takes_new_rate(saved, own)
+    takes_rate = _takes_new_rate(saved, own)
 
     def continues(name: str) -> bool:
         if name == _RATE and takes_rate:
@@ -104,7 +105,7 @@ def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     return kept | {name: value for name, value in saved.items() if continues(name)}
 
 
-def takes_new_rate(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+def _takes_new_rate(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Whether the rate of a resumed run is its own one: it becomes automatic, or ceases to be."""
     return own[_RATE] != saved[_RATE] and "auto" in (own[_RATE], saved[_RATE])
 
@@ -127,6 +128,26 @@ def changed_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     if None in (old["model.layer"], new["model.layer"]):
         del old["model.layer"], new["model.layer"]
     return differences(old, new)
+
+
+def apply_changed_settings(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warn of options that differ from a checkpoint's; a rate that ceases to be automatic replaces those of its optimizers.
+
+    Args:
+        checkpoint: Content of the checkpoint; rates are changed in place.
+        own: Options of the run that continues it, see :func:`agreed_settings`.
+    """
+    saved = checkpoint["slzo"]["settings"]
+    new_rate = _takes_new_rate(saved, own)
+    if new_rate and own[_RATE] != "auto":
+        for group in chain.from_iterable(each["param_groups"] for each in checkpoint["optimizer_states"]):
+            group["lr"] = own[_RATE]
+    if changes := changed_settings(saved, own):
+        rate = f"; {_RATE} is the new one" if new_rate else ""
+        warn(
+            f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
+            f"model.optimizer and model.lr_scheduler, which continue from the checkpoint{rate}"
+        )
 
 
 def check_environment(note: Mapping[str, Any], device: torch.device, processes: int) -> None:

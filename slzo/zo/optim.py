@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -45,10 +46,17 @@ def _fused(make: MakeOptimizer, params: Iterable) -> Optimizer:
     optimizer = make(params)
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         for group in optimizer.param_groups:
-            chosen = any(group.get(name) for name in ("foreach", "differentiable")) or group.get("fused") is not None
+            chosen = any(group.get(name) is not None for name in ("foreach", "fused")) or group.get("differentiable")
             if not chosen and all(param.device.type in ("cpu", "cuda") for param in group["params"]):
                 group["fused"] = True
     return optimizer
+
+
+def _with_rate(make: Callable[..., Optimizer]) -> MakeOptimizer:
+    """Let an optimizer class without a rate, or with the rate "auto", have the automatic one, as on the command line."""
+    kind, keywords = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    usual = "auto" if isinstance(kind, type) and "lr" in signature(kind).parameters else None
+    return partial(make, lr=AUTO_LR) if keywords.get("lr", usual) == "auto" else make
 
 
 def rate_rule(optimizer: Optimizer) -> tuple[bool, float]:
@@ -103,9 +111,15 @@ class OptimizerOptions:
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try optimizer and scheduler on a small matrix, so that errors appear before anything expensive is done.
 
+        Args:
+            make: A class of torch.optim, ``functools.partial`` of one, or another callable that creates an optimizer of
+                parameters. The rate of the first two is automatic if ``lr`` is "auto" or left out.
+            make_scheduler: Creates a scheduler of an optimizer.
+
         Raises:
             SlzoError: One of them cannot be created, cannot take a step, or does not fit the other.
         """
+        make = _with_rate(make)
         try:
             probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
         except (ValueError, TypeError) as error:
