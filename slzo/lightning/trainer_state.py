@@ -1,4 +1,4 @@
-"""What a Lightning trainer says of its run, by its public attributes: callbacks, folder, validations and limits."""
+"""What a Lightning trainer says of its run: callbacks, folder, validations and limits."""
 
 import math
 from collections.abc import Iterator

@@ -136,7 +136,7 @@ def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, v
     """Prepend the learned keys and values to those of a layer, shape (N, heads, L, head_dim).
 
     Raises:
-        SlzoError: They have other heads than those of the layer.
+        SlzoError: Their numbers of heads or head sizes differ from those of the layer.
     """
     pairs = list(zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True))  # type: ignore[arg-type]
     if any((len(learned), learned.shape[2]) != (states.shape[1], states.shape[3]) for learned, states in pairs):

@@ -99,7 +99,7 @@ def _load(name: str, where: str, loader: Any, config: PretrainedConfig | None = 
         elif "offload_folder" in str(error):
             reason = "layers on disk cannot be read directly from its files"
             advice = "set model.offload_folder to a folder with room for them"
-        elif kwargs.get("offload_folder") is not None and "space" in str(error):
+        elif kwargs.get("offload_folder") is not None and "No space left on device" in str(error):
             advice = "model.offload_folder needs room for every layer on disk; give another folder"
         raise SlzoError(f"model.model {name!r}: cannot be loaded ({reason}); {advice}") from error
 

@@ -1,4 +1,4 @@
-"""Modules that replace others in the views of a model, see :mod:`slzo.models.parts`."""
+"""Modules that replace others in the views of a model, see :mod:`slzo.models.views`."""
 
 from typing import Any
 

@@ -20,8 +20,8 @@ def plan_prefix(model: TunedModel, rows: TaskRows, held_out: bool = False) -> No
 def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
     """Yield the blocks of dev and training rows, and with ``held_out`` those of held-out rows.
 
-    The blocks are the same after a resume. They include the training rows of all processes, because each process sees other rows
-    in later epochs.
+    The blocks are the same after a resume. They include the training rows of all processes, because each process sees different
+    rows in later epochs.
     """
     yield from map(_block, _scored(rows, "dev", generated=False))
     if not rows.objective.generates:

@@ -54,7 +54,8 @@ class Prepared:
 
     Attributes:
         options: Options of the training, with the decisions made in preparation.
-        settings: Options of model and rows as given.
+        settings: Options of model and rows as given; of a continued run some are those of the checkpoint, see
+            :func:`slzo.training.resume.continued_settings`.
         untuned: The untuned model.
         model: The model with its tuned tensors.
         stepper: Takes the steps.

@@ -41,7 +41,9 @@ class LossContext:
 
 @dataclass
 class SummedLoss(Loss):
-    """A loss whose sum and weight are added up over the processes before dividing, since processes may have other weights.
+    """A loss that is the quotient of a total and a weight. Both are added up over the processes before dividing.
+
+    The rows of different processes may have different weights.
 
     Attributes:
         context: Model, tuned tensors and the sum over processes.

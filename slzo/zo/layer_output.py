@@ -12,8 +12,8 @@ class LayerOutput(ABC):
     Attributes:
         keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
         counts: Number of positions of each row, length B. They sum to P.
-        term: Number of the term of the loss that each position is measured by, shape (P,), int64. The terms are the losses of
-            the rows, M = B; or, if the loss is a sum over positions, those of the positions, M = P.
+        term: Index of the term of the loss from which the slope of each position is read, shape (P,), int64. There is one term
+            for each row (M = B) or, if the loss is a sum over positions, one for each position (M = P).
         per_token: Whether each position has a term of its own.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.

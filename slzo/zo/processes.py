@@ -78,8 +78,9 @@ class Processes:
         world_size: Number of processes.
         rank: Rank of this process, counted from 0.
         directions: Number of processes that have the same rows and divide the points of a step; a divisor of ``world_size``.
-        sum_rows: Returns the sum of a tensor over the processes with other rows and the same points (all-reduce).
-        sum_points: Returns the sum of a tensor over the processes with the same rows and other points (all-reduce).
+        sum_rows: Returns the sum of a tensor over the processes with different rows and the same points (all-reduce). May
+            overwrite its argument, as the next one.
+        sum_points: Returns the sum of a tensor over the processes with the same rows and different points (all-reduce).
         broadcast: Returns the value of the first process.
     """
 
@@ -166,7 +167,7 @@ class DividedDirections(Loss):
         found = self.loss.gradient_from_output(lambda output: estimate(_DividedOutput(output, self.processes)))
         if self.processes.of_rows.total == 1:
             return found
-        # processes with other points add up the rows in a sum of their own, which may round differently
+        # processes with different points add up the rows in sums of their own, which may round differently
         own = [torch.tensor([found.loss], device=self.device), *found.gradient.values()]
         if self.processes.of_points.rank > 0:  # those of the process with the first points count
             own = [torch.zeros_like(tensor) for tensor in own]

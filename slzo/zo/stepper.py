@@ -110,7 +110,7 @@ class Stepper:
         seed: Seed of the directions, which are drawn from (seed, step, query).
         evaluator: Generates answers, for objectives that need them.
         processes: Processes that share the work of a step.
-        shared_prefix: Sends prefix states of training rows to processes with other rows; ``None`` if each computes its own.
+        shared_prefix: Sends prefix states of training rows to processes with different rows; ``None`` if each computes its own.
         auto: Automatic step size; ``None`` if numbers are given.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
@@ -119,7 +119,7 @@ class Stepper:
         SlzoError: The estimator needs a derivative, and a tuned tensor is not a parameter of the model.
 
     Attributes:
-        rate: Sets the learning rate of each step; ``None`` if the optimizer's own counts.
+        rate: Sets the learning rate of each step; ``None`` if the optimizer's own rate is used.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
         nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.

@@ -24,7 +24,7 @@ class Request:
         loss: The loss of the batch.
         seed: Seed of the run.
         step: Training step. Directions are drawn from (seed, step, query).
-        eps: Absolute size of the perturbation, > 0.
+        eps: Absolute size of the perturbation of the weights, > 0; 0 for an estimator that perturbs none.
         num_queries: Number of directions, >= 1.
         queries_at_once: Number of directions that are drawn and evaluated together, so that small batches can be joined over
             several queries. Each takes as much memory as the masters.
