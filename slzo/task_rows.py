@@ -311,28 +311,32 @@ class TaskRows:
             needs_train=needs_train,
         )
         self._read_with |= {name: getattr(self, name) for name in _FIXED}
-        for note in self.splits.notes:
-            say(note)
-        remarks = [self._source.unused_warning(), one_class_warning(self.task, self.splits.train)]
-        if self.reward is None and stage != "predict":
-            remarks += [unlabelled_warning("dev", self.splits.dev), unlabelled_warning("held-out", self.splits.test)]
-        for warning in remarks:
-            if warning is not None:
-                warn(warning)
         if self.num_demonstrations > len(self.demonstrations):
             raise SlzoError(
                 f"data.num_demonstrations {self.num_demonstrations}: only {len(self.demonstrations)} labelled training rows "
                 "to take them from; lower it, or raise data.num_train"
             )
-        counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
-        origin = f", {self.splits.origin}" if self.splits.origin else ""
-        say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
-        unlabelled = sum(not example.gold for example in self.splits.train)
+        self._report(self.splits, stage)
+        self._load_rewards()
+
+    def _report(self, splits: Splits, stage: str) -> None:
+        """Print how many rows there are and what is unusual about them."""
+        for note in splits.notes:
+            say(note)
+        remarks = [self._source.unused_warning(), one_class_warning(self.task, splits.train)]
+        if self.reward is None and stage != "predict":
+            remarks += [unlabelled_warning("dev", splits.dev), unlabelled_warning("held-out", splits.test)]
+        for warning in remarks:
+            if warning is not None:
+                warn(warning)
+        counts = f"{len(splits.train)} training, {len(splits.dev)} dev and " if splits.train else ""
+        origin = f", {splits.origin}" if splits.origin else ""
+        say(f"Task {self.task.name}: {counts}{len(splits.test)} held-out rows{origin}.")
+        unlabelled = sum(not example.gold for example in splits.train)
         if stage == "fit" and unlabelled and self.objective.needs_label:
             say(f"Left out {unlabelled} training rows without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
-        self._load_rewards()
 
     def _check_unchanged(self) -> None:
         """Refuse an option that was changed after the rows were read, which would have no effect."""
@@ -449,7 +453,7 @@ class TaskRows:
         self,
         batch_size: int | None = None,
         seed: int | None = None,
-        steps_done: Callable[[], int] = int,
+        steps_done: Callable[[], int] = lambda: 0,
         rank: int | None = None,
     ) -> StepBatchSampler[Row]:
         """Return the sampler of training rows; batch size and seed default to the run's, the rank to this process.

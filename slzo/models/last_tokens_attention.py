@@ -16,22 +16,24 @@ from slzo.models.attention import KeyValues, masked_attention, visible
 class LastTokensAttention:
     """Attention of the last tokens at each point to the recorded earlier tokens and to each other."""
 
-    def __init__(self, tokens: LastTokens, states: KeyValues, num_points: int) -> None:
-        self.tokens, self.states, self.num_points = tokens, states, num_points
-        self._masks: dict[int | None, list[Tensor]] = {}
+    def __init__(self, tokens: LastTokens, states: KeyValues) -> None:
+        self.tokens, self.states = tokens, states
+        self._masks: dict[tuple[int, int | None], list[Tensor]] = {}  # by number of points and window
 
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, None]:
         """See :data:`slzo.models.attention.Attend`."""
-        points = self.num_points
+        points = query.shape[2] // len(self.tokens.positions)
         # (N, heads, K, size)
         q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
         recorded_keys, recorded_values = self.states[layer]
-        outputs, window = [], options["sliding_window"]
-        if window not in self._masks:  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
-            self._masks[window] = [_mask(group, points, window) for group in self.tokens.groups]
-        for group, mask in zip(self.tokens.groups, self._masks[window], strict=True):
+        outputs, key_of_masks = [], (points, options["sliding_window"])
+        if (
+            key_of_masks not in self._masks
+        ):  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
+            self._masks[key_of_masks] = [_mask(group, *key_of_masks) for group in self.tokens.groups]
+        for group, mask in zip(self.tokens.groups, self._masks[key_of_masks], strict=True):
             own = [_by_sequence(states, group.last) for states in (q, k, v)]
             keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
             values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)

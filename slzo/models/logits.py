@@ -77,6 +77,6 @@ def states_at_needed(
     last = batch.last_tokens
     chosen = last.repeat(num_points, batch.num_tokens)
     states = keys_and_values(parts, batch.repeat(num_points), start, stop, hidden)
-    attend, own = LastTokensAttention(chosen, states, 1).attend, batch.tokens_at(last.positions, num_points)
+    attend, own = LastTokensAttention(chosen, states).attend, batch.tokens_at(last.positions, num_points)
     after = parts.run(own, start, stop, hidden.index_select(0, chosen.positions), norm=norm, attend=attend)
     return after.unflatten(0, (num_points, -1)).index_select(1, torch.searchsorted(last.positions, batch.needed))

@@ -7,7 +7,7 @@ Shapes: ``T`` packed tokens, ``K`` last tokens, ``N`` points, ``U`` needed posit
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,12 +28,12 @@ class LayersAbove(NamedTuple):
     Attributes:
         positions: Packed positions of the tokens that run at each point, shape (K,), int64, rising.
         final: Final states of these tokens without any change, shape (K, hidden).
-        at: Returns the final states, shape (N, K, hidden), from states that enter the layers, shape (N, K, hidden).
+        run: Returns the final states, shape (N, K, hidden), from states that enter the layers, shape (N, K, hidden).
     """
 
     positions: Tensor
     final: Tensor
-    at: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor]
 
 
 def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor) -> LayersAbove:
@@ -62,12 +62,11 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         final = states_after[last.positions]
     else:
         states = keys_and_values(parts, batch, start, stop, hidden)
-    # its masks hold for one number of points
-    attention_at = lru_cache(maxsize=1)(partial(LastTokensAttention, last, states))
+    attend = LastTokensAttention(last, states).attend
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
-        attend, tokens = attention_at(points).attend, batch.tokens_at(last.positions, points)
+        tokens = batch.tokens_at(last.positions, points)
         final = parts.run(tokens, start, stop, entering.flatten(0, 1), attend=attend)
         return final.unflatten(0, (points, -1))
 

@@ -77,29 +77,29 @@ class PackedLayerOutput(LayerOutput):
         max_tokens: int | None = None,
     ) -> None:
         upper, start = forward.parts_above, forward.span.stop
-        at = _at_masters(upper, start, batch, output if upper is forward.parts else output.float(), objective)
-        if at.whole_vocabulary and upper is not forward.parts:  # in float32 it would take a copy of the head
-            at = _at_masters(forward.parts, start, batch, output, objective)
-        found, output = at.losses, at.output
-        per_token = not at.selected and found.by_position is not None
+        unshifted = _run_unshifted(upper, start, batch, output if upper is forward.parts else output.float(), objective)
+        if unshifted.whole_vocabulary and upper is not forward.parts:  # in float32 it would take a copy of the head
+            unshifted = _run_unshifted(forward.parts, start, batch, output, objective)
+        found, output = unshifted.losses, unshifted.output
+        per_token = not unshifted.selected and found.by_position is not None
         if per_token:
             check_positions(objective, found, batch)
 
-        self._forward, self._batch, self._objective, self._at = forward, batch, objective, at
+        self._forward, self._batch, self._objective, self._unshifted = forward, batch, objective, unshifted
         self.sums = found.sum()
         self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
         self.size = _size_of_added(entered[batch.needed], output[batch.needed])
         self.per_token = per_token
         self.term = torch.arange(len(batch.needed), device=output.device) if per_token else batch.needed_example
-        self.num_layers_above = at.parts.num_layers - forward.span.stop
-        self.shifts_all_tokens = at.selected
-        self.whole_vocabulary = at.whole_vocabulary
-        self.points_at_once = _points_at_once(batch, len(at.above.positions), max_tokens, at.num_columns)
+        self.num_layers_above = unshifted.parts.num_layers - forward.span.stop
+        self.shifts_all_tokens = unshifted.selected
+        self.whole_vocabulary = unshifted.whole_vocabulary
+        self.points_at_once = _points_at_once(batch, len(unshifted.above.positions), max_tokens, unshifted.num_columns)
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
         parts, above = self._forward.parts, self.num_layers_above
-        share = self._at.above.positions.numel() / self._batch.num_tokens
+        share = self._unshifted.above.positions.numel() / self._batch.num_tokens
         # layers that all tokens run through, in a forward pass of the batch; keys and values alone are not counted
         whole_pass = parts.num_layers - self._forward.span.start - 1 + last_layer_share(parts, self._batch)
         # a derivative costs about two passes; if not all tokens run at each point, it goes through those that do
@@ -112,47 +112,47 @@ class PackedLayerOutput(LayerOutput):
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
         if weight is None:
             return None
-        tokens = tokens_of_positions(batch, None if self._at.selected else self._at.logits, number)
-        states = self._at.output[batch.needed].float()
+        tokens = tokens_of_positions(batch, None if self._unshifted.selected else self._unshifted.logits, number)
+        states = self._unshifted.output[batch.needed].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
-        if self._at.output.dtype != torch.float32:
+        if self._unshifted.output.dtype != torch.float32:
             # rounding would hide a smaller shift
             distance = distance.clamp(min=_LEAST_OF_ADDED * self.width**0.5 * self.size)
         return directions * torch.where(sensitivity > 0, distance, 0)
 
     def losses(self, shifts: Tensor) -> Tensor:
-        at = self._at
-        hidden = at.output[at.above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, at.needed] = self._moved(shifts)
-        found = self._row_losses(self._logits(at.above.at(hidden)))
+        unshifted = self._unshifted
+        hidden = unshifted.output[unshifted.above.positions].repeat(len(shifts), 1, 1)
+        hidden[:, unshifted.needed] = self._moved(shifts)
+        found = self._row_losses(self._logits(unshifted.above.run(hidden)))
         return found.by_position if self.per_token and found.by_position is not None else found.totals
 
     def applied(self, shifts: Tensor) -> Tensor:
-        here = self._at.output[self._batch.needed]
+        here = self._unshifted.output[self._batch.needed]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self._at.output[self._batch.needed]
+        here = self._unshifted.output[self._batch.needed]
         return (here.float() + shifts).to(here.dtype)
 
     def _row_losses(self, logits: Tensor) -> RowLosses:
-        at = self._at
-        batch = self._batch if at.likely is None else at.likely.batch
-        return checked_row_losses(self._objective, logits, batch, at.selected)
+        unshifted = self._unshifted
+        batch = self._batch if unshifted.likely is None else unshifted.likely.batch
+        return checked_row_losses(self._objective, logits, batch, unshifted.selected)
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
-        at = self._at
-        needed, head = final[:, at.needed], at.parts.head
-        if at.likely is not None:
-            return at.likely.logits(needed, head)
-        ids = self._batch.choice_ids if at.selected else None
+        unshifted = self._unshifted
+        needed, head = final[:, unshifted.needed], unshifted.parts.head
+        if unshifted.likely is not None:
+            return unshifted.likely.logits(needed, head)
+        ids = self._batch.choice_ids if unshifted.selected else None
         return head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
 
 
-class _AtMasters(NamedTuple):
+class _Unshifted(NamedTuple):
     """What is computed without a shift.
 
     Attributes:
@@ -188,7 +188,9 @@ class _AtMasters(NamedTuple):
         return self.logits.shape[1] if self.likely is None else self.likely.ids.shape[1]
 
 
-def _at_masters(parts: ModelParts, start: int, batch: PackedBatch, output: Tensor, objective: LogitLoss) -> _AtMasters:
+def _run_unshifted(
+    parts: ModelParts, start: int, batch: PackedBatch, output: Tensor, objective: LogitLoss
+) -> _Unshifted:
     """Run layers ``start`` and above without a shift, from the tuned layer's output in their dtype, shape (T, width)."""
     above = layers_above(parts, start, batch, output)
     needed = torch.searchsorted(above.positions, batch.needed)
@@ -198,7 +200,7 @@ def _at_masters(parts: ModelParts, start: int, batch: PackedBatch, output: Tenso
     likely = None
     if not selected and losses.likelihood_temperature is not None:
         likely = LikelyTokens.of(logits, batch, losses.likelihood_temperature)
-    return _AtMasters(parts, output, above, needed, logits, losses, selected, likely)
+    return _Unshifted(parts, output, above, needed, logits, losses, selected, likely)
 
 
 def _size_of_added(entered: Tensor, output: Tensor) -> Tensor:
