@@ -128,10 +128,10 @@ def _start(
     tuned: TunedModel | None,
 ) -> Prepared:
     """Prepare a new training, of the untuned model or of the model of an earlier ``fit``."""
-    if run.time is None:  # otherwise the plan decides the steps
+    if run.time_budget is None:  # otherwise the time plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, None)
-    parts, options, plan = _load(options, rows, run, loaded)
-    data = rows.fingerprint(None)
+    parts, options, memory_plan = _load(options, rows, run, loaded)
+    fingerprint = rows.fingerprint(None)
     if tuned is None:
         chosen = choose_layer(parts, options, rows, run)
         model = tune(parts, options, rows, chosen.layer, chosen.states)
@@ -143,18 +143,18 @@ def _start(
         seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
         options = replace(options, seed=rows.processes.broadcast(seed))
     with _undone_on_error(model, is_new=tuned is None):
-        stepper, time = _stepper(model, options, rows, run)
+        stepper, time_plan = _stepper(model, options, rows, run)
     return Prepared(
         options=options,
         settings=settings,
         untuned=parts,
         model=model,
         stepper=stepper,
-        data=data,
+        fingerprint=fingerprint,
         chosen=chosen,
-        plan=plan,
+        memory_plan=memory_plan,
         resumed=False,
-        time=time,
+        time_plan=time_plan,
         tuned_before=tuned is not None,
     )
 
@@ -176,10 +176,10 @@ def _resume(
     check_commit(note, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
     options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
     settings = continued_settings(note["settings"], settings)
-    if run.time is None:  # otherwise the plan decides the steps
+    if run.time_budget is None:  # otherwise the time plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
-    parts, options, plan = _load(options, rows, run, loaded)
-    data = rows.fingerprint(note["data"])
+    parts, options, memory_plan = _load(options, rows, run, loaded)
+    fingerprint = rows.fingerprint(note["data"])
     check_environment(note, run.device, rows.processes.world_size)
     if tuned is None:
         model = restore(parts, checkpoint, options, for_training=True)
@@ -190,7 +190,7 @@ def _resume(
         model.clear_prefix()  # its keys belong to one data module
     auto = restored_rate(note["auto_step"], options)
     with _undone_on_error(model, is_new=tuned is None):
-        stepper, time = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
+        stepper, time_plan = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
     measured = stepper.num_evaluations if auto is None else 0
     stepper.load_state_dict(note)
     stepper.num_evaluations += measured
@@ -200,11 +200,11 @@ def _resume(
         untuned=parts,
         model=model,
         stepper=stepper,
-        data=data,
+        fingerprint=fingerprint,
         chosen=ChosenLayer.named(note["layer"], note["layer_reason"]),
-        plan=plan,
+        memory_plan=memory_plan,
         resumed=True,
-        time=time,
+        time_plan=time_plan,
         tuned_before=tuned is not None,
     )
 
@@ -232,7 +232,7 @@ def _load(
             check_memory(inputs, free, options.model)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
-    check_time(rows, run.time, "loading took")
+    check_time(rows, run.time_budget, "loading took")
     return loaded, options, plan
 
 
@@ -253,8 +253,8 @@ def _stepper(
     if auto is None and options.uses_auto:
         auto = auto_rate(model, options, rows)
         say(auto.describe(options.optimizer.automatic))
-    check_time(rows, run.time, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.time, scheduler_state)
+    check_time(rows, run.time_budget, "loading, profile and measurements took")
+    time = plan_time(model, options, rows, run.time_budget, scheduler_state)
     return make_stepper(model, options, rows, auto=auto), time
 
 
@@ -306,7 +306,7 @@ def _selection_context(
 ) -> SelectionContext:
     """Return what a rule can use to choose a layer: the profile, and short trainings if they can run."""
     reason = _no_trials(options, rows, run)
-    trials = None if reason else LayerTrials(parts, options, rows, run.planned_steps, run.time)
+    trials = None if reason else LayerTrials(parts, options, rows, run.planned_steps, run.time_budget)
     return SelectionContext(profile.layers, trials, reason)
 
 
@@ -461,7 +461,7 @@ def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: 
         "evaluations": round(stepper.num_evaluations),
         "skipped_steps": stepper.num_nonfinite,
         "rollbacks": outcome.rollbacks,
-        "planned_memory_gb": None if prepared.plan is None else round(prepared.plan.total / 2**30, 3),
+        "planned_memory_gb": None if prepared.memory_plan is None else round(prepared.memory_plan.total / 2**30, 3),
         "peak_memory_gb": round(peak, 3),
         "tuned_parameters": model.tensors.num_elements,
         "total_parameters": model.parts.model.num_parameters(),

@@ -288,9 +288,9 @@ class ZOModule(LightningModule):
         prepared.model.parts.placement.barrier()
         done = 0 if checkpoint is None else checkpoint.step
         found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer, "steps": done}
-        check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
+        check_agreement({**prepared.fingerprint.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
-            limit.apply(trainer, prepared.time)
+            limit.apply(trainer, prepared.time_plan)
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
         self._prepared = prepared
@@ -606,7 +606,7 @@ def run_context(
         profiler=None if profiler is None else profiler.options,
         steps_before=trainer.global_step if done is None else 0,
         quick=is_quick(trainer),
-        time=None if limit is None or is_quick(trainer) else limit.budget(trainer, rows, done),
+        time_budget=None if limit is None or is_quick(trainer) else limit.budget(trainer, rows, done),
         shard_group=shard_group_of(trainer),
     )
 

@@ -70,7 +70,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "candidates": None if candidates is None else list(candidates),
         "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
         "prompt_length": rows.prompt_length,
-        "data": prepared.data.to_dict(),
+        "data": prepared.fingerprint.to_dict(),
         "settings": dict(prepared.settings),
         "environment": numerics(model.parts.model.device, rows.processes.world_size),
         "hub": loaded_from_hub(prepared, rows),
@@ -177,7 +177,7 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         **logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed),
         **data,
         "rows per step": batch_size * rows.processes.of_rows.total,
-        "train rows": prepared.data.hashes()["train rows"],
+        "train rows": prepared.fingerprint.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
 

@@ -32,7 +32,7 @@ class RunContext:
         profiler: How the model is profiled; ``None`` if no layer is chosen by a profile.
         steps_before: Steps of earlier trainings by the same trainer, which are not in the log of losses.
         quick: Whether it is a ``fast_dev_run``, in which nothing extra is measured or written.
-        time: Time of the run; ``None`` if it is not limited.
+        time_budget: Time of the run; ``None`` if it is not limited.
         shard_group: Processes that share the frozen layers; ``None`` if this one has all.
     """
 
@@ -44,7 +44,7 @@ class RunContext:
     profiler: ProfileOptions | None
     steps_before: int
     quick: bool
-    time: TimeBudget | None
+    time_budget: TimeBudget | None
     shard_group: ShardGroup | None
 
 
@@ -59,11 +59,11 @@ class Prepared:
         untuned: The untuned model.
         model: The model with its tuned tensors.
         stepper: Takes the steps.
-        data: Fingerprint of the rows.
+        fingerprint: Fingerprint of the rows.
         chosen: The tuned layer, why it was chosen, and its profile.
-        plan: Estimate of the memory; ``None`` if none was made.
+        memory_plan: Estimate of the memory; ``None`` if none was made.
         resumed: Whether a checkpoint is continued.
-        time: Planned steps and validations; ``None`` if the time is not limited.
+        time_plan: Planned steps and validations; ``None`` if the time is not limited.
         tuned_before: Whether the first masters are not those of the base model.
     """
 
@@ -72,9 +72,9 @@ class Prepared:
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper
-    data: DataFingerprint
+    fingerprint: DataFingerprint
     chosen: ChosenLayer
-    plan: MemoryPlan | None
+    memory_plan: MemoryPlan | None
     resumed: bool
-    time: TimePlan | None
+    time_plan: TimePlan | None
     tuned_before: bool
