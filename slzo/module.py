@@ -25,7 +25,15 @@ from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
 from slzo.lightning.strategy import shard_group_of
 from slzo.lightning.trainer_checks import check_share, check_trainer
-from slzo.lightning.trainer_state import callback_of, folder_of, interval_of, is_quick, planned_steps, steps_per_epoch
+from slzo.lightning.trainer_state import (
+    callback_of,
+    folder_of,
+    interval_of,
+    is_quick,
+    planned_steps,
+    steps_per_epoch,
+    validation_due,
+)
 from slzo.models.device_map import DeviceMap, DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.loaded import name_of_loaded
@@ -422,17 +430,21 @@ class ZOModule(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:
         """Take one training step; callbacks get its loss and its result."""
         started = time.perf_counter()
-        every = getattr(self.trainer, "log_every_n_steps", 1)
-        measure_update = every > 0 and (self.global_step + 1) % every == 0
+        trainer = self.trainer
+        every = getattr(trainer, "log_every_n_steps", 1)
+        is_logged = every > 0 and (self.global_step + 1) % every == 0
         optimizer = cast("Optimizer", self.optimizers())
         scheduler = self.lr_schedulers()
-        group = shard_group_of(self.trainer)
+        group = shard_group_of(trainer)
         before = (0, 0.0) if group is None else (group.num_bytes, group.seconds)
-        result = self.stepper.step(batch, self.global_step, optimizer, scheduler, measure_update)
-        values = self._step_values(batch, result, time.perf_counter() - started)
-        if group is not None:
-            values["train/gathered_bytes"] = float(group.num_bytes - before[0])
-            values["train/gathered_seconds"] = group.seconds - before[1]
+        result = self.stepper.step(batch, self.global_step, optimizer, scheduler, is_logged)
+        values = {"train/loss": result.estimate.loss}
+        # at other steps no logger or monitor reads the rest, which would take up to a twentieth of a short step
+        if is_logged or trainer.should_stop or validation_due(trainer):
+            values |= self._step_values(batch, result, time.perf_counter() - started)
+            if group is not None:
+                values["train/gathered_bytes"] = float(group.num_bytes - before[0])
+                values["train/gathered_seconds"] = group.seconds - before[1]
         # tensors on the CPU: Lightning copies a number to the device at each step
         self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
         loss = torch.tensor(result.estimate.loss)
@@ -442,7 +454,6 @@ class ZOModule(LightningModule):
     def _step_values(self, batch: TrainBatch, result: StepResult, seconds: float) -> dict[str, float]:
         estimate = result.estimate
         values = {
-            "train/loss": estimate.loss,
             "train/lr": result.record.lr,
             "train/evaluations": float(self.stepper.num_evaluations),
             "train/step_seconds": seconds,
