@@ -34,7 +34,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_checkpoint
+from slzo.checkpoints.find import find_checkpoint, newest_checkpoint
 from slzo.export.write import export_checkpoint
 from slzo.fit import best_state
 from slzo.lightning.checkpoint_io import AtomicCheckpointIO
@@ -156,7 +156,7 @@ def test_lightnings_schedule_by_epochs(model_dir, data_dir):
     assert (trainer.val_check_interval, trainer.max_steps) == (1.0, -1)
     trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
     best = callback_of(trainer, BestCheckpoint).best_model_path
-    assert Path(checkpoint_of_run(run_dir()).path) == Path(best)
+    assert Path(find_checkpoint(run_dir(), "runs").path) == Path(best)
     Path(best).unlink()
     with pytest.raises(SlzoError, match="has no best one: it was not validated, or the file is gone"):
         find_checkpoint("best", "runs")
@@ -683,7 +683,7 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
     fit(data_dir, model_dir, callbacks=[snapshots])
     best = min(summary()["validations"], key=lambda point: point["loss"])["step"]
     assert Path(summary()["best_checkpoint"]).name == f"step={best}.ckpt"
-    assert Path(checkpoint_of_run(run_dir()).path).name == f"step={best}.ckpt"
+    assert Path(find_checkpoint(run_dir(), "runs").path).name == f"step={best}.ckpt"
     (run_dir() / "checkpoints/broken.ckpt").symlink_to("gone.ckpt")
     assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
