@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned
+from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned, write_lines
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -493,11 +493,10 @@ def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir, once)
 def test_a_second_data_module_gets_no_states_of_the_first(model_dir, tmp_path):
     """The cached states and the plan of the cache belong to one data module."""
     draw = random.Random(0)  # rows that share no beginnings, whose dev states are cached
-    (tmp_path / "sst2").mkdir()
     for split in ("train", "validation"):
         sentences = ["".join(draw.choices("abcdefgh", k=6 + number % 9)) for number in range(80)]
-        found = [json.dumps({"idx": n, "sentence": text, "label": n % 2}) for n, text in enumerate(sentences)]
-        (tmp_path / f"sst2/{split}.jsonl").write_text("\n".join(found))
+        found = [{"idx": n, "sentence": text, "label": n % 2} for n, text in enumerate(sentences)]
+        write_lines(tmp_path / f"sst2/{split}.jsonl", found)
     data_dir = tmp_path
 
     second = {"seed": 7, "num_dev": 6}  # other rows under the same keys, in other batches
