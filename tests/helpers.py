@@ -437,15 +437,50 @@ def make_wheel(folder, package, members):
     ]
 
 
+def write_lines(path, rows):
+    """Write rows as JSON Lines; return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path):
+    """The rows of a file of JSON Lines."""
+    with Path(path).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def chat_options(model_dir):
+    """Options of a run on conversations without answers, which are written into the current folder."""
+    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}], "word": "good"} for i in range(24)]
+    write_lines("talks.jsonl", rows)
+    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
+    options = [f"--data.task={json.dumps(task)}", "--data.batch_size=4", "--data.num_train=12", "--data.num_dev=6"]
+    options += [f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu"]
+    return [*options, "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+
+
+def round_by_batch(monkeypatch):
+    """Let prefix states depend on the size of the batch, as they do by rounding in models of real width."""
+    original = ModelParts.run
+
+    def run(self, batch, start, *args, **options):
+        states = original(self, batch, start, *args, **options)
+        return states * (1 + 1e-7 * batch.input_ids.numel()) if start == 0 else states
+
+    monkeypatch.setattr(ModelParts, "run", run)
+
+
 def visible(folder):
     """Names in a folder, without lock files."""
     return sorted(path.name for path in folder.rglob("*") if path.suffix != ".lock")
 
 
-def slzo_error(call, *args):
+def slzo_error(call, *args, **options):
     """The error line of a call that fails."""
     with pytest.raises(SlzoError) as error:
-        call(*args)
+        call(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 

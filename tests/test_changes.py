@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, same_tensors, tuned
+from helpers import ROOT, read_lines, same_tensors, tuned, write_lines
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
@@ -25,8 +25,7 @@ def edited_rows(split):
 
     def change(folder, monkeypatch):
         file = folder / "rows" / "sst2" / f"{split}.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps(row | {"sentence": row["sentence"] + " indeed"}) + "\n" for row in rows))
+        write_lines(file, [row | {"sentence": row["sentence"] + " indeed"} for row in read_lines(file)])
 
     return change
 

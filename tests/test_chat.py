@@ -2,11 +2,10 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_dir, summary, tiny_model
+from helpers import read_lines, run_dir, summary, tiny_model, write_lines
 from transformers import AutoTokenizer
 
 from slzo.__main__ import main
@@ -265,9 +264,8 @@ def test_a_system_prompt_may_be_the_developers():
 
 
 def test_rows_without_an_answer_name_the_role(tmp_path, model_dir):
-    path = tmp_path / "talks.jsonl"
     talks = ([{"role": "human", "content": f"Film {n}?"}, {"role": "gpt", "content": "great"}] for n in range(8))
-    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    path = write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     rows = TaskRows(ChatTask(train_file=str(path)), tokenizer=str(model_dir), max_length=256, seed=0)
     rows.setup("fit")
     assert rows.rows("test")  # no answers are generated, which would need 256 tokens
@@ -278,8 +276,7 @@ def test_rows_without_an_answer_name_the_role(tmp_path, model_dir):
 
 
 def test_the_line_of_a_bad_row_is_named(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": TALK[2:3]}) + "\n")
+    path = write_lines(tmp_path / "talks.jsonl", [{"messages": TALK}, {"messages": TALK[2:3]}])
     with pytest.raises(SlzoError, match=r"talks.jsonl:2: the answer has no turn before it"):
         RowSource(ChatTask(train_file=str(path))).read("train")
 
@@ -288,7 +285,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     words = ["great", "terrible", "good", "bad"]
     rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    write_lines("talks.jsonl", [*rows, rows[0]])
     task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4, "stop": ["?"]}}
     options = [f"--data.task={json.dumps(task)}", "--data.batch_size=8", f"--model.model={model_dir}"]
     options += ["--model.layer=1", "--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2"]
@@ -304,7 +301,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys, recwarn):
     assert summary()["score_change_standard_error"] > 0
     assert summary()["scores_after"].keys() == {"perplexity"}
     assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
-    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    found = read_lines("found.jsonl")
     assert len(found) == 6
     assert all(isinstance(record["prediction"], str) and record["gold"][0] in words for record in found)
     assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
@@ -321,7 +318,7 @@ def test_a_perplexity_next_to_metrics_of_generated_answers_has_the_same_error(mo
     monkeypatch.chdir(tmp_path)
     words = ["great", "terrible", "good", "bad"]
     rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
-    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines("talks.jsonl", rows)
     options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
     for metrics in (["perplexity"], ["perplexity", "f1"]):
         task = {
@@ -338,8 +335,8 @@ def test_a_perplexity_next_to_metrics_of_generated_answers_has_the_same_error(mo
 def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Film {i}?", "completion": "great"} for i in range(12)]
-    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("test.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "AB") + json.dumps(rows[0]))
+    write_lines("talks.jsonl", rows)
+    write_lines("test.jsonl", [{"prompt": "A"}, {"prompt": "B"}, rows[0]])
     files = {"train_file": "talks.jsonl", "test_file": "test.jsonl"}
     task = {"class_path": "ChatTask", "init_args": {**files, "max_new_tokens": 2}}
     options = [f"--data.task={json.dumps(task)}", "--data.num_dev=2", "--data.batch_size=4", "--trainer.max_steps=1"]
@@ -347,7 +344,7 @@ def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, mo
     assert summary()["scores_after"]["perplexity"] > 0
     assert not (run_dir() / "samples.json").exists()
     assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
-    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    found = read_lines("found.jsonl")
     assert [record["gold"] for record in found] == [None, None, ["great"]]
     assert found[0]["messages"] == [{"role": "user", "content": "A"}]
     assert all(isinstance(record["prediction"], str) for record in found)

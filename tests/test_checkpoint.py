@@ -16,7 +16,7 @@ from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
-from slzo.checkpoints.find import best_file, checkpoint_of_run, newest_checkpoint
+from slzo.checkpoints.find import RUNS, best_file, find_checkpoint, newest_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
 from slzo.utils.errors import SlzoError
@@ -273,7 +273,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     foreign.parent.mkdir(parents=True)
     shutil.copy(CHECKPOINT, foreign)
     own = Path("run/checkpoints", foreign.name)
-    assert checkpoint_of_run("run").path == str(own)
+    assert find_checkpoint("run", RUNS).path == str(own)
     best = BestCheckpoint()
     best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT, state=SimpleNamespace(fn="fit")), None, {})
     best.load_state_dict(state)
@@ -281,7 +281,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     shutil.copytree("run", "moved/version_1")  # a resumed run and the one that it continued, in another place
     (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
     shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
-    assert checkpoint_of_run(Path("moved/version_1").absolute()).path == str(foreign.absolute())
+    assert find_checkpoint(Path("moved/version_1").absolute(), RUNS).path == str(foreign.absolute())
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, run_dir, run_fit, same_tensors, summary, tiny_model, tuned
+from helpers import error_line, last_checkpoint, run_dir, run_fit, same_tensors, summary, tiny_model, tuned, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,10 +143,9 @@ def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
     tiny_model("gpt2", n_positions=64, max_position_embeddings=None, scale=1.0).save_pretrained(tmp_path / "short")
     make_tokenizer().save_pretrained(tmp_path / "short")
     long = tmp_path / "long" / "sst2"
-    long.mkdir(parents=True)
     for name in ("train", "validation"):
         rows = [{"idx": i, "sentence": f"{name} {i} " + "very " * 60 + "good", "label": i % 2} for i in range(60)]
-        (long / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_lines(long / f"{name}.jsonl", rows)
     assert main(["fit", *options, f"--model.model={tmp_path / 'short'}", f"--data.data_dir={long.parent}"]) == 0
     assert "Prompts are cut to 64 tokens" in capsys.readouterr().out
 
@@ -154,8 +153,7 @@ def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
 def test_custom_data_needs_no_python(options):
     rows = [{"review": f"a {w} one {i}", "stars": s} for i in range(30) for w, s in (("nice", "up"), ("sad", "down"))]
     for name in ("train", "test"):
-        lines = (json.dumps(row | {"review": f"{name} {row['review']}"}) for row in rows)
-        Path(f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        write_lines(f"{name}.jsonl", [row | {"review": f"{name} {row['review']}"} for row in rows])
     arguments = {
         "train_file": "train.jsonl",
         "test_file": "test.jsonl",

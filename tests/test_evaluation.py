@@ -8,11 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model
+from helpers import error_line, last_checkpoint, read_lines, run_dir, summary, tiny_model, write_lines
 
 from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
@@ -40,27 +39,22 @@ from tiny import make_tokenizer
 def squad_dir(tmp_path_factory):
     """Made-up SQuAD rows: several questions per context."""
     folder, generator = tmp_path_factory.mktemp("data") / "squad", random.Random(2)
-    folder.mkdir()
     for name, count in (("train", 24), ("validation", 10)):
-        lines = []
+        rows = []
         for number in range(count):
             word = generator.choice(["red", "green", "blue"])
             row = {"id": f"{name}{number}", "title": "Colours", "answers": {"text": [word, f"the {word}"]}}
             row["context"] = f"In {name} {number // 3} the film is about colours."
             row["question"] = f"Which one is {word}?" + " Really?" * (number % 2)
             row["answers"]["answer_start"] = [0, 0]
-            lines.append(json.dumps(row) + "\n")
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            rows.append(row)
+        write_lines(folder / f"{name}.jsonl", rows)
     return folder.parent
 
 
 @pytest.fixture
 def squad_options(sst2_options, squad_dir):
     return [*sst2_options, "--data.task=squad", f"--data.data_dir={squad_dir}"]
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def quiet_trainer(folder, **options):

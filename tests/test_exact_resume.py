@@ -11,10 +11,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, same_tensors, tuned
+from helpers import error_line, last_checkpoint, round_by_batch, same_tensors, tuned
 
 from slzo.__main__ import main
-from slzo.models.parts import ModelParts
 
 pytestmark = pytest.mark.usefixtures("listening")
 # batches of 8 of 40 rows: an epoch is 5 steps
@@ -72,15 +71,8 @@ SMALL_CACHE = "--model.engine.cache_gb=1e-4"
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch, request):
-    """Prefix states that depend on the size of the batch, as they do by rounding in models of real width."""
-    original = ModelParts.run
-
-    def run(self, batch, start, *args, **options):
-        states = original(self, batch, start, *args, **options)
-        return states * (1 + 1e-7 * batch.input_ids.numel()) if start == 0 else states
-
     if "SIGKILL" not in request.node.name:  # that run is a process of its own
-        monkeypatch.setattr(ModelParts, "run", run)
+        round_by_batch(monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import error_line, logged, same_tensors, summary
+from helpers import error_line, logged, same_tensors, summary, write_lines
 
 from slzo.__main__ import main
 from slzo.cli.app import App, SlzoCLI
@@ -384,8 +384,7 @@ def test_other_settings_have_the_names_of_options(old, new, text):
 
 def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(options, capsys):
     for name in ("train", "test"):
-        rows = [{"text": f"{name} {n}", "label": n % 2} for n in range(24)]
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        write_lines(f"{name}.jsonl", [{"text": f"{name} {n}", "label": n % 2} for n in range(24)])
     task = {"candidates": [" bad", " good"], "train_file": "train.jsonl", "test_file": "test.jsonl"}
 
     def command(prompt):

@@ -9,7 +9,7 @@ from types import MappingProxyType, ModuleType
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, run_fit, summary, tuned
+from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, run_fit, summary, tuned, write_lines
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -38,8 +38,7 @@ def test_a_rule_with_trials(options):
 
 def test_a_reward(options):
     arguments = write_config("reward", "my_rewards.py")["data"]["reward"][0]["arguments"]
-    rows = [{"text": f"row {number}"} for number in range(60)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_lines("rows.jsonl", [{"text": f"row {number}"} for number in range(60)])
     task = {"prompt": "{text}", "max_new_tokens": 4, "train_file": "rows.jsonl"}
     Path("task.yaml").write_text(
         yaml.safe_dump({"data": {"task": {"class_path": "slzo.tasks.template.TemplateTask", "init_args": task}}})
@@ -81,7 +80,7 @@ def test_a_command(options, monkeypatch, capsys):
 def test_rows_and_classes_of_ones_own_in_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"film {number}", "label": ["bad", "good"][number % 2]} for number in range(8)]
-    Path("my_train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    write_lines("my_train.jsonl", rows)
     names: dict = {}
     exec(page_code("docs/runs.md", "own_classes"), names)
     assert names["model"].options.scope.describe().startswith("LoRA of rank 4")

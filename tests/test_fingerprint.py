@@ -6,7 +6,7 @@ import shutil
 from datetime import date
 
 import pytest
-from helpers import error_line, run_dir, run_fit
+from helpers import error_line, read_lines, run_dir, run_fit, write_lines
 
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
@@ -37,8 +37,7 @@ def run(options, once, model_dir, data_dir):
 def edit_rows(tmp_path, split, change):
     """Change the rows of a file in place."""
     file = tmp_path / "rows" / "sst2" / f"{split}.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+    write_lines(file, [change(row) for row in read_lines(file)])
 
 
 def swap_two_tokens(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import last_checkpoint, run_dir, same_tensors, summary, tuned
+from helpers import last_checkpoint, read_lines, run_dir, same_tensors, summary, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -252,10 +252,7 @@ def test_shared_layers_are_profiled_scored_and_predicted(fit, options):
     subprocess.run(command, check=True, timeout=240)
     alone = ["--trainer.devices=1", "--trainer.strategy=auto"]  # the run's own config has two
     assert main(["predict", *scored, *alone, "--output=one.jsonl"]) == 0
-    rows = [
-        [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
-        for name in ("one.jsonl", "two.jsonl")
-    ]
+    rows = [read_lines(name) for name in ("one.jsonl", "two.jsonl")]
     assert len(rows[0]) == len(rows[1])
     for of_one, of_two in zip(*rows, strict=True):
         assert of_one["prediction"] == of_two["prediction"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FAMILIES, error_line, summary, tiny_model
+from helpers import FAMILIES, error_line, summary, tiny_model, write_lines
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -182,8 +182,7 @@ def test_a_layer_that_is_not_chosen_yet_is_where_more_memory_is_taken(options, g
     more = ["--model.model=deep", *([] if generates else FIRST_ORDER)]
     if generates:
         task = {"prompt": "{sentence} is", "train_file": "train.jsonl", "max_new_tokens": 2}
-        rows = [{"sentence": f"film {number} " * 9} for number in range(40)]
-        Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_lines("train.jsonl", [{"sentence": f"film {number} " * 9} for number in range(40)])
         more += [
             f"--data.task={json.dumps({'class_path': 'TemplateTask', 'init_args': task})}",
             "--data.reward=json_valid",

@@ -1,10 +1,8 @@
 """Scopes, estimators and optimizers through the command line: fit, resume, test, export."""
 
-import json
 import random
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from helpers import (
     last_checkpoint,
     peft_prefix,
     random_example,
+    read_lines,
     run_fit,
     summary,
     tiny_model,
@@ -80,7 +79,7 @@ def test_every_method_trains_resumes_and_is_scored_again(name, options):
 def check_score(model, options, checkpoint):
     """Another model has the score that slzo predicts for the second candidate."""
     assert main(["predict", *options, f"--ckpt_path={checkpoint}", "--output=predicted.jsonl"]) == 0
-    scored = json.loads(Path("predicted.jsonl").read_text().splitlines()[0])
+    scored = read_lines("predicted.jsonl")[0]
     tokenizer = make_tokenizer()
     prompt, ids = (tokenizer(text)["input_ids"] for text in (scored["prompt"], scored["prompt"] + " great"))
     with torch.no_grad():

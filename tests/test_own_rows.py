@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pyarrow
 import pytest
 import torch
-from helpers import run_dir
+from helpers import read_lines, run_dir
 from pyarrow import parquet
 
 from slzo.__main__ import main
@@ -216,7 +216,7 @@ def test_ids_reach_predictions_and_samples(model_dir, tmp_path, monkeypatch):
     steps = ["--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--trainer.max_steps=2"]
     assert main(["fit", *options, *steps, "--data.batch_size=4"]) == 0
     assert main(["predict", *options, "--output=found.jsonl"]) == 0
-    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    found = read_lines("found.jsonl")
     samples = json.loads((run_dir() / "samples.json").read_text())["rows"]
     assert [record["id"] for record in found] == [row["id"] for row in samples]
     assert all(row["id"] == str(100 + int(row["prompt"].split()[1])) for row in samples)

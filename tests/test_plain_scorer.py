@@ -4,11 +4,9 @@ The plain scorer shares no code with the package beyond the prompt texts: it has
 candidate, its own truncation, its own indexing.
 """
 
-import json
-
 import pytest
 import torch
-from helpers import FAMILIES, SHARED_DATA, tiny_model
+from helpers import FAMILIES, SHARED_DATA, read_lines, tiny_model
 
 from slzo.batches.losses import by_example, candidate_scores
 from slzo.batches.packing import pack
@@ -64,8 +62,7 @@ def real_examples(task_name, count, longest=10**9):
     if not path.is_file():
         pytest.skip("the shared real rows are not on this machine")
     task = get_task(task_name)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [task.example(json.loads(line), str(i)) for i, line in enumerate(lines)]
+    found = [task.example(row, str(i)) for i, row in enumerate(read_lines(path))]
     return [example for example in found if len(example.prompt) <= longest][:count]
 
 

@@ -1,7 +1,6 @@
 """A task, a scope, an estimator, a rule and an objective of the user's own: one file outside of the package, named in YAML."""
 
 import dataclasses
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers import Quadratic, error_line, last_checkpoint, page_code, run_dir, same_tensors, slzo_error, summary, tuned
+from helpers import (
+    Quadratic,
+    error_line,
+    last_checkpoint,
+    page_code,
+    run_dir,
+    same_tensors,
+    slzo_error,
+    summary,
+    tuned,
+    write_lines,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -88,7 +98,7 @@ def config(tmp_path, model_dir, monkeypatch):
     Path("own_parts.py").write_text("\n\n".join([SCOPES, *map(example, ("task", "estimator", "rule", "objective"))]))
     for name, count in (("train", 40), ("test", 12)):
         rows = [{"text": f"a {('dull', 'fine')[i % 2]} film {name} {i}", "good": i % 2} for i in range(count)]
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        write_lines(f"{name}.jsonl", rows)
     content = {
         "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "enable_progress_bar": False},
         "model": {

@@ -1,7 +1,6 @@
 """The policy gradient of sampled answers: against plain forward passes and autograd, and in runs."""
 
 import copy
-import json
 import math
 import random
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from helpers import (
     assert_mean_is,
     assert_same_estimate,
+    chat_options,
     described,
     error_line,
     estimate_at,
@@ -20,6 +20,7 @@ from helpers import (
     logged,
     on_grid,
     plain_scores,
+    round_by_batch,
     same_tensors,
     summary,
     tiny_model,
@@ -36,7 +37,6 @@ from slzo.evaluation.decoder import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer, Decoding, answer_text
 from slzo.evaluation.sampling import Sampling, sample_key
-from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.zo.estimators import Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import AnswerLikelihood, AnswerObjective, Reward
@@ -372,13 +372,8 @@ def test_no_step_is_taken_when_a_reward_fails(estimator, folder):
 @pytest.fixture
 def fit(folder, model_dir):
     """A run with the default estimator and optimizer."""
-    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}]} for i in range(24)]
-    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
-    options = [f"--data.task={json.dumps(task)}", "--data.batch_size=4", "--data.num_train=12", "--data.num_dev=6"]
-    options += [f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu", "--data.objective=Reward"]
-    options += ["--trainer.max_steps=7", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
-    return ["fit", *options, "--data.objective.functions=mine.py:words", "--record.test_before=false"]
+    reward = ["--data.objective=Reward", "--data.objective.functions=mine.py:words"]
+    return ["fit", *chat_options(model_dir), *reward, "--trainer.max_steps=7", "--record.test_before=false"]
 
 
 @pytest.mark.parametrize(
@@ -401,13 +396,7 @@ def test_what_has_no_policy_gradient_is_refused_in_one_line(fit, options, expect
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(fit, monkeypatch):
     """Stopped in the second epoch, with states of prompts that depend on the size of the batch, as they do by rounding."""
-    run = ModelParts.run
-
-    def rounded(self, batch, start, *args, **options):
-        states = run(self, batch, start, *args, **options)
-        return states * (1 + 1e-7 * batch.input_ids.numel()) if start == 0 else states
-
-    monkeypatch.setattr(ModelParts, "run", rounded)
+    round_by_batch(monkeypatch)
     fit = [*fit, "--model.engine.cache_gb=4e-5"]  # room for some of the prompts
     for more in ([], ["--trainer.max_steps=5"], ["--ckpt_path=last"]):
         assert main([*fit, *more]) == 0

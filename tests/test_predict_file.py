@@ -2,10 +2,9 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
-from helpers import error_line, page_code
+from helpers import error_line, page_code, read_lines, write_lines
 
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
@@ -15,10 +14,6 @@ from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
 
 TEXTS = ["a fine film", "a bad film, a very bad one", "films"]
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.fast
@@ -34,9 +29,7 @@ def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
     }
     row = {field: special.get((name, field), "some text") for field in task.fields if field != label}
     assert label in task.fields
-    file.write_text(
-        "\n".join(json.dumps(each) for each in (row, *({**row, label: none} for none in (None, "", math.nan))))
-    )
+    write_lines(file, [row, *({**row, label: none} for none in (None, "", math.nan))])
     examples = RowSource(task).read_to_predict(str(file)).examples
     assert [example.gold for example in examples] == [()] * 4
     assert [example.references for example in examples] == [()] * 4
@@ -60,7 +53,7 @@ def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
     given = ["--ckpt_path=last", f"--data.predict_file={rows}", "--output=out.jsonl"]
     assert main(["predict", *given]) == 0
     assert f"Task sst2: 3 rows of {rows}." in capsys.readouterr().out
-    found = read(tmp_path / "out.jsonl")
+    found = read_lines(tmp_path / "out.jsonl")
     assert [(line["id"], line["prompt"], line["gold"]) for line in found] == [
         (f"r{number}", f"{text} It was", None) for number, text in enumerate(TEXTS)
     ]
@@ -70,7 +63,7 @@ def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
         assert line["prediction"] == line["probabilities"].index(max(line["probabilities"]))
 
     assert main(["predict", *given, "--data.num_demonstrations=2", "--output=shots.jsonl"]) == 0
-    assert [line["scores"] for line in read(tmp_path / "shots.jsonl")] != [line["scores"] for line in found]
+    assert [line["scores"] for line in read_lines(tmp_path / "shots.jsonl")] != [line["scores"] for line in found]
 
 
 def test_a_missing_field_is_told_with_the_fields_of_the_file_alone(tmp_path):
@@ -106,7 +99,7 @@ def test_the_snippet_of_the_page_has_the_same_probabilities(options, model_dir, 
     code = page_code("docs/tasks.md", "classify").replace("BASE", str(model_dir))
     texts = ["a moving and funny film", "two hours of nothing"]
     assert json.dumps(texts) in code
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+    write_lines("mine.jsonl", [{"sentence": text} for text in texts])
     assert main(["predict", "--ckpt_path=last", "--data.predict_file=mine.jsonl", "--output=out.jsonl"]) == 0
     names = {"found": []}
     exec(
@@ -115,7 +108,7 @@ def test_the_snippet_of_the_page_has_the_same_probabilities(options, model_dir, 
         ),
         names,
     )
-    for found, line in zip(names["found"], read(tmp_path / "out.jsonl"), strict=True):
+    for found, line in zip(names["found"], read_lines(tmp_path / "out.jsonl"), strict=True):
         assert found == pytest.approx(line["probabilities"], abs=1e-5)
 
 
@@ -127,7 +120,7 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
     tune = [f"--model.scope={scope}", "--model.layer=1", "--model.optimizer.lr=0.5", "--trainer.max_steps=2"]
     assert main(["fit", *options, *tune, "--record.test_before=false"]) == 0
     assert main(["export", "--ckpt_path=best", "--output=out", f"--format={format}"]) == 0
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in TEXTS))
+    write_lines("mine.jsonl", [{"sentence": text} for text in TEXTS])
     rows = ["--data.predict_file=mine.jsonl"]
     assert main(["predict", "--ckpt_path=runs/version_0", *rows, "--output=run.jsonl"]) == 0
     base = [] if format == "merged" else [option for option in options if option.startswith("--model.model=")]
@@ -141,21 +134,23 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
     other_model = "" if base else "model: {model: not_used}\n"  # a whole model has its own tokenizer
     (tmp_path / "task.yaml").write_text(other_model + "data: {task: sst2}")
     assert main(["predict", "--config=task.yaml", "--ckpt_path=out", *rows, *base, "--output=again.jsonl"]) == 0
-    assert read(tmp_path / "again.jsonl") == read(tmp_path / "out.jsonl")
+    assert read_lines(tmp_path / "again.jsonl") == read_lines(tmp_path / "out.jsonl")
     if format == "adapter":
         assert main(["predict", "--ckpt_path=out", *rows, *base, "--model.dtype=bfloat16", "--output=half.jsonl"]) == 0
-        half = read(tmp_path / "half.jsonl")[0]["probabilities"]
-        assert half != pytest.approx(read(tmp_path / "out.jsonl")[0]["probabilities"], abs=1e-6)
-    for mine, theirs in zip(read(tmp_path / "out.jsonl"), read(tmp_path / "run.jsonl"), strict=True):
+        half = read_lines(tmp_path / "half.jsonl")[0]["probabilities"]
+        assert half != pytest.approx(read_lines(tmp_path / "out.jsonl")[0]["probabilities"], abs=1e-6)
+    for mine, theirs in zip(read_lines(tmp_path / "out.jsonl"), read_lines(tmp_path / "run.jsonl"), strict=True):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
     assert main(["predict", *options, *rows, "--output=untuned.jsonl"]) == 0
-    untuned, tuned = ([line["scores"][0] for line in read(tmp_path / f"{name}.jsonl")] for name in ("untuned", "out"))
+    untuned, tuned = (
+        [line["scores"][0] for line in read_lines(tmp_path / f"{name}.jsonl")] for name in ("untuned", "out")
+    )
     assert untuned != pytest.approx(tuned, abs=1e-4)
 
 
 def test_another_file_needs_another_data_module(tmp_path, model_dir):
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"sentence": name}))
+        write_lines(tmp_path / f"{name}.jsonl", [{"sentence": name}])
     rows = TaskRows("sst2", tokenizer=str(model_dir), predict_file=str(tmp_path / "a.jsonl"))
     rows.setup("predict")
     (row,) = rows.rows("predict")
@@ -169,7 +164,7 @@ def test_another_file_needs_another_data_module(tmp_path, model_dir):
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_a_score_is_never_that_of_the_file(stage, sst2_options, capsys):
-    Path("mine.jsonl").write_text(json.dumps({"sentence": "a"}))
+    write_lines("mine.jsonl", [{"sentence": "a"}])
     assert main([stage, *sst2_options, "--data.predict_file=mine.jsonl"]) == 0
     assert "data.predict_file 'mine.jsonl': not used" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, run_fit, tiny_model
+from helpers import error_line, last_checkpoint, read_lines, run_fit, tiny_model, write_lines
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -110,8 +110,7 @@ def test_a_long_prompt_is_cut_after_a_warning(tuned, capsys):
 def test_a_long_prompt_is_cut_as_in_prediction(tuned, capsys):
     tuned("LayerScope", "--data.max_length=24")
     assert main(["predict", "--ckpt_path=last", "--output=p.jsonl"]) == 0
-    lines = Path("p.jsonl").read_text().splitlines()
-    row = max(map(json.loads, lines), key=lambda row: len(row["prompt"]))
+    row = max(read_lines("p.jsonl"), key=lambda row: len(row["prompt"]))
     assert len(make_tokenizer()(row["prompt"]).input_ids) > 24
     expected = ", ".join(
         f"{name} {share:.3f}" for name, share in zip(("terrible", "great"), row["probabilities"], strict=True)
@@ -127,17 +126,17 @@ def test_a_long_prompt_is_cut_as_in_prediction(tuned, capsys):
 def test_a_long_prompt_of_a_text_is_cut_as_in_prediction(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"q": "so good a film " * (1 + i), "answer": "It was"} for i in range(9)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_lines("rows.jsonl", rows)
     (tmp_path / "task.yaml").write_text(
         "data: {max_length: 40, num_dev: 0, batch_size: 2, task: {class_path: TemplateTask, init_args: {prompt: '{q}:',"
         " answer_field: answer, max_new_tokens: 9, train_file: rows.jsonl, test_file: rows.jsonl}}}"
     )
-    (tmp_path / "train.jsonl").write_text(json.dumps({"q": "a bad film", "answer": "It was"}) + "\n")
+    write_lines("train.jsonl", [{"q": "a bad film", "answer": "It was"}])
     own = ["--config=task.yaml", "--data.task.train_file=train.jsonl", f"--model.model={model_dir}", "--model.layer=1"]
     steps = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--record.test_before=false"]
     assert main(["fit", *own, *steps]) == 0
     assert main(["predict", "--ckpt_path=last", "--output=p.jsonl"]) == 0
-    predicted = [json.loads(line)["prediction"] for line in Path("p.jsonl").read_text().splitlines()]
+    predicted = [row["prediction"] for row in read_lines("p.jsonl")]
     capsys.readouterr()
     told = ["--prompts=p.jsonl", "--max_new_tokens=9", "--untuned=false"]
     assert main(["generate", "--ckpt_path=last", *told]) == 0
@@ -151,7 +150,7 @@ def test_a_file_of_prompts_and_a_run(tuned, capsys):
     assert main(["predict", "--ckpt_path=last", "--output=p.jsonl", "--data.num_test=3"]) == 0
     Path("p.txt").write_text("One\n\nTwo\n")
     capsys.readouterr()
-    rows = [json.loads(line)["prompt"] for line in Path("p.jsonl").read_text().splitlines()]
+    rows = [row["prompt"] for row in read_lines("p.jsonl")]
     for file, prompts in (("p.txt", ["One", "Two"]), ("p.jsonl", rows)):
         assert main(["generate", "--ckpt_path=runs/version_0", f"--prompts={file}", "--max_new_tokens=2"]) == 0
         output = capsys.readouterr().out
@@ -163,7 +162,7 @@ def test_the_answers_of_a_classification_task_are_scored(tuned, model_dir, capsy
     """The probabilities are those of the file of predictions, from a checkpoint and from an exported folder."""
     tuned("LayerScope")
     assert main(["predict", "--ckpt_path=last", "--output=p.jsonl", "--data.num_test=2"]) == 0
-    row = json.loads(Path("p.jsonl").read_text().splitlines()[0])
+    row = read_lines("p.jsonl")[0]
     names, shares = ("terrible", "great"), row["probabilities"]
     expected = ", ".join(f"{name} {share:.3f}" for name, share in zip(names, shares, strict=True))
     found = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}")
@@ -252,8 +251,7 @@ def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path)
     tokenizer.chat_template = TEMPLATES["chatml"]
     pair = Pair(tokenizer, {}, None, ChatFormat(system="Be kind."), ())
     turns = [{"role": "system", "content": "Go."}, {"role": "user", "content": "Why?"}]
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "shown", "messages": turns}))
-    (prompt,) = read_prompts(str(tmp_path / "p.jsonl"))
+    (prompt,) = read_prompts(str(write_lines(tmp_path / "p.jsonl", [{"prompt": "shown", "messages": turns}])))
     front = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.tokens_of(prompt)) == front.format("Go.", "Why?")
     assert tokenizer.decode(pair.tokens_of(Example("1", "Why?", ()))) == front.format("Be kind.", "Why?")

@@ -1,11 +1,11 @@
 """Any content of a file or an option is read, or refused in one line."""
 
-import json
 import string
 
 import pytest
 import torch
 import yaml
+from helpers import write_lines
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,7 @@ def test_files_of_rows(tmp_path, ending, content):
 def test_rows_of_any_fields(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     try:
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        write_lines(path, rows)
     except ValueError:  # not even JSON can be made of it
         return
     task = TemplateTask("{sentence}", ["good", "bad"], train_file=str(path), test_file=str(path))

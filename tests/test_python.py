@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned
+from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned, write_lines
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -34,7 +34,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.checkpoints.find import checkpoint_of_run, find_checkpoint, newest_checkpoint
+from slzo.checkpoints.find import find_checkpoint, newest_checkpoint
 from slzo.export.write import export_checkpoint
 from slzo.fit import best_state
 from slzo.lightning.checkpoint_io import AtomicCheckpointIO
@@ -177,7 +177,7 @@ def test_lightnings_schedule_by_epochs(model_dir, data_dir):
     assert (trainer.val_check_interval, trainer.max_steps) == (1.0, -1)
     trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
     best = callback_of(trainer, BestCheckpoint).best_model_path
-    assert Path(checkpoint_of_run(run_dir()).path) == Path(best)
+    assert Path(find_checkpoint(run_dir(), "runs").path) == Path(best)
     Path(best).unlink()
     with pytest.raises(SlzoError, match="has no best one: it was not validated, or the file is gone"):
         find_checkpoint("best", "runs")
@@ -516,11 +516,10 @@ def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir, once)
 def test_a_second_data_module_gets_no_states_of_the_first(model_dir, tmp_path):
     """The cached states and the plan of the cache belong to one data module."""
     draw = random.Random(0)  # rows that share no beginnings, whose dev states are cached
-    (tmp_path / "sst2").mkdir()
     for split in ("train", "validation"):
         sentences = ["".join(draw.choices("abcdefgh", k=6 + number % 9)) for number in range(80)]
-        found = [json.dumps({"idx": n, "sentence": text, "label": n % 2}) for n, text in enumerate(sentences)]
-        (tmp_path / f"sst2/{split}.jsonl").write_text("\n".join(found))
+        found = [{"idx": n, "sentence": text, "label": n % 2} for n, text in enumerate(sentences)]
+        write_lines(tmp_path / f"sst2/{split}.jsonl", found)
     data_dir = tmp_path
 
     second = {"seed": 7, "num_dev": 6}  # other rows under the same keys, in other batches
@@ -706,7 +705,7 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
     fit(data_dir, model_dir, callbacks=[snapshots])
     best = min(summary()["validations"], key=lambda point: point["loss"])["step"]
     assert Path(summary()["best_checkpoint"]).name == f"step={best}.ckpt"
-    assert Path(checkpoint_of_run(run_dir()).path).name == f"step={best}.ckpt"
+    assert Path(find_checkpoint(run_dir(), "runs").path).name == f"step={best}.ckpt"
     (run_dir() / "checkpoints/broken.ckpt").symlink_to("gone.ckpt")
     assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):

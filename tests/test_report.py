@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import error_line, run_dir, run_fit, summary
+from helpers import error_line, read_lines, run_dir, run_fit, summary
 
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
@@ -213,7 +213,7 @@ def test_a_run_ends_with_its_page_and_pictures(options, capsys):
     assert len(rows) == 8
     assert {row["gold"][0] for row in rows} | {row["before"] for row in rows} <= {"great", "terrible"}
     assert main(["predict", "--ckpt_path", summary()["best_checkpoint"], "--output=p.jsonl"]) == 0
-    predicted = [json.loads(line)["prediction_text"].strip() for line in Path("p.jsonl").read_text().splitlines()]
+    predicted = [row["prediction_text"].strip() for row in read_lines("p.jsonl")]
     assert [row["after"] for row in rows] == predicted[:8]
 
 

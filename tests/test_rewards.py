@@ -8,7 +8,19 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import last_checkpoint, logged, run_dir, same_tensors, summary, tiny_model, tuned, tuned_layer
+from helpers import (
+    chat_options,
+    last_checkpoint,
+    logged,
+    read_lines,
+    run_dir,
+    same_tensors,
+    summary,
+    tiny_model,
+    tuned,
+    tuned_layer,
+    write_lines,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
@@ -173,10 +185,9 @@ def test_the_columns_that_functions_require(folder, in_process):
 
 
 def test_rows_without_what_functions_require_are_named_before_the_model_is_loaded(tmp_path, folder, capsys):
-    path = tmp_path / "rows.jsonl"
     make_tokenizer().save_pretrained(tmp_path / "words")
     rows = [{"text": f"film {number}", **({"word": "good"} if number else {})} for number in range(20)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path = write_lines(tmp_path / "rows.jsonl", rows)
     task = f"{{class_path: TemplateTask, init_args: {{prompt: '{{text}}', train_file: {path}, max_new_tokens: 4}}}}"
     command = ["test", "--model.model", "nowhere", "--data.task", task, "--data.tokenizer", str(tmp_path / "words")]
     assert main([*command, "--data.reward", "mine.py:matches"]) == 2
@@ -568,13 +579,8 @@ def test_no_step_is_taken_when_a_reward_fails(folder, capsys):
 
 @pytest.fixture
 def reward_options(folder, model_dir):
-    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}], "word": "good"} for i in range(24)]
-    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
-    options = [f"--data.task={json.dumps(task)}", "--data.batch_size=4", "--data.num_train=12", "--data.num_dev=6"]
-    options += [f"--model.model={model_dir}", "--model.layer=1", "--model.eps=0.1", "--model.optimizer=SGD"]
-    options += ["--model.optimizer.lr=1e-2", "--trainer.max_steps=4", "--trainer.val_check_interval=2"]
-    return [*options, "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"]
+    step = ["--model.eps=0.1", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2", "--trainer.max_steps=4"]
+    return [*chat_options(model_dir), *step]
 
 
 def test_a_run_is_selected_by_its_reward(reward_options, folder):
@@ -599,7 +605,7 @@ def test_a_run_is_selected_by_its_reward(reward_options, folder):
     assert any("val/reward" in name and "'max'" in name for name in state)
     config = f"--config={run_dir() / 'config.yaml'}"  # it names functions of the user
     assert main(["predict", config, "--ckpt_path=last", "--output", "found.jsonl"]) == 0
-    assert "reward" in json.loads((folder / "found.jsonl").read_text().splitlines()[0])
+    assert "reward" in read_lines("found.jsonl")[0]
 
 
 @pytest.mark.parametrize(
@@ -620,7 +626,7 @@ def test_a_resume_on_rewards_is_exact(reward_options, sampling):
 
 
 def test_a_run_on_a_function_is_continued(folder, model_dir, capsys):
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"film {number}"}) + "\n" for number in range(24)))
+    write_lines("rows.jsonl", [{"text": f"film {number}"} for number in range(24)])
 
     def fit(steps, **more):
         task = TemplateTask("{text}", train_file="rows.jsonl", max_new_tokens=4)

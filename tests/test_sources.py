@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
-from helpers import SHARED_DATA
+from helpers import SHARED_DATA, read_lines, slzo_error, write_lines
 from pyarrow import parquet
 
 from slzo.data.files import BadRows, read_file
@@ -26,12 +26,6 @@ needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../share
 SST2 = [{"sentence": f"film {i} ", "label": i % 2, "idx": i + 10} for i in range(3)]
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def write_parquet(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.Table.from_pylist(rows), path)
@@ -40,14 +34,6 @@ def write_parquet(path, rows):
 
 def load(name, split="test", **options):
     return RowSource(get_task(name), **{key: str(value) for key, value in options.items()}).read(split).examples
-
-
-def error_of(*args, **options):
-    """The one line of rows that cannot be loaded."""
-    with pytest.raises(SlzoError) as error:
-        load(*args, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def fake_hub(monkeypatch, load_dataset):
@@ -70,7 +56,7 @@ def test_official_superglue_files_give_the_hubs_examples(name, split):
 @pytest.mark.parametrize("name", ["sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop"])
 def test_the_hub_and_parquet_give_the_examples_of_json_lines(name, tmp_path, monkeypatch):
     path = SHARED_DATA / "hf" / name / "validation.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_lines(path)
     expected = load(name, data_dir=SHARED_DATA / "hf")
     assert len(expected) == len(rows)
     write_parquet(tmp_path / name / "validation.parquet", rows)
@@ -164,7 +150,7 @@ def test_rows_that_come_with_a_task(monkeypatch, tmp_path):
     rows = [{"id": "m1", "text": "fine", "label": 1}]
     monkeypatch.setattr(MovieReviews, "rows", lambda self, split: rows if split == "test" else [])
     assert [e.id for e in load("movie_reviews")] == ["m1"]
-    assert "holds no rows" in error_of("movie_reviews", "train")
+    assert "holds no rows" in slzo_error(load, "movie_reviews", "train")
     write_lines(tmp_path / "movie_reviews" / "train.jsonl", [{"text": "bad", "label": 0}])
     assert [e.id for e in load("movie_reviews", "train", data_dir=tmp_path)] == ["train-0"]
 
@@ -277,7 +263,7 @@ def test_broken_files(tmp_path, kind, content, message):
     path = tmp_path / "sst2" / f"validation.{kind}"
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    line = error_of("sst2", data_dir=tmp_path)
+    line = slzo_error(load, "sst2", data_dir=tmp_path)
     assert message in line
     assert line.startswith(str(path))
 
@@ -300,7 +286,7 @@ def test_damaged_pages_of_a_parquet_file_are_one_line(tmp_path, compression):
 
 def test_broken_parquet_rows_are_numbered(tmp_path):
     write_parquet(tmp_path / "sst2" / "validation.parquet", [*SST2, {"sentence": None, "label": 1, "idx": 1}])
-    assert "validation.parquet row 4: field 'sentence' is missing" in error_of("sst2", data_dir=tmp_path)
+    assert "validation.parquet row 4: field 'sentence' is missing" in slzo_error(load, "sst2", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +302,7 @@ def test_broken_parquet_rows_are_numbered(tmp_path):
 )
 def test_broken_official_lines(tmp_path, name, line, message):
     write_lines(tmp_path / name / "val.jsonl", [{**line, "idx": 0}])
-    found = error_of(name.lower(), data_dir=tmp_path)
+    found = slzo_error(load, name.lower(), data_dir=tmp_path)
     assert "val.jsonl:1: " in found
     assert message in found
 
@@ -338,15 +324,15 @@ def test_broken_official_lines(tmp_path, name, line, message):
 )
 def test_empty_candidates(tmp_path, name, row, message):
     write_lines(tmp_path / name / "train.jsonl", [row])
-    assert f"train.jsonl:1: field {message}" in error_of(name, "train", data_dir=tmp_path)
+    assert f"train.jsonl:1: field {message}" in slzo_error(load, name, "train", data_dir=tmp_path)
 
 
 def test_missing_folders_and_splits(tmp_path):
-    line = error_of("rte", data_dir=tmp_path / "nowhere")
+    line = slzo_error(load, "rte", data_dir=tmp_path / "nowhere")
     assert line.startswith(f"data.data_dir '{tmp_path}/nowhere': no such folder; give one with rte/train.jsonl")
     write_lines(tmp_path / "RTE" / "val.jsonl", [{"premise": "a", "hypothesis": "b", "label": "entailment"}])
     assert len(load("rte", data_dir=tmp_path)) == 1
-    line = error_of("rte", "train", data_dir=tmp_path)
+    line = slzo_error(load, "rte", "train", data_dir=tmp_path)
     assert (
         "the train split of task 'rte' is missing; looked for train with .jsonl, .parquet, .csv, .tsv, .json in" in line
     )
@@ -371,7 +357,7 @@ def test_another_data_set_of_the_hub(monkeypatch):
 
 def test_other_columns_of_a_data_set_are_listed(monkeypatch):
     fake_hub(monkeypatch, lambda *args, split: [{"text": "x", "target": 1}])
-    line = error_of("sst2", "train", hub_path="me/films")
+    line = slzo_error(load, "sst2", "train", hub_path="me/films")
     assert "needs it (in all: sentence, label), and the row has text, target" in line
 
 
@@ -380,7 +366,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach 'nyu-mll/glue'\non the Hub (LocalEntryNotFoundError)")
 
     fake_hub(monkeypatch, offline)
-    line = error_of("sst2")
+    line = slzo_error(load, "sst2")
     assert line.startswith(
         "data.task 'sst2': cannot load nyu-mll/glue (sst2) split 'validation' from the Hub (ConnectionError: Couldn't"
         " reach 'nyu-mll/glue' on the Hub (LocalEntryNotFoundError)); check the connection"
@@ -390,7 +376,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch):
 
 def test_hub_rows_are_numbered(monkeypatch):
     fake_hub(monkeypatch, lambda *args, split: [*SST2, {"sentence": "x", "label": 7}])
-    assert error_of("sst2", "train").startswith("nyu-mll/glue (sst2) split 'train' row 4: field 'label' is 7")
+    assert slzo_error(load, "sst2", "train").startswith("nyu-mll/glue (sst2) split 'train' row 4: field 'label' is 7")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What a user may get wrong, through the real entry point: one line that names the option, status 2, nothing left behind."""
 # ruff: noqa: E501 - a line of the table is one case
 
-import json
 import random
 import re
 import shlex
@@ -10,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import error_line, run_dir, summary
+from helpers import error_line, read_lines, run_dir, summary, write_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slzo.__main__ import main
@@ -315,8 +314,7 @@ def test_the_table_is_large():
 
 @pytest.fixture
 def wrong_files(options):
-    rows = [{"idx": i, "sentence": f"a film {i}", "label": i % 2} for i in range(60)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_lines("rows.jsonl", [{"idx": i, "sentence": f"a film {i}", "label": i % 2} for i in range(60)])
     for name, text in FILES.items():
         Path(name).write_text(text)
     for ending in ("csv", "jsonl", "parquet"):
@@ -465,12 +463,12 @@ def test_a_broken_row_and_an_empty_file_are_named(options, data_dir, tmp_path, c
 
 
 def test_rows_without_a_label_do_not_train(options, data_dir, tmp_path, capsys):
-    rows = [json.loads(line) for line in (data_dir / "sst2" / "train.jsonl").read_text().splitlines()]
+    rows = read_lines(data_dir / "sst2" / "train.jsonl")
 
     def without_labels(unlabeled):
         shutil.copytree(data_dir / "sst2", tmp_path / "rows" / "sst2", dirs_exist_ok=True)
         changed = [{**row, "label": -1} if unlabeled(row["idx"]) else row for row in rows]
-        (tmp_path / "rows" / "sst2" / "train.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        write_lines(tmp_path / "rows" / "sst2" / "train.jsonl", changed)
         return f"--data.data_dir={tmp_path / 'rows'}"
 
     line = error_line(capsys, "fit", *options, without_labels(lambda index: True))

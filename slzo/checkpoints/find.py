@@ -102,7 +102,7 @@ def named_checkpoint(name: str, root: str | Path) -> tuple[Checkpoint, Path]:
 def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool = False) -> Checkpoint:
     """Read a checkpoint, given by its path, by the folder of its run, or by a name, see :func:`named_checkpoint`.
 
-    For a run's folder, the best checkpoint is read; with ``to_continue``, the last one.
+    For a run's folder, the best checkpoint is read; if the run was not validated, or with ``to_continue``, the last one.
 
     Raises:
         SlzoError: There is none, or it cannot be used.
@@ -113,19 +113,10 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
         raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
     path = Path(ckpt_path).expanduser()
     if (path / "checkpoints").is_dir():
-        return newest_checkpoint(path, str(path)) if to_continue else checkpoint_of_run(path)
+        last = newest_checkpoint(path, str(path))
+        best = None if to_continue else _best_of(last)
+        return last if best is None else read_checkpoint(best)
     return read_checkpoint(path)
-
-
-def checkpoint_of_run(folder: str | Path) -> Checkpoint:
-    """Read the best checkpoint in the folder of a run, or the last one if the run was not validated.
-
-    Raises:
-        SlzoError: There is none.
-    """
-    last = newest_checkpoint(folder, str(folder))
-    best = _best_of(last)
-    return last if best is None else read_checkpoint(best)
 
 
 def _best_of(last: Checkpoint) -> Path | None:

@@ -292,9 +292,7 @@ class LayerTrials(Trials):
     def _head_cost(self, batch: PackedBatch) -> float:
         """Return the cost of a batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
         objective, parts = self.rows.objective, self.parts
-        if not isinstance(objective, LogitObjective):
-            return 0.0
-        if not objective.needs_vocabulary(batch):
+        if not isinstance(objective, LogitObjective) or not objective.needs_vocabulary(batch):
             return 0.0
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
         head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens

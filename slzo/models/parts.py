@@ -106,7 +106,7 @@ class ModelParts:
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
     def prepare(self) -> None:
-        """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""
+        """Inspect the model's outputs now, before hooks are registered."""
         _ = self._decoder.outputs
 
     def run(
@@ -143,12 +143,9 @@ class ModelParts:
                 f"data.max_length: with a sequence of more than {longest} tokens {type(self.model).__name__} computes the "
                 f"others of its batch differently; set it to {longest} or less"
             )
-        if not 0 <= start <= stop <= self.num_layers:
-            raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
         entering: Tensor | None = None
         if start > 0:
-            if hidden is None:
-                raise ValueError(f"running from layer {start} needs the hidden states that enter it")
+            assert hidden is not None
             entering = hidden[None] if self.packed else hidden[batch.layout.in_one_group.groups[0]]
         final = self._views.of_layers(start, stop, norm).run(entering, self._inputs(batch, attend))
         return self.to_packed(final, batch)
@@ -183,8 +180,7 @@ class ModelParts:
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
                 LAYOUT_ARGUMENT: batch.layout if attend is None else attend,
             }
-        if attend is not None:
-            raise ValueError("a model that runs padded uses its own attention")
+        assert attend is None  # a padded model uses its own attention
         layout = batch.layout.in_one_group
         return {
             "input_ids": batch.input_ids[layout.groups[0]],

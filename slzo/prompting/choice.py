@@ -1,5 +1,6 @@
 """Score the answers of a classification task to a prompt."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def probabilities(
     scores = []
     positions = max_positions(model)
     known = [length for length in (positions, max_length) if length is not None]
-    encoder = Encoder(tokenizer, min(known)) if known else Encoder(tokenizer)
+    encoder = Encoder(tokenizer, min(known, default=sys.maxsize))
     encoded = encoder.encode(example, 0)
     if encoded.cut:
         limit = "that the model takes" if encoder.max_length == positions else "of its run (data.max_length)"

@@ -173,7 +173,6 @@ class TunedModel:
         Do not use this object afterwards.
         """
         self._changes.undo()
-        self.adapter = self.full_precision = None
 
     def merge(self) -> None:
         """Merge the adapter into the model's weights. Do not use this object afterwards.
@@ -183,7 +182,6 @@ class TunedModel:
         """
         if self.adapter is not None:
             self.adapter.merge(self.parts.model)
-            self.adapter = None
 
     def peft_files(self) -> PeftFiles | None:
         """Return what is tuned as a peft adapter, or ``None`` if the change of a tensor is not of low rank."""
