@@ -28,7 +28,7 @@ from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardOption
-from slzo.tasks.base import Example, Kind, Task, check_name
+from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
 from slzo.utils.docs import class_names, with_lists
@@ -53,8 +53,10 @@ _LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
 )
 # Options that are used when the rows are read.
 _FIXED = ("data_dir", "hub_path", "hub_config", "num_train", "num_dev", "num_test", "num_demonstrations", "seed")
+_OPTIONAL = ("num_dev", "num_test", "tokens_per_pass", "eval_batch_tokens", "seed")
 _KINDS: Kinds = {
-    **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),
+    **dict.fromkeys(_LEAST, (int, "a whole number")),
+    **dict.fromkeys(_OPTIONAL, (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
 }
 
@@ -132,7 +134,7 @@ class TaskRows:
             )
         if not isinstance(task, Task):
             task = get_task(str(task))
-        check_name(task.name)
+        check_task(task)
         self.task = task
         self.tokenizer_name = None if tokenizer is None else str(tokenizer)
         self._follows_model = tokenizer is None
@@ -195,7 +197,7 @@ class TaskRows:
 
     def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
         """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
-        if self._follows_model and name != self.tokenizer_name:
+        if self._follows_model and (name, trust_remote_code) != (self.tokenizer_name, self.trust_remote_code):
             self.tokenizer_name = name
             self.trust_remote_code = trust_remote_code
             vars(self).pop("encoder", None)
@@ -298,26 +300,30 @@ class TaskRows:
         if self.splits is not None and (self.splits.train or not needs_train):
             return
         if stage == "predict" and self.predict_file is not None and not needs_train:
-            self._load_rewards()
+            self._load_rewards(None)
             return
-        if self.seed is None:
-            self.seed = global_seed()
-        self.splits = draw_from(
+        seed = global_seed() if self.seed is None else self.seed
+        splits = draw_from(
             self._source,
             num_train=self.num_train,
             num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
             num_test=self.num_test,
-            seed=self.seed,
+            seed=seed,
             needs_train=needs_train,
         )
-        self._read_with |= {name: getattr(self, name) for name in _FIXED}
-        if self.num_demonstrations > len(self.demonstrations):
+        labelled = sum(bool(example.gold) for example in splits.train)
+        if self.num_demonstrations > labelled:
             raise SlzoError(
-                f"data.num_demonstrations {self.num_demonstrations}: only {len(self.demonstrations)} labelled training rows "
-                "to take them from; lower it, or raise data.num_train"
+                f"data.num_demonstrations {self.num_demonstrations}: only {labelled} labelled training rows to take them from; "
+                "lower it, or raise data.num_train"
             )
-        self._report(self.splits, stage)
-        self._load_rewards()
+        self._report(splits, stage)
+        self._load_rewards(splits)
+        # only now, so that a call after an error reads the rows again
+        self.splits = splits
+        if needs_train:
+            self.seed = seed
+        self._read_with |= {name: getattr(self, name) for name in _FIXED}
 
     def _report(self, splits: Splits, stage: str) -> None:
         """Print how many rows there are and what is unusual about them."""
@@ -346,12 +352,11 @@ class TaskRows:
                     f"data.{name} {getattr(self, name)}: was {value} when the rows were read; make a new {type(self).__name__}"
                 )
 
-    def _load_rewards(self) -> None:
+    def _load_rewards(self, splits: Splits | None) -> None:
         """Load the reward functions, and check that the rows of the splits, if they are read, have what these require."""
         if self.reward is None:
             return
         required = self.reward.runner.load()
-        splits = self.splits
         if splits is None:
             return
         for name, examples in {"training": splits.train, "dev": splits.dev, "held-out": splits.test}.items():
@@ -370,8 +375,8 @@ class TaskRows:
     def _to_predict(self) -> Sequence[Example]:
         """The rows of ``predict_file``."""
         assert self.predict_file is not None
-        self._read_with["predict_file"] = self.predict_file
         found = self._source.read_to_predict(self.predict_file)
+        self._read_with["predict_file"] = self.predict_file
         if found.note:
             say(found.note)
         say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
@@ -408,7 +413,7 @@ class TaskRows:
         kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
         if needs_label and not kept:
             wanted = "give labelled rows"
-            if self.task.chat is not None and examples[0].messages:
+            if self.task.chat is not None and examples and examples[0].messages:
                 role = examples[0].messages[-1].role
                 wanted = f"the last turn must have role 'assistant', but in {examples[0].location} it has role {role!r}"
             raise SlzoError(

@@ -59,7 +59,7 @@ def draw_from(
     read = {split: source.read(split) for split, is_needed in wanted.items() if is_needed}
     notes = [rows.note for rows in read.values() if rows.note]
     test, train, dev = (read[split].examples if split in read else None for split in ("test", "train", "dev"))
-    if files or source.data_dir is not None:
+    if all(rows.hub is None for rows in read.values()):  # nobody can change ids on the Hub
         check_shared_ids(*_id_option(source), test or (), train or (), dev or ())
     if divided and train is not None:
         origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
@@ -89,7 +89,7 @@ def draw_splits(
     seed: int,
     dev_pool: Sequence[Example] | None = None,
 ) -> Splits:
-    """Draw the splits so that no two share an id or a prompt.
+    """Draw the splits so that no two share an id, or a prompt with the same candidates.
 
     A pool with fewer than ``num_train + num_dev`` rows is divided in proportion. Dev then gets at least one row, and at most a
     third of the pool unless training gets all its rows.
@@ -150,7 +150,7 @@ def split_off_test(
     Raises:
         SlzoError: There are too few rows.
     """
-    ids = {example.prompt: example.id for example in reversed(pool)}  # the first row of each prompt
+    ids = {example.content: example.id for example in reversed(pool)}  # the first row of each prompt
     if len(ids) <= least:
         raise SlzoError(
             f"data.task.train_file: held-out rows are drawn from it too; this needs at least {least + 1} rows with different"
@@ -158,10 +158,10 @@ def split_off_test(
         )
     most = max(1, len(ids) // _LARGEST_TEST_SHARE)
     wanted = most if num_test is None else min(num_test, most)
-    first = sorted(ids, key=lambda prompt: order_key(_TEST_ORDER, ids[prompt]))
+    first = sorted(ids, key=lambda content: order_key(_TEST_ORDER, ids[content]))
     kept, taken = set(first[:most]), set(first[:wanted])
-    test = [example for example in pool if example.prompt in taken and example.id == ids[example.prompt]]
-    train = [example for example in pool if example.prompt not in kept]
+    test = [example for example in pool if example.content in taken and example.id == ids[example.content]]
+    train = [example for example in pool if example.content not in kept]
     repeats = len(pool) - len(train) - len(kept)
     notes = (f"Left out {repeats} rows whose prompts are also in held-out rows.",) if repeats else ()
     return train, test, notes
@@ -171,14 +171,17 @@ def _id_option(source: RowSource) -> tuple[str, str]:
     """Return the option that the rows' ids come from, with its value, and what to do if ids are not unique."""
     advice = "give each row its own id across all files"
     if not source.task.files:
-        return f"data.data_dir {source.data_dir!r}", advice
+        return (
+            f"data.task {source.task.name!r}" if source.data_dir is None else f"data.data_dir {source.data_dir!r}",
+            advice,
+        )
     field = source.task.id_field
     option = "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
     return option, f"{advice}, or name another field"
 
 
 def check_shared_ids(option: str, advice: str, *pools: Sequence[Example]) -> None:
-    """Check that rows with the same id in different splits have the same prompt.
+    """Check that rows with the same id in different splits have the same prompt and candidates.
 
     ``option`` is where the ids come from, and ``advice`` what to do otherwise.
 
@@ -188,7 +191,7 @@ def check_shared_ids(option: str, advice: str, *pools: Sequence[Example]) -> Non
     seen: dict[str, Example] = {}
     for example in (example for pool in pools for example in pool):
         other = seen.setdefault(example.id, example)
-        if other.prompt != example.prompt:
+        if other.content != example.content:
             raise SlzoError(f"{option}: {example.place} has id {example.id!r}, as does {other.place}; {advice}")
 
 
@@ -243,15 +246,15 @@ def _without_repeats(
 ) -> list[Example]:
     """Drop rows that are also in another split, and all but the first row of each prompt."""
     other_ids = {example.id for example in others}
-    other_prompts = {example.prompt for example in others}
-    seen: set[str] = set()
+    other_contents = {example.content for example in others}
+    seen: set[object] = set()
     kept: list[Example] = []
     leaked = 0
     for example in pool:
-        if example.id in other_ids or example.prompt in other_prompts:
+        if example.id in other_ids or example.content in other_contents:
             leaked += 1
-        elif example.prompt not in seen:
-            seen.add(example.prompt)
+        elif example.content not in seen:
+            seen.add(example.content)
             kept.append(example)
     repeated = len(pool) - leaked - len(kept)
     if leaked:

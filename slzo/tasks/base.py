@@ -61,6 +61,11 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
 
     @property
+    def content(self) -> tuple[str, tuple[str, ...]]:
+        """What tells rows apart: the prompt and, where there is a choice, the candidates."""
+        return self.prompt, self.candidates if len(self.candidates) > 1 else ()
+
+    @property
     def is_labelled(self) -> bool:
         """Whether a correct answer is known."""
         return bool(self.gold or self.references)
@@ -151,8 +156,16 @@ class Task(ABC):
         return None
 
 
-def check_name(name: str) -> None:
-    """Raise SlzoError if the name of a task cannot be part of a file name."""
+def check_task(task: Task) -> None:
+    """Check that a task has a name and a kind, and that its name can be part of a file name.
+
+    Raises:
+        SlzoError: It has not.
+    """
+    for attribute, wanted in (("name", "the name of the task"), ("kind", "one of slzo.tasks.base.Kind")):
+        if not hasattr(task, attribute):
+            raise broken_contract("data.task", task, f"it has no attribute {attribute}", wanted)
+    name = task.name
     if not name.strip() or name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name):
         raise SlzoError(
             f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
@@ -195,7 +208,7 @@ def example_of(task: Task, row: Fields, id: str) -> Example:
         raise ValueError(f"data.task {type(task).__qualname__}: example() {raised(error)}") from error
     problem = _problem(example)
     if problem is not None:
-        wanted = "an Example with texts as prompt and different candidates, and with indices of candidates as gold"
+        wanted = "an Example whose prompt, candidates, references and group are texts, and whose gold are indices of candidates"
         raise ValueError(broken_contract("data.task", task, f"example() returned {problem}", wanted))
     candidates, references = tuple(example.candidates), tuple(example.references)  # a class may give lists
     return replace(example, candidates=candidates, gold=tuple(map(int, example.gold)), references=references)
@@ -213,6 +226,11 @@ def _problem(example: object) -> str | None:
         return f"candidates {shown(candidates)}, which are not a tuple of texts"
     if len(set(candidates)) < len(candidates):
         return f"candidates {shown(candidates)}, two of which are equal"
+    references, group = example.references, example.group
+    if not isinstance(references, tuple | list) or not all(isinstance(text, str) for text in references):
+        return f"references {shown(references)}, which are not a tuple of texts"
+    if not isinstance(group, str | None):
+        return f"group {shown(group)}, which is not text"
     if not isinstance(gold, tuple | list) or not all(
         isinstance(index, SupportsIndex) and 0 <= int(index) < len(candidates) for index in gold
     ):
@@ -220,8 +238,15 @@ def _problem(example: object) -> str | None:
     return None
 
 
+def check_list(option: str, value: Sequence[Any] | None) -> None:
+    """Raise SlzoError if one text is given in place of a list: each of its letters would count."""
+    if isinstance(value, str):
+        raise SlzoError(f"{option} {value!r}: is one text; give a list, as in [{value!r}]")
+
+
 def check_stop(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return the texts that end an answer; raise SlzoError if one is empty."""
+    """Return the texts that end an answer; raise SlzoError if they are no list, or one is empty."""
+    check_list("data.task.stop", texts)
     if not all(texts):
         raise SlzoError(f"data.task.stop {list(texts)}: one is empty and would end every answer at once; leave it out")
     return tuple(texts)

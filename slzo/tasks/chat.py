@@ -7,7 +7,7 @@ Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
 from slzo.rewards.registry import PERPLEXITY, check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
 from slzo.utils.errors import SlzoError, check_at_least, check_choice, shown
@@ -69,6 +69,7 @@ class ChatTask(Task):
         check_at_least("data.task.max_new_tokens", max_new_tokens)
         self.max_new_tokens = max_new_tokens
         self.stop = check_stop(stop or ())
+        check_list("data.task.metrics", metrics)
         self.metrics = check_metrics((PERPLEXITY,) if metrics is None else metrics)
         self.metric = self.metrics[0]
 

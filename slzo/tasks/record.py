@@ -15,6 +15,7 @@ from slzo.utils.errors import shown
 
 class Record(Task):
     name = "record"
+    version = 2  # rows on one passage with different queries are different rows
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "record")
     fields = ("passage", "query", "entities", "answers")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from string import Formatter
 
 from slzo.rewards.registry import check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError, check_at_least, shown
@@ -63,6 +63,8 @@ class TemplateTask(Task):
         metrics: list[str] | None = None,
         id_field: str | None = None,
     ) -> None:
+        for option, value in {"candidates": candidates, "labels": labels, "metrics": metrics}.items():
+            check_list(f"data.task.{option}", value)
         self.name, self.id_field = name, id_field
         self.prompt = prompt
         self.candidates = tuple(candidates or ())
