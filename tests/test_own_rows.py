@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pyarrow
 import pytest
@@ -14,6 +15,7 @@ from pyarrow import parquet
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
 from slzo.training import profiling
@@ -442,3 +444,71 @@ def test_a_token_without_an_embedding_is_named(tmp_path):
         data.rows("train")
     with pytest.raises(SlzoError, match=rf"^data.tokenizer 'tiny': has {size} tokens, but model 'other' has 5"):
         data.adapt_to_model(model(5), "other")
+
+
+def test_a_setup_that_failed_is_tried_again(tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows_of(30))
+
+    def needs(completions, judged):
+        return [0.0 for _ in completions]
+
+    task = {"answer_field": "label", "train_file": path}
+    for rows, message in (
+        (
+            TaskRows(template(train_file=path), num_demonstrations=99, seed=0),
+            "data.num_demonstrations 99: only",
+        ),
+        (TaskRows(TemplateTask("{text} is", **task), reward=needs, seed=0), "judged"),
+    ):
+        for _ in range(2):
+            with pytest.raises(SlzoError, match=message):
+                rows.setup("fit")
+    rows = TaskRows(template(train_file=path), predict_file="nothing.jsonl", seed=0)
+    with pytest.raises(SlzoError, match=r"nothing\.jsonl"):
+        rows.setup("predict")
+    rows.predict_file = path
+    rows.setup("predict")
+
+
+@pytest.mark.parametrize("name", ["candidates", "labels", "stop", "metrics"])
+def test_a_text_in_place_of_a_list_is_refused(name):
+    """Each of its letters would count."""
+    options = {"candidates": [" bad", " good"]} if name == "labels" else {}
+    with pytest.raises(SlzoError, match=rf"^data\.task\.{name} 'END': is one text; give a list, as in \['END'\]"):
+        TemplateTask("{text} is", **options, **{name: "END"})
+
+
+class OwnRows(Task):
+    name, kind = "own", Kind.CLASSIFICATION
+
+    def rows(self, split):
+        return [{"id": f"r{i}", "text": f"{split} {i}", "label": i % 2} for i in range(20)]
+
+    def example(self, row, id):
+        return Example(id, row["text"], (" a", " b"), (row["label"],), **self.more)
+
+    more: ClassVar = {}
+
+
+def test_ids_that_occur_in_two_splits_of_an_own_task_are_named():
+    with pytest.raises(SlzoError, match=r"^data\.task 'own': .* has id 'r0', as does .*; give each row its own id"):
+        set_up(OwnRows())
+
+
+@pytest.mark.parametrize("more", [{"references": "Paris"}, {"references": None}, {"group": 3}])
+def test_fields_of_an_example_are_checked(more):
+    task = OwnRows()
+    task.more = more
+    with pytest.raises(SlzoError, match=f"example.. returned {next(iter(more))} .*, which"):
+        set_up(task)
+
+
+@pytest.mark.parametrize("attribute", ["name", "kind"])
+def test_a_task_without_name_or_kind_is_named(attribute):
+    class Incomplete(Task):
+        def example(self, row, id):
+            raise AssertionError
+
+    setattr(Incomplete, "kind" if attribute == "name" else "name", "x")
+    with pytest.raises(SlzoError, match=f"^data.task .*Incomplete: it has no attribute {attribute}; it must"):
+        TaskRows(Incomplete())

@@ -223,7 +223,11 @@ def test_another_argument_of_the_objective_is_told_on_resume(config, capsys):
 CONTRACTS = [
     ("model.scope", "slzo.zo.scopes.Scope.tensors", "TunedTensors of at least one of the model's parameters"),
     ("profiler.rule", "slzo.zo.selection.SelectionRule.select", "a Choice of a layer from 0 to 3"),
-    ("data.task", "slzo.tasks.sst2.Sst2.example", "an Example with texts as prompt and different candidates"),
+    (
+        "data.task",
+        "slzo.tasks.sst2.Sst2.example",
+        "an Example whose prompt, candidates, references and group are texts",
+    ),
     ("data.objective", "slzo.zo.objectives.Objective.loss", "a Loss"),
     (
         "data.objective",

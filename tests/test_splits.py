@@ -51,9 +51,11 @@ def test_the_seed_changes_train_and_dev_and_the_order_of_the_file_nothing():
 
 def test_no_row_is_in_two_splits():
     train, test = pool("r", 90), pool("t", 40)
-    train += [Example(f"other{i}", f"r prompt {i}", (), (0,)) for i in range(10)]  # prompts that are there already
-    train += [Example(f"t{i}", f"new prompt {i}", (), (0,)) for i in range(7)]  # ids of test rows
-    train += [Example(f"new{i}", f"t prompt {i}", (), (0,)) for i in range(5)]  # prompts of test rows
+    train += [
+        Example(f"other{i}", f"r prompt {i}", (" a", " b"), (0,)) for i in range(10)
+    ]  # prompts that are there already
+    train += [Example(f"t{i}", f"new prompt {i}", (" a", " b"), (0,)) for i in range(7)]  # ids of test rows
+    train += [Example(f"new{i}", f"t prompt {i}", (" a", " b"), (0,)) for i in range(5)]  # prompts of test rows
     splits = draw(train, test, 60, 30, 10)
     for key in (lambda e: e.id, lambda e: e.prompt):
         seen = Counter(key(example) for part in (splits.train, splits.dev, splits.test) for example in part)
@@ -63,6 +65,15 @@ def test_no_row_is_in_two_splits():
         "Left out 12 training rows that are also in the test split.",
         "Left out 10 training rows with repeated prompts.",
     )
+
+
+def test_one_prompt_with_other_candidates_is_another_row():
+    """Such as questions on one passage (ReCoRD)."""
+    rows = [Example(f"r{i}", "the same passage", (f" a{i}", f" b{i}"), (0,)) for i in range(12)]
+    splits = draw(rows[:9], rows[9:], 6, 3, 3)
+    assert (len(splits.train), len(splits.dev), len(splits.test), splits.notes) == (6, 3, 3, ())
+    train, test, notes = split_off_test(rows, None, 1)
+    assert (len(train), len(test), notes) == (10, 2, ())
 
 
 @pytest.mark.parametrize(
