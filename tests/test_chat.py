@@ -149,6 +149,15 @@ def test_long_conversations_keep_the_last_user_turn_and_the_answer():
         encoder(40).encode(example, 0)
 
 
+def test_a_user_turn_is_not_cut_to_nothing():
+    least = example_of({"messages": [{**TALK[3], "content": "?"}, TALK[4]]})
+    (shortest,) = encoder().encode(least, 0).sequences
+    (cut,) = encoder(len(shortest.ids)).encode(example_of({"messages": TALK}), 0).sequences
+    assert cut.ids == shortest.ids
+    with pytest.raises(SlzoError, match="the answer with the template of example '7' alone"):
+        encoder(len(shortest.ids) - 1).encode(example_of({"messages": TALK}), 0)
+
+
 def test_demonstrations_are_former_turns():
     first, second = example_of({"prompt": "A?", "completion": "B."}), example_of({"messages": TALK})
     text = text_of(encoder().encode_prompt(second, [first], 5).ids)

@@ -1,6 +1,7 @@
 """Generate shows what slzo's own engine generates, tuned and untuned, from every kind of source."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -254,7 +255,8 @@ def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path)
     (prompt,) = read_prompts(str(write_lines(tmp_path / "p.jsonl", [{"prompt": "shown", "messages": turns}])))
     front = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.tokens_of(prompt)) == front.format("Go.", "Why?")
-    assert tokenizer.decode(pair.tokens_of(Example("1", "Why?", ()))) == front.format("Be kind.", "Why?")
+    for own in (Example("1", "Why?", ()), replace(prompt, messages=prompt.messages[1:])):
+        assert tokenizer.decode(pair.tokens_of(own)) == front.format("Be kind.", "Why?")
     assert ChatEncoder(tokenizer, 100, pair.chat).stop == ("<|im_end|>",)
 
 

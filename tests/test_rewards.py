@@ -268,6 +268,18 @@ def test_up_to_three_failing_rows_are_left_out(folder, capsys, wrong, counted):
     assert endings == ["the row is not counted"] * 3 + last
 
 
+def test_a_file_that_was_edited_is_read_again(folder):
+    for value in (0.0, 0.25):
+        (folder / "edited.py").write_text(f"def own(completions): return [{value}] * len(completions)")
+        assert RewardRunner("edited.py:own", in_process=True)(answers("a")).totals == (value,)
+
+
+def test_a_file_that_ends_the_process_is_named(folder):
+    (folder / "ends.py").write_text("raise SystemExit")
+    with pytest.raises(SlzoError, match=r"ends.py cannot be imported \(SystemExit"):
+        RewardRunner("ends.py:own", in_process=True).load()
+
+
 def test_a_large_weight_counts_too(folder):
     found = RewardRunner({"function": "mine.py:length", "weight": 1e30}, in_process=True)(answers("a" * 200))
     assert found.problems == (

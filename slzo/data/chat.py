@@ -151,7 +151,8 @@ class ChatEncoder(Encoder):
             message = Message(last.message.role, text[len(text) - kept :])
             return self._tokens((*others, _Turn(message, scored=False)), answer)
 
-        return (*end(bisect_left(range(1, len(text) + 1), True, key=lambda kept: len(end(kept)[0]) > room)), True)
+        first_too_long = 1 + bisect_left(range(1, len(text) + 1), True, key=lambda kept: len(end(kept)[0]) > room)
+        return (*end(max(1, first_too_long - 1)), True)  # without any of it there would be no prompt
 
     def _tokens(self, conversation: tuple[_Turn, ...], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""

@@ -85,13 +85,13 @@ class Exported:
             )
         return loadable(str(name)) if base.get("commit") is None else f"{name}@{base['commit']}"
 
-    def check_base(self, model: PreTrainedModel) -> None:
-        """Check that a model is the base model.
+    def check_base(self, model: PreTrainedModel, option: str) -> None:
+        """Check that a model is the base model. The user can give another one with ``option``.
 
         Raises:
             SlzoError: It is another one.
         """
-        Fingerprint.of(model).check(self.facts.get("fingerprint", {}))
+        Fingerprint.of(model).check(self.facts.get("fingerprint", {}), option)
 
     def load_model(self, base: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
         """Load the tuned model; an adapter is merged into it. A whole model needs no ``base``.
@@ -102,15 +102,15 @@ class Exported:
         if self.is_whole:
             return load_model(str(self.folder), dtype, trust_remote_code)
         model = load_model(base, dtype, trust_remote_code)
-        self.check_base(model)
+        self.check_base(model, "model.model")
         if self.is_delta:
             swap(model, read_delta(self.folder))
             return model
-        merged: PreTrainedModel = self.adapted(model).merge_and_unload()
+        merged: PreTrainedModel = self.adapted(model, "model.model").merge_and_unload()
         return merged
 
-    def adapted(self, model: PreTrainedModel) -> Any:
-        """Return a base model with the adapter, a ``PeftModel``.
+    def adapted(self, model: PreTrainedModel, option: str) -> Any:
+        """Return a base model with the adapter, a ``PeftModel``. The user can give another base model with ``option``.
 
         Raises:
             SlzoError: peft is not installed, the adapter does not fit, or transformers cannot use it.
@@ -121,7 +121,7 @@ class Exported:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise SlzoError(
                 f"ckpt_path {str(self.folder)!r}: the adapter does not fit its base model ({one_line(error)}); give the right "
-                "one with --base"
+                f"one with --{option}"
             ) from error
         if adapted.active_peft_config.is_prompt_learning:
             raise virtual_tokens_error(self.folder)

@@ -93,8 +93,8 @@ class Fingerprint:
         """Return primitives only, for checkpoints."""
         return {name: dict(value) for name, value in vars(self).items()}
 
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Check that the fingerprint agrees with a saved one wherever both have a value.
+    def check(self, saved: Mapping[str, Any], option: str = "model.model") -> None:
+        """Check that the fingerprint agrees with a saved one wherever both have a value. ``option`` names the model.
 
         Raises:
             SlzoError: They differ; the message names the differences.
@@ -108,7 +108,7 @@ class Fingerprint:
             changes = "different weights in the tuned tensors"
         if changes:
             raise SlzoError(
-                f"ckpt_path: was trained on another base model ({changes}); give the model that it was trained on (model.model)"
+                f"ckpt_path: was trained on another base model ({changes}); give the model that it was trained on ({option})"
             )
 
 

@@ -60,8 +60,9 @@ class Pair:
         check_prompt(prompt)
         if self.chat is None:
             prompt = replace(prompt, prompt=prompt.prompt.strip(" "))
-        elif not prompt.messages:
-            prompt = replace(prompt, messages=self.chat.with_system((Message("user", prompt.prompt),)))
+        else:
+            turns = prompt.messages or (Message("user", prompt.prompt),)
+            prompt = replace(prompt, messages=self.chat.with_system(turns))
         encoded = self._encoder.encode_prompt(prompt, max_new_tokens=0)
         if encoded.cut:
             warn(
@@ -141,7 +142,7 @@ def _of_export(exported: Exported, base: str | None, untuned: bool, trust_remote
     tokenizer = load_tokenizer(name, trust_remote_code, exported.facts.get("chat_template"))
     if exported.is_delta:
         return tokenizer, _with_tensors(model, read_delta(exported.folder))
-    adapted = exported.adapted(model)
+    adapted = exported.adapted(model, "base")
 
     @contextmanager
     def plain() -> Iterator[PreTrainedModel]:
@@ -161,7 +162,7 @@ def _base_of(exported: Exported, base: str | None, trust_remote_code: bool) -> t
             raise
         without = ", or --untuned false" if exported.is_whole else ""
         raise SlzoError(f"{error}; or give the base model of {str(exported.folder)!r} with --base{without}") from error
-    exported.check_base(model)
+    exported.check_base(model, "base")
     return name, model
 
 

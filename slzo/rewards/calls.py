@@ -128,7 +128,7 @@ def _find(name: str) -> RewardFunction:
     where, attribute = split_name(name)
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         reason = f"{where} cannot be imported ({format_error(error)}){format_place(error)}"
         raise RewardFailure(name, reason) from error
     function = getattr(module, attribute, None)
@@ -202,8 +202,9 @@ def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
 def _run_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    name = f"slzo_reward_{abs(hash(str(path.resolve())))}"
-    if name in sys.modules:
+    path = path.resolve()
+    name = f"slzo_reward_{abs(hash((path, path.read_bytes())))}"
+    if name in sys.modules:  # functions of one file share its module, until the file is edited
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
