@@ -93,6 +93,12 @@ def test_a_model_in_bfloat16_learns_from_its_masters():
     assert not torch.equal(flat(tuned.named_masters()), before)
 
 
+def test_a_model_in_float64_is_refused():
+    """Its masters would round the weights."""
+    with pytest.raises(SlzoError, match=r"is float64, and masters are float32; convert the module to float32$"):
+        image_loss(cnn().double(), images())
+
+
 def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
     def fails():
         raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import last_checkpoint, same_tensors, tiny_model, tuned
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from slzo import TaskDataModule, ZOModule, ZOTrainer
@@ -65,6 +66,11 @@ def quantized(model_dir):
     return model
 
 
+def adapted(model_dir):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
 def divided(model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
@@ -98,6 +104,7 @@ def test_a_fit_that_ends_before_its_first_step_leaves_the_model_as_it_was(scope,
         ),
         (quantized, {}, r"from_model: this LlamaForCausalLM is quantized \(awq\)"),
         (divided, {}, "from_model: this LlamaForCausalLM is divided over 0, cpu"),
+        (adapted, {}, "from_model: this LlamaForCausalLM has modules of peft; merge them"),
         (
             AutoModelForCausalLM.from_pretrained,
             {"dtype": "float16"},

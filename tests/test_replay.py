@@ -146,6 +146,23 @@ def test_a_resume_repeats_no_step_after_a_rollback(fit, changed, forward_passes,
     assert forward_passes == [4, 5]
 
 
+def test_after_a_rollback_of_a_resumed_run_steps_are_taken_anew(fit, forward_passes, monkeypatch):
+    """The run that it continues took the logged ones without this rollback."""
+    assert main(fit) == 0
+    forward_passes.clear()
+    found = iter([9.0, 9.0, *[0.1] * 9])  # after steps 4 and 6, for the guard and the record
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": next(found))
+    assert main([*fit, "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"]) == 0
+    assert forward_passes == [4, 5]
+    assert read_step_log(run_dir(1) / "zo_log").rollbacks == {4: 2}
+
+
+def test_a_run_that_diverged_is_rebuilt(fit):
+    assert main([*fit, "--model.optimizer.lr=1e30", "--model.max_nonfinite=2", "--guard.factor=null"]) == 2
+    assert main(["replay", "--run=runs/version_0", "--output=diverged.ckpt"]) == 0
+    assert max(float(tensor.abs().max()) for tensor in tuned("diverged.ckpt").values()) > 1e20
+
+
 def test_a_module_that_is_tuned_further_is_replayed_too(model_dir, data_dir, tmp_path, monkeypatch):
     """Its first weights are not those of the base model."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """Noise, masters in other types, the step and its options."""
 
+import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +143,14 @@ def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt
     joined = EncodedExample(0, (EncodedSequence((3, 4, 5, 6), 1), EncodedSequence((3, 4, 7), 1)), (0,))
     for others in (examples, [joined]):
         assert objective.needs_vocabulary(pack(others))
+
+
+def test_engine_options_have_the_types_of_the_command_line():
+    assert Engine(cache_dir=Path("here")).cache_dir == "here"
+    wrong = {"onednn": "false", "packed": 1, "queries_at_once": 1.5, "cache_gb": math.inf, "cache_dir": 3}
+    for name, value in wrong.items():
+        with pytest.raises(SlzoError, match=rf"^model\.engine\.{name} "):
+            Engine(**{name: value})
 
 
 def test_an_optimizer_without_a_rate_has_an_automatic_one():

@@ -1,6 +1,7 @@
 """Rebuild the tuned weights of a run at any step from the losses in its log."""
 
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def replay_run(
         seed=start.note["noise_seed"],
         auto=restored_rate(start.note["auto_step"], options),
         sets_rate=options.optimizer.automatic,
-        max_nonfinite=options.max_nonfinite,
+        max_nonfinite=sys.maxsize,  # those of a run that diverged are wanted too
     )
     _take_steps(stepper, options, log, number)
     note, masters = {**start.note, **stepper.state_dict()}, stepper.model.tensors.clone_masters()

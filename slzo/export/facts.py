@@ -16,7 +16,7 @@ from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
-_PROMPTING = ("chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length")
+_PROMPTING = ("chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length", "num_demonstrations")
 
 
 FACTS_FILE = "slzo.json"

@@ -1,11 +1,22 @@
 """Speed and memory options for computing the loss of a batch."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from slzo.utils.errors import check_at_least
+from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.kinds import Kinds, check_kinds
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+_KINDS: Kinds = {
+    **dict.fromkeys(("packed", "share_prefix"), (bool, "true or false")),
+    **dict.fromkeys(("paired", "onednn"), (bool | None, "true or false, or leave it out")),
+    "queries_at_once": (int, "a whole number"),
+    "cache_gb": (int | float, "a number"),
+    "cache_dir": (str | Path | None, "a folder"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Engine:
             slow networks.
 
     Raises:
-        SlzoError: A number is out of range.
+        SlzoError: A value has another type, or a number is out of range.
     """
 
     packed: bool = True
@@ -37,5 +48,10 @@ class Engine:
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds("model.engine", _KINDS, vars(self))
         check_at_least("model.engine.queries_at_once", self.queries_at_once)
         check_at_least("model.engine.cache_gb", self.cache_gb, 0, "0 switches the cache off")
+        if not math.isfinite(self.cache_gb):
+            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be a finite number; 0 switches the cache off")
+        if self.cache_dir is not None:  # checkpoints hold texts
+            object.__setattr__(self, "cache_dir", str(self.cache_dir))

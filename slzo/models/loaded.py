@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from slzo.models.quantization import method_of
@@ -15,10 +16,12 @@ def name_of_loaded(model: PreTrainedModel) -> str:
     """Return the folder or Hub id that a loaded model comes from.
 
     Raises:
-        SlzoError: It is no model of transformers, comes from no folder or Hub id, or its layers are quantized or divided over
-            devices, which slzo does itself.
+        SlzoError: It is no model of transformers, comes from no folder or Hub id, has an adapter, or its layers are quantized or
+            divided over devices, which slzo does itself.
     """
     from transformers import PreTrainedModel
+
+    from slzo.models.adapters.lora import has_adapter
 
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -36,6 +39,11 @@ def name_of_loaded(model: PreTrainedModel) -> str:
         raise SlzoError(
             f"from_model: this {kind} is divided over {', '.join(sorted({str(place) for place in places.values()}))}; give "
             "ZOModule its name and device_map instead"
+        )
+    if "peft" in sys.modules and has_adapter(model):
+        raise SlzoError(
+            f"from_model: this {kind} has modules of peft; merge them (merge_and_unload), call save_pretrained, and load it from "
+            "that folder"
         )
     if (method := method_of(model)) is not None:
         raise SlzoError(

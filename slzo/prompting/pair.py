@@ -109,6 +109,8 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
         checkpoint = find_checkpoint(Path(path).expanduser(), RUNS)
         note = checkpoint.note
         tokenizer, models = _of_checkpoint(checkpoint, trust_remote_code)
+    if number := note.get("num_demonstrations"):
+        warn(f"the run puts {number} solved rows before each prompt (data.num_demonstrations); here prompts have none")
     found = note.get("candidates")
     return Pair(
         tokenizer,

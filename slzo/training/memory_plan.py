@@ -168,7 +168,8 @@ def _inputs_by_layer(
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
     """Return the tuned tensors without values; if they depend on values, all tensors of the layers, an upper bound."""
-    with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError), ExitStack() as undo:
+    # without values the user's scope may raise anything; an error of its own is raised where it is used
+    with suppress(Exception), ExitStack() as undo:
         if (adapter := scope.adapter(context)) is not None:
             adapter.inject(context.parts.model)
             undo.callback(adapter.remove, context.parts.model)

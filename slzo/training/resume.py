@@ -70,6 +70,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "candidates": None if candidates is None else list(candidates),
         "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
         "prompt_length": rows.prompt_length,
+        "num_demonstrations": rows.num_demonstrations,
         "data": prepared.fingerprint.to_dict(),
         "settings": dict(prepared.settings),
         "environment": numerics(model.parts.model.device, rows.processes.world_size),

@@ -1,7 +1,7 @@
 """Checks the types of arguments that are given in Python; on the command line the parser has done so."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from slzo.utils.errors import SlzoError, shown
 
@@ -22,5 +22,5 @@ def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:
     """
     for name, (kind, wanted) in kinds.items():
         value = given[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind, *get_args(kind))):
             raise SlzoError(f"{prefix}.{name} {shown(value)}: is a {type(value).__name__}; give {wanted}")

@@ -20,10 +20,18 @@ class ClosureLoss(Loss):
         tuned: Masters of some of the module's parameters.
         closure: Evaluates the batch with the current weights and returns the mean loss, a 0-dimensional tensor. It must compute
             the same function at each call: no dropout, no running statistics.
+
+    Raises:
+        SlzoError: A tuned tensor is float64; its master would round it.
     """
 
     tuned: TunedTensors
     closure: Callable[[], Tensor]
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tuned.items():
+            if tensor.live.dtype == torch.float64:
+                raise SlzoError(f"tensor {name!r} is float64, and masters are float32; convert the module to float32")
 
     @torch.no_grad()
     def at(self, points: Sequence[Point]) -> Tensor:

@@ -242,6 +242,10 @@ class Stepper:
         """Return a copy of the state after ``step`` steps."""
         return Snapshot(step, self.model.tensors.clone_masters(), {} if self.rate is None else self.rate.means)
 
+    def stop_repeating(self) -> None:
+        """Take all later steps anew, instead of repeating those that are in the log."""
+        self._known = {}
+
     def rollback(self, to: Snapshot | None, steps: int, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
         """Go back to an earlier state, halve the learning rate, and reset the optimizer's state.
 

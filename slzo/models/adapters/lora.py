@@ -87,6 +87,13 @@ def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has modules of peft, of this adapter or another one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def _unload_lora(model: PreTrainedModel, merge: bool) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -27,7 +27,9 @@ class CandidateCrossEntropy(CandidateObjective):
 
     def __init__(self, class_weights: list[float] | None = None) -> None:
         self.class_weights = class_weights
-        if class_weights is not None and not (class_weights and all(0 < weight < math.inf for weight in class_weights)):
+        if class_weights is not None and not (
+            len(class_weights) and all(0 < each < math.inf for each in class_weights)
+        ):
             raise SlzoError(f"data.objective.class_weights {class_weights}: give a number above 0 for each candidate")
 
     def losses_from_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:

@@ -31,11 +31,8 @@ def check_layers(layers: Layers) -> Layers:
     Raises:
         SlzoError: They are not a list of numbers, all or ``None``.
     """
-    if (
-        layers is not None
-        and layers != "all"
-        and not (_is_list(layers) and all(isinstance(layer, int) for layer in layers))
-    ):
+    numbers = _is_list(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers or ())
+    if not numbers and not (layers is None or (isinstance(layers, str) and layers == "all")):
         raise SlzoError(
             f"model.scope.layers {layers!r}: give a list of numbers, such as [28], or all, or leave it out for the dominant layer"
         )
