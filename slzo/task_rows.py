@@ -382,6 +382,11 @@ class TaskRows:
         say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
         return found.examples
 
+    def _first_key(self, split: str) -> int:
+        """Return the key of the first row of a split. It does not depend on which splits are loaded."""
+        spaces = {"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}
+        return spaces[split] << 40
+
     def _examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""
         if split == "predict" and self.predict_file is not None:
@@ -425,8 +430,7 @@ class TaskRows:
             kept,
             self.encoder,
             split=split,
-            # keys do not depend on which splits are loaded
-            first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
+            first_key=self._first_key(split),
             demonstrations=() if is_train else self.demonstrations,
             max_new_tokens=self.task.max_new_tokens,
             generates=objective.generates if is_train else self.generates(split),

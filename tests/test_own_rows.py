@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -17,6 +18,7 @@ from slzo.data.sources import RowSource
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.chat import ChatTask
+from slzo.tasks.fields import label_field
 from slzo.tasks.template import TemplateTask
 from slzo.training import profiling
 from slzo.training.profiling import ProfileOptions
@@ -512,3 +514,14 @@ def test_a_task_without_name_or_kind_is_named(attribute):
     setattr(Incomplete, "kind" if attribute == "name" else "name", "x")
     with pytest.raises(SlzoError, match=f"^data.task .*Incomplete: it has no attribute {attribute}; it must"):
         TaskRows(Incomplete())
+
+
+def test_rows_may_hold_values_of_numpy():
+    class FromArrays(OwnRows):
+        def rows(self, split):
+            return [{"id": f"{split}{i}", "text": f"{split} {i}", "label": np.int64(i % 2)} for i in range(20)]
+
+        def example(self, row, id):
+            return Example(id, row["text"], (" a", " b"), label_field(row, 2))
+
+    assert {example.gold for example in set_up(FromArrays()).splits.test} == {(0,), (1,)}

@@ -103,7 +103,7 @@ class NewTokens:
         self.positions = torch.cat([buffer.lengths for buffer in buffers])
         self.used = [int(buffer.lengths.max()) + 1 for buffer in buffers]
         self.slots = [torch.arange(len(buffer.rows), device=buffer.lengths.device) for buffer in buffers]
-        self._masks: dict[int | None, list[Tensor]] = {}
+        self._masks: dict[tuple[int | None, int], list[Tensor]] = {}
 
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
@@ -130,13 +130,14 @@ class NewTokens:
 
     def _window_masks(self, window: int | None, num_before: int) -> list[Tensor]:
         """Return a mask per buffer, shape (m, 1, 1, before + used), bool; virtual tokens come before the stored ones."""
-        if window not in self._masks:
+        key = window, num_before
+        if key not in self._masks:
             masks = []
             for buffer, used in zip(self.buffers, self.used, strict=True):
                 places = torch.arange(-num_before, used, device=buffer.lengths.device)
                 masks.append(visible(buffer.lengths[:, None] - places, window)[:, None, None])
-            self._masks[window] = masks
-        return self._masks[window]
+            self._masks[key] = masks
+        return self._masks[key]
 
 
 def check_places(parts: ModelParts) -> None:

@@ -7,6 +7,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, Self, SupportsIndex
 
+import numpy as np
+
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
@@ -174,7 +176,7 @@ def check_task(task: Task) -> None:
 
 
 def rows_of(task: Task, split: Split) -> list[Fields] | None:
-    """Return what :meth:`Task.rows` returns, as a list.
+    """Return what :meth:`Task.rows` returns, as a list, with Python's own values in place of NumPy's.
 
     Raises:
         SlzoError: The method raises an error, or a row is not a mapping.
@@ -191,7 +193,11 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
         raise broken_contract(
             "data.task", task, f"rows({split!r}) returned the row {shown(wrong)}", "mappings of fields"
         )
-    return found
+    return None if found is None else [{name: _plain(value) for name, value in row.items()} for row in found]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def example_of(task: Task, row: Fields, id: str) -> Example:

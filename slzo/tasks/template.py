@@ -81,12 +81,13 @@ class TemplateTask(Task):
             "metrics": metrics,
         }
         given = [name for name, value in generation.items() if value is not None]
-        if given and (self.candidates or labels):
+        generates = bool(given)
+        if generates and (self.candidates or labels):
             raise SlzoError(
                 f"data.task.{given[0]} {generation[given[0]]!r}: a task generates answers or chooses candidates, not"
                 f" both; leave out data.task.candidates and data.task.labels, or data.task.{given[0]}"
             )
-        if given:
+        if generates:
             self.kind = Kind.GENERATION
             self.max_new_tokens = Task.max_new_tokens if max_new_tokens is None else max_new_tokens
             check_at_least("data.task.max_new_tokens", self.max_new_tokens)
@@ -105,7 +106,7 @@ class TemplateTask(Task):
             self.no_label = {label_field: ""}
         if references_field is not None:
             self.optional_fields = {"data.task.references_field": references_field}
-        needed = (*self._in_prompt, answer_field if given else label_field, id_field)
+        needed = (*self._in_prompt, answer_field if generates else label_field, id_field)
         self.fields = tuple(field for field in needed if field is not None)
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
