@@ -111,18 +111,22 @@ class LayerOutputPerturbation(Estimator):
         noise_of = partial(row_noise, output.keys, output.counts, seed=seed, step=step)
         at_once = max(1, output.points_at_once // 2)
         for first in range(0, len(along) + num_queries, at_once):
-            numbers = range(first, min(first + at_once, len(along) + num_queries))  # of directions, then of queries
+            last = min(first + at_once, len(along) + num_queries)
+            of_directions, of_queries = range(first, min(last, len(along))), range(max(first, len(along)), last)
             # independent signs tell the positions of a row apart
-            signs = [noise_of(size, query=-1 - number).sign() for number in numbers if number < len(along)]
-            noise = [noise_of(gradient, query=number - len(along)) for number in numbers if number >= len(along)]
+            signs = [noise_of(size, query=-1 - number).sign() for number in of_directions]
+            noise = [noise_of(gradient, query=number - len(along)) for number in of_queries]
             own = [along[first : first + len(signs)] * torch.stack(signs)] if signs else []
             own += [size * _orthogonal(torch.stack(noise), directions)] if noise else []
             change, applied = self._changes(output, torch.cat(own))
-            length = applied[: len(signs)].norm(dim=2, keepdim=True)
+            (change_along, change_noise), (moved_along, moved_noise) = (
+                each.split([len(of_directions), len(of_queries)]) for each in (change, applied)
+            )
+            length = moved_along.norm(dim=2, keepdim=True)
             # a position with fewer directions than others is not moved, but the loss of its row changes
-            slope = torch.where(length > 0, change[: len(signs), :, None] / length, 0)
-            gradient += (slope * normalize(applied[: len(signs)], dim=2)).sum(dim=0)
-            rest += torch.einsum("np,npd->pd", change[len(signs) :], applied[len(signs) :])
+            slope = torch.where(length > 0, change_along[..., None] / length, 0)
+            gradient += (slope * normalize(moved_along, dim=2)).sum(dim=0)
+            rest += torch.einsum("np,npd->pd", change_noise, moved_noise)
         rest /= num_queries * size.square()
         estimated = rest if shifts is None else gradient + limit_noise(rest, gradient, num_queries)
         return estimated, 2 * (len(along) + num_queries)

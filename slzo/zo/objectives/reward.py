@@ -75,8 +75,12 @@ class Reward(GenerationObjective):
         self.sampling = AnswerSampling(
             usual.samples if samples is None else samples, usual.temperature if temperature is None else temperature
         )
-        several = self.samples is not None and self.samples > 1
-        self.at_points = AnswerSampling(samples or 1, self.sampling.temperature if several else temperature or 0.0)
+        # along directions of the weights answers are greedy, unless samples or a temperature are given
+        self.at_points = GenerationObjective.at_points
+        if samples is not None and samples > 1:
+            self.at_points = self.sampling
+        elif temperature is not None:
+            self.at_points = AnswerSampling(1, temperature)
         self.timeout, self.in_process = timeout, in_process
         self.best = best
         self.runner = RewardRunner(functions, timeout, in_process)
