@@ -264,6 +264,25 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
 
 
+def test_a_run_with_weights_alone_is_scored_and_not_continued(run, capsys):
+    """Such as one of a plain Trainer with save_weights_only, or whose last.ckpt was removed."""
+    whole = read_checkpoint(CHECKPOINT).content
+    folder = Path("runs/version_1/checkpoints")
+    folder.mkdir(parents=True)
+    write_checkpoint({name: whole[name] for name in ("state_dict", "global_step", "slzo")}, folder / "step=4.ckpt")
+    shutil.copytree("run", "runs/version_0")
+    for path in Path("runs/version_0/checkpoints").iterdir():
+        os.utime(path, (1e9, 1e9))  # an earlier run, which is another one
+    for given in ("runs/version_1", "last"):
+        assert find_checkpoint(given, RUNS).path == str(folder / "step=4.ckpt")
+        assert "step=4.ckpt is the newest intact checkpoint" in capsys.readouterr().err
+    refused = error_line(capsys, *FIT, "--ckpt_path=runs/version_1")
+    assert "step=4.ckpt': holds weights only" in refused
+    write_checkpoint(whole, folder / "step=2.ckpt")
+    os.utime(folder / "step=2.ckpt", (1.1e9, 1.1e9))
+    assert find_checkpoint("last", RUNS).path == str(folder / "step=2.ckpt")
+
+
 def test_the_best_state_is_never_that_of_another_project(run):
     """A folder of the same name in the current folder holds runs of something else."""
     callbacks = read_checkpoint(CHECKPOINT).content["callbacks"]
@@ -399,7 +418,7 @@ def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
     assert main(["test", *options, f"--ckpt_path={best}"]) == 0
     assert main(["export", f"--ckpt_path={best}", "--output=out"]) == 0
     last_checkpoint().write_bytes(b"")
-    assert "is intact" in error_line(capsys, "fit", *options, "--ckpt_path=last")
+    assert "step=2.ckpt': holds weights only" in error_line(capsys, "fit", *options, "--ckpt_path=last")
 
 
 def test_another_optimizer_or_scheduler_on_resume_is_refused(run, capsys):
