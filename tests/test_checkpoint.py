@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint, read_tuned, write_checkpoint
 from slzo.checkpoints.find import RUNS, best_file, find_checkpoint, newest_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
@@ -226,6 +226,13 @@ def test_a_damaged_file_is_refused_by_every_command(run, capsys):
         assert "damaged" in error_line(capsys, *command)
     path.write_bytes(whole[: len(whole) // 2])
     assert "not a readable checkpoint" in error_line(capsys, "test", f"--ckpt_path={path}")
+
+
+def test_weights_that_look_like_the_end_of_a_zip_file_are_read(run):
+    end = torch.frombuffer(bytearray(b"PK\x05\x06" + bytes(18)), dtype=torch.uint8)
+    change(put(end, "state_dict", "end"))
+    assert torch.equal(read_checkpoint(CHECKPOINT).content["state_dict"]["end"], end)
+    assert torch.equal(read_tuned(CHECKPOINT)["end"], end)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
