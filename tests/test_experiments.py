@@ -31,6 +31,7 @@ from slzo.training.timing import spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.trial import Score, Trial
 from slzo.zo.tuned import AT_MASTERS
 
@@ -677,6 +678,18 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
-            check_rates(**arguments, estimator=SPSA())
+            check_rates(**arguments, estimator=SPSA(), optimizer=OptimizerOptions.of(torch.optim.SGD))
     with pytest.raises(SlzoError, match=r"^eps \[0.1\]: Backprop has no eps"):
-        check_rates(None, [0.1], 4, [0], Backprop())
+        check_rates(None, [0.1], 4, [0], Backprop(), OptimizerOptions.of(torch.optim.AdamW))
+
+
+def test_rates_are_not_compared_if_the_scheduler_replaces_them():
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+    own = OptimizerOptions.of(adam, partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=8))
+    for lrs in ([1e-4, 1e-3], None):
+        with pytest.raises(SlzoError, match=r"^model.lr_scheduler OneCycleLR: sets the rate itself"):
+            check_rates(lrs, None, 4, [0], Backprop(), own)
+    check_rates([1e-3, 1e-3], None, 4, [0], Backprop(), own)
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: step / 4)
+    for scheduler in (None, warm_up, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)):
+        check_rates([1e-4, 1e-3], None, 4, [0], Backprop(), OptimizerOptions.of(adam, scheduler))

@@ -64,7 +64,7 @@ def sweep(
             raise SlzoError(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
-        check_rates(rates, eps, steps, own_seeds, options.estimator)
+        check_rates(rates, eps, steps, own_seeds, options.estimator, options.optimizer)
     else:
         if steps == 0 and seconds is not None:
             raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")

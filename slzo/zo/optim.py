@@ -156,6 +156,20 @@ class OptimizerOptions:
             set_rate(optimizer, lr)
         return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
 
+    @property
+    def follows_rate(self) -> bool:
+        """Whether the optimizer's learning rate has an effect; OneCycleLR and CyclicLR set their own."""
+        return self._first_rates(1.0) != self._first_rates(2.0)
+
+    def _first_rates(self, lr: float) -> list[float]:
+        """Return the rates of the first two steps; a warm-up may begin at 0."""
+        optimizer, scheduler = self.build([nn.Parameter(torch.zeros(1, 1))], lr)
+        rates = [float(optimizer.param_groups[0]["lr"])]
+        if scheduler is not None:
+            _take_steps(scheduler, 1)
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        return rates
+
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
 
