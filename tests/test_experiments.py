@@ -35,6 +35,12 @@ from slzo.zo.optim import OptimizerOptions
 from slzo.zo.trial import Score, Trial
 from slzo.zo.tuned import AT_MASTERS
 
+SHORT_SCHEDULE = [
+    "--model.lr_scheduler=OneCycleLR",
+    "--model.lr_scheduler.max_lr=0.1",
+    "--model.lr_scheduler.total_steps=3",
+    "--model.lr_scheduler.cycle_momentum=false",
+]
 AUTO = ["--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.eps=auto"]
 
 
@@ -246,6 +252,16 @@ def test_trials_train_on_the_objective_of_fit(options):
     assert loss == pytest.approx(1 - sum(right) / 4)
 
 
+def test_the_end_of_a_schedule_is_one_line(options):
+    """Such as after more steps than are tried before a training."""
+    trials = trials_of(options, *SHORT_SCHEDULE)
+    assert len(trials.run(1, steps=3, seed=3).losses) == 3
+    with pytest.raises(
+        SlzoError, match=r"^model\.lr_scheduler: .* is 3 \(at step 4 of the training\); correct its init_args$"
+    ):
+        trials.run(1, steps=5, seed=3)
+
+
 # ---- the layer sweep -------------------------------------------------------------------------------------------------------
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20"]
@@ -420,6 +436,10 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--steps=0", "--seconds=5"], r"seconds 5.0: with steps 0 nothing is trained; leave it out, or give steps"),
         (["--steps=0", "--model.eps=1e25"], r"model.eps 1e\+25: the loss of layer 0 is not finite at this distance"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
+        (
+            [*SHORT_SCHEDULE, "--steps=12", "--model.model=missing"],
+            r"model\.lr_scheduler: .* total steps is 3 \(the run takes 12",
+        ),
     ],
 )
 def test_bad_sweep_options(options, capsys, extra, message):
