@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import error_line, last_checkpoint, logged, same_tensors, summary, tuned
+from jsonargparse import get_loader
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -97,6 +98,23 @@ def test_a_file_that_a_config_names_may_have_the_rate(auto, capsys):
         assert printed["optimizer"]["init_args"]["lr"] == "auto"
         if "optimizer" not in args[0]:
             assert printed["scope"]["init_args"]["rank"] == 3
+
+
+TEXTS = ["12e5", "1e-3", "-1.5E3", "2020-01-01", "1.5", "true", "{text}"]
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_the_other_options_of_a_config_stay_as_they_are():
+    """Texts stay texts for the parser, which reads more numbers than PyYAML, and numbers stay numbers."""
+    sgd = "{class_path: SGD, init_args: {lr: auto}}"
+    Path("quoted.yaml").write_text(
+        f"model: {{optimizer: {sgd}, eps: 1e-3}}\ndata: {{labels: {TEXTS}, day: 2020-01-01}}\n"
+    )
+    (found,) = encode_words(["--config=quoted.yaml"])
+    content = get_loader("yaml")(found.removeprefix("--config="))
+    assert content["data"] == {"labels": TEXTS, "day": "2020-01-01"}
+    assert content["model"]["eps"] == 1e-3
+    assert content["model"]["optimizer"]["init_args"]["lr"] == math.inf
 
 
 def test_a_long_config_as_text_is_no_file_name():

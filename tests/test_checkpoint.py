@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint, read_tuned, write_checkpoint
 from slzo.checkpoints.find import RUNS, best_file, find_checkpoint, newest_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
@@ -228,6 +228,13 @@ def test_a_damaged_file_is_refused_by_every_command(run, capsys):
     assert "not a readable checkpoint" in error_line(capsys, "test", f"--ckpt_path={path}")
 
 
+def test_weights_that_look_like_the_end_of_a_zip_file_are_read(run):
+    end = torch.frombuffer(bytearray(b"PK\x05\x06" + bytes(18)), dtype=torch.uint8)
+    change(put(end, "state_dict", "end"))
+    assert torch.equal(read_checkpoint(CHECKPOINT).content["state_dict"]["end"], end)
+    assert torch.equal(read_tuned(CHECKPOINT)["end"], end)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_neither_read_nor_written(run, capsys, value):
     def spoil(content):
@@ -262,6 +269,25 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     monkeypatch.delenv("RANK")
     (folder / "step=2.ckpt").write_bytes(b"")
     assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
+
+
+def test_a_run_with_weights_alone_is_scored_and_not_continued(run, capsys):
+    """Such as one of a plain Trainer with save_weights_only, or whose last.ckpt was removed."""
+    whole = read_checkpoint(CHECKPOINT).content
+    folder = Path("runs/version_1/checkpoints")
+    folder.mkdir(parents=True)
+    write_checkpoint({name: whole[name] for name in ("state_dict", "global_step", "slzo")}, folder / "step=4.ckpt")
+    shutil.copytree("run", "runs/version_0")
+    for path in Path("runs/version_0/checkpoints").iterdir():
+        os.utime(path, (1e9, 1e9))  # an earlier run, which is another one
+    for given in ("runs/version_1", "last"):
+        assert find_checkpoint(given, RUNS).path == str(folder / "step=4.ckpt")
+        assert "step=4.ckpt is the newest intact checkpoint" in capsys.readouterr().err
+    refused = error_line(capsys, *FIT, "--ckpt_path=runs/version_1")
+    assert "step=4.ckpt': holds weights only" in refused
+    write_checkpoint(whole, folder / "step=2.ckpt")
+    os.utime(folder / "step=2.ckpt", (1.1e9, 1.1e9))
+    assert find_checkpoint("last", RUNS).path == str(folder / "step=2.ckpt")
 
 
 def test_the_best_state_is_never_that_of_another_project(run):
@@ -399,7 +425,7 @@ def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
     assert main(["test", *options, f"--ckpt_path={best}"]) == 0
     assert main(["export", f"--ckpt_path={best}", "--output=out"]) == 0
     last_checkpoint().write_bytes(b"")
-    assert "is intact" in error_line(capsys, "fit", *options, "--ckpt_path=last")
+    assert "step=2.ckpt': holds weights only" in error_line(capsys, "fit", *options, "--ckpt_path=last")
 
 
 def test_another_optimizer_or_scheduler_on_resume_is_refused(run, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import OrderedDict, deque
+from enum import Enum
 
 import numpy
 import pytest
@@ -47,9 +48,16 @@ def test_keys_that_look_like_the_markers_of_the_file(path, value):
     assert read(path) == {"a": value}
 
 
+class Phase(str, Enum):  # noqa: UP042  a StrEnum is its value as text
+    """A text enum, such as one in the state of a user's callback."""
+
+    WARM_UP = "warm-up"
+
+
 def test_values_of_other_classes_become_the_plain_ones(path):
-    write({"a": numpy.float64(0.5), "b": numpy.str_("x"), "c": OrderedDict(d=torch.Size([2]))}, path)
-    assert repr(read(path)) == "{'a': 0.5, 'b': 'x', 'c': {'d': (2,)}}"
+    content = {"a": numpy.float64(0.5), "b": numpy.str_("x"), "c": OrderedDict(d=torch.Size([2])), "e": Phase.WARM_UP}
+    write(content, path)
+    assert repr(read(path)) == "{'a': 0.5, 'b': 'x', 'c': {'d': (2,)}, 'e': 'warm-up'}"
 
 
 def test_one_entry_is_read_alone(path, monkeypatch):

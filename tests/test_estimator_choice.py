@@ -23,7 +23,7 @@ from helpers import (
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.cli.class_defaults import class_defaults
-from slzo.cli.given import given_options
+from slzo.cli.parser import read_given
 from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
@@ -271,6 +271,10 @@ def test_errors_of_candidates_have_no_derivative():
     ZOModule().options.check_objective(rows.objective)
 
 
+TWO_LAYERS = "--config={model: {scope: {class_path: LayerScope, init_args: {layers: [1, 2]}}}}"
+SPSA_CONFIG = "--config={model: {estimator: SPSA}}"
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -290,10 +294,15 @@ def test_errors_of_candidates_have_no_derivative():
         (["--data.reward=json_valid", "--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--data.task=squad", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--data.objective=AnswerF1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        ([TWO_LAYERS, "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        ([TWO_LAYERS, "--model.scope=OutlierChannels", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.scope=OutlierChannels", TWO_LAYERS, "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--config=a: [", "--model.estimator=Backprop", SPSA_CONFIG, "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        ([SPSA_CONFIG, "--model.estimator=Backprop", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
     ],
 )
 def test_the_classes_whose_options_are_given(args, expected):
-    found = class_defaults(given_options(args, []))
+    found = class_defaults(read_given(args))
     names = (
         found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
     )

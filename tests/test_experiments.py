@@ -31,9 +31,16 @@ from slzo.training.timing import spaced_batches
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.trial import Score, Trial
 from slzo.zo.tuned import AT_MASTERS
 
+SHORT_SCHEDULE = [
+    "--model.lr_scheduler=OneCycleLR",
+    "--model.lr_scheduler.max_lr=0.1",
+    "--model.lr_scheduler.total_steps=3",
+    "--model.lr_scheduler.cycle_momentum=false",
+]
 AUTO = ["--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.eps=auto"]
 
 
@@ -245,6 +252,16 @@ def test_trials_train_on_the_objective_of_fit(options):
     assert loss == pytest.approx(1 - sum(right) / 4)
 
 
+def test_the_end_of_a_schedule_is_one_line(options):
+    """Such as after more steps than are tried before a training."""
+    trials = trials_of(options, *SHORT_SCHEDULE)
+    assert len(trials.run(1, steps=3, seed=3).losses) == 3
+    with pytest.raises(
+        SlzoError, match=r"^model\.lr_scheduler: .* is 3 \(at step 4 of the training\); correct its init_args$"
+    ):
+        trials.run(1, steps=5, seed=3)
+
+
 # ---- the layer sweep -------------------------------------------------------------------------------------------------------
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20"]
@@ -419,6 +436,10 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--steps=0", "--seconds=5"], r"seconds 5.0: with steps 0 nothing is trained; leave it out, or give steps"),
         (["--steps=0", "--model.eps=1e25"], r"model.eps 1e\+25: the loss of layer 0 is not finite at this distance"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
+        (
+            [*SHORT_SCHEDULE, "--steps=12", "--model.model=missing"],
+            r"model\.lr_scheduler: .* total steps is 3 \(the run takes 12",
+        ),
     ],
 )
 def test_bad_sweep_options(options, capsys, extra, message):
@@ -677,6 +698,18 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
-            check_rates(**arguments, estimator=SPSA())
+            check_rates(**arguments, estimator=SPSA(), optimizer=OptimizerOptions.of(torch.optim.SGD))
     with pytest.raises(SlzoError, match=r"^eps \[0.1\]: Backprop has no eps"):
-        check_rates(None, [0.1], 4, [0], Backprop())
+        check_rates(None, [0.1], 4, [0], Backprop(), OptimizerOptions.of(torch.optim.AdamW))
+
+
+def test_rates_are_not_compared_if_the_scheduler_replaces_them():
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+    own = OptimizerOptions.of(adam, partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=8))
+    for lrs in ([1e-4, 1e-3], None):
+        with pytest.raises(SlzoError, match=r"^model.lr_scheduler OneCycleLR: sets the rate itself"):
+            check_rates(lrs, None, 4, [0], Backprop(), own)
+    check_rates([1e-3, 1e-3], None, 4, [0], Backprop(), own)
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: step / 4)
+    for scheduler in (None, warm_up, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)):
+        check_rates([1e-4, 1e-3], None, 4, [0], Backprop(), OptimizerOptions.of(adam, scheduler))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from slzo.utils.files import replacing
 from slzo.utils.signals import signals_held
 
 _ADVICE = "give another one of the run, or last for the newest intact one"
+_ZIP = b"PK\x03\x04"
 # entries that a resumable checkpoint has in addition to the tuned tensors
 _TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 
@@ -105,8 +105,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{option}: no such file; give the folder of a run, a .ckpt file of its checkpoints, last or best"
         )
     with _as_slzo_error(option):
-        # a plain Trainer of Lightning writes pickles in a zip file
-        content = torch.load(path, "cpu", weights_only=True) if is_zipfile(path) else checkpoint_file.read(path)
+        content = _load_pickle(path) if _is_zip(path) else checkpoint_file.read(path)
     checkpoint_note(content, option)
     _check_tensors(content.get("state_dict"), option)
     if not isinstance(content.get("global_step"), int):
@@ -120,12 +119,11 @@ def read_tuned(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SlzoError: The file is damaged, has no tensors, or holds weights that are not finite.
     """
-    if is_zipfile(path):
-        found: dict[str, Tensor] = read_checkpoint(path).content["state_dict"]
-        return found
     option = f"ckpt_path {str(path)!r}"
     with _as_slzo_error(option):
-        state: dict[str, Tensor] = checkpoint_file.read(path, "state_dict")
+        state: dict[str, Tensor] = (
+            _load_pickle(path)["state_dict"] if _is_zip(path) else checkpoint_file.read(path, "state_dict")
+        )
     _check_tensors(state, option)
     return state
 
@@ -155,6 +153,18 @@ def _as_slzo_error(option: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
+
+
+def _is_zip(path: str | Path) -> bool:
+    """Return whether a file begins as a zip file. ``zipfile.is_zipfile`` also takes tensors that hold its end mark for one."""
+    with Path(path).open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def _load_pickle(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint that a plain Trainer of Lightning wrote, a pickle in a zip file, without running its code."""
+    content: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
+    return content
 
 
 def _check_tensors(state: object, option: str) -> None:

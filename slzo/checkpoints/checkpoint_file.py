@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,8 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
         items = [_encoded(each, (*path, str(number)), tensors) for number, each in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     for kind in (bool, int, float, str):  # subclasses, such as NumPy numbers and text enums
-        if isinstance(value, kind):
-            return _encoded(kind(value), path, tensors)
+        if isinstance(value, kind):  # str of a member of an enum is its name
+            return _encoded(value.value if isinstance(value, Enum) else kind(value), path, tensors)
     raise SlzoError(
         f"checkpoint: {'.'.join(path)} is a {type(value).__name__}, and a checkpoint holds tensors, numbers, text, lists and "
         "dicts; let its owner's state_dict return only these"

@@ -23,7 +23,8 @@ _LAST = re.compile(r"last(-v\d+)?\.ckpt")
 def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     """Read the last checkpoint of the newest run below ``root``.
 
-    If it is missing or cannot be used, report it and read the newest intact one, of the same run if that has any.
+    If it is missing or cannot be used, report it and read the newest intact one, of the same run if that has any, and one from
+    which training can be resumed if there is one.
 
     Args:
         root: Folder of the runs, or of one run.
@@ -45,20 +46,34 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     last = next((path for path in found if path.parent == newest and _LAST.fullmatch(path.name)), None)
     if last is None:
         warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
-    for path in sorted(found, key=lambda path: (path.parent != newest, path != last)):
-        try:
-            read = read_checkpoint(path)
-        except SlzoError as error:
-            if path == last:
-                warn(str(error))
-            continue
-        if path != last and read.is_resumable:
-            inform(f"{path} is the newest intact checkpoint")
-        if path == last or read.is_resumable:
-            return read
-    raise SlzoError(
-        f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a file"
-    )
+    elif (read := _readable(last)) is not None:
+        return read
+    others = sorted((path for path in found if path != last), key=lambda path: path.parent != newest)
+    chosen: Checkpoint | None = None
+    for path in others:
+        if chosen is not None and path.parent != newest:  # weights of this run rather than another run
+            break
+        read = _readable(path)
+        chosen = chosen or read
+        if read is not None and read.is_resumable:
+            chosen = read
+            break
+    if chosen is None:
+        raise SlzoError(
+            f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a "
+            "file"
+        )
+    inform(f"{chosen.path} is the newest intact checkpoint")
+    return chosen
+
+
+def _readable(path: Path) -> Checkpoint | None:
+    """Read a checkpoint; if it cannot be used, warn and return ``None``."""
+    try:
+        return read_checkpoint(path)
+    except SlzoError as error:
+        warn(str(error))
+        return None
 
 
 def _warn_of_newer_run(root: Path, run: Path, saved: float) -> None:

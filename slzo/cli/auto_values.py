@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import get_loader
 
 from slzo.zo.optim import AUTO_LR
 
@@ -22,13 +23,21 @@ _CLASSES = ("model.optimizer", "model.optimizer.class_path")
 _FILES = ("config", "model", "model.optimizer")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Keeps the quotes of texts such as "12e5", which are numbers for jsonargparse, though not for PyYAML."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def encode_words(words: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
     found = []
     for word in words:
         name, _, value = word.partition("=")
-        new = _spelled(value, name.removeprefix("--"))
-        text = yaml.safe_dump(new) if isinstance(new, dict) else _NUMBER if new == AUTO_LR else new
+        text = _text(_spelled(value, name.removeprefix("--")))
         found.append(word if text == value else f"{name}={text}")
     return found
 
@@ -36,6 +45,13 @@ def encode_words(words: Sequence[str]) -> list[str]:
 def decode_words(dumped: str) -> str:
     """Return a dumped config with ``auto`` in place of the number."""
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
+
+
+def _text(value: Any) -> str:
+    """Return the value of an option as the parser reads it."""
+    if isinstance(value, dict):
+        return str(yaml.dump(value, Dumper=_Dumper))
+    return _NUMBER if value == AUTO_LR else str(value)
 
 
 def _spelled(value: Any, name: str) -> Any:
@@ -58,7 +74,7 @@ def _loaded(value: str) -> dict[str, Any] | None:
     with suppress(OSError):  # a text that is too long for a file name
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     try:
-        content = yaml.safe_load(value if text is None else text)
+        content = get_loader("yaml")(value if text is None else text)
     except yaml.YAMLError:  # the parser reports the error
         return None
     if not isinstance(content, dict):

@@ -52,8 +52,9 @@ def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
     if kind is None:
         return True
     parameter = inspect.signature(kind).parameters.get("layers")
-    usual = getattr(kind, "layers", None) if parameter is None else parameter.default
-    return is_one_layer(options.get("model.scope.layers", usual))
+    if parameter is None:  # layers in the options are of an earlier scope
+        return is_one_layer(getattr(kind, "layers", None))
+    return is_one_layer(options.get("model.scope.layers", parameter.default))
 
 
 def _last_class(name: str, given: Sequence[Given], base: type) -> Any:

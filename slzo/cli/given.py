@@ -29,13 +29,23 @@ def one_word_each(args: Sequence[str]) -> list[str]:
 
 
 def given_options(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
-    """Return the options in configs and on the command line; repeated options are all kept."""
-    found = [option for config in configs for option in options_in(config)]
+    """Return the options in the order in which the parser reads them; repeated options are all kept.
+
+    Args:
+        words: The command line, see :func:`one_word_each`.
+        configs: Contents of the configs that it names, in this order.
+    """
+    found: list[Given] = []
+    unread = iter(configs)
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name != "config":
-            content, plain = _mapping(value), plain_name(name.removesuffix("+"))
-            found += options_in(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
+        if not word.startswith("--"):
+            continue
+        if name == "config":
+            found += options_in(next(unread))
+            continue
+        content, plain = _mapping(value), plain_name(name.removesuffix("+"))
+        found += options_in(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
     return found
 
 

@@ -81,6 +81,7 @@ def read_given(words: Sequence[str]) -> list[Given]:
             raise SlzoError(
                 f"--config {value!r}: no such file; check the path, or give one of slzo's own configs: {names}"
             )
-        elif isinstance(content := loaded(value), dict):
-            configs.append(content)
+        else:
+            content = loaded(value)
+            configs.append(content if isinstance(content, dict) else {})
     return given_options(words, configs)

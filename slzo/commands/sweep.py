@@ -64,12 +64,13 @@ def sweep(
             raise SlzoError(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
-        check_rates(rates, eps, steps, own_seeds, options.estimator)
+        check_rates(rates, eps, steps, own_seeds, options.estimator, options.optimizer)
     else:
         if steps == 0 and seconds is not None:
             raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
         most = MIN_DIRECTIONS if directions is None else directions
         plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
+    options.optimizer.check_schedule(steps, None)
     known, folder = option_settings(options, app.rows), str(sweep_folder(options, app.rows))
     if plan is None:
         known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.rows)

@@ -18,6 +18,7 @@ from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.trial import Trial
 
 
@@ -108,18 +109,28 @@ def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple
 
 
 def check_rates(
-    lrs: Sequence[float] | None, eps: Sequence[float] | None, steps: int, seeds: Sequence[int], estimator: Estimator
+    lrs: Sequence[float] | None,
+    eps: Sequence[float] | None,
+    steps: int,
+    seeds: Sequence[int],
+    estimator: Estimator,
+    optimizer: OptimizerOptions,
 ) -> None:
     """Check the options of a search.
 
     Raises:
-        SlzoError: An option is out of range, or the estimator has no eps.
+        SlzoError: An option is out of range, the estimator has no eps, or the scheduler replaces the learning rates.
     """
     if eps is not None and estimator.perturbs != "weights":
         raise SlzoError(f"eps {list(eps)}: {estimator.describe()} has no eps; leave it out")
     for name, values in (("lrs", lrs), ("eps", eps)):
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
+    if (lrs is None or len(set(lrs)) > 1) and not optimizer.follows_rate:
+        raise SlzoError(
+            f"model.lr_scheduler {optimizer.settings['scheduler']['class']}: sets the rate itself, so all lrs would be the same; "
+            "leave it out"
+        )
     check_at_least("steps", steps, advice="40 is enough to compare rates")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")

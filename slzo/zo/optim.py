@@ -34,6 +34,7 @@ AUTO_LR = math.inf
 _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
 _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
 _TRIED_STEPS = 20_000
+_CORRECT = "correct its init_args"
 
 
 def default_optimizer(perturbs_weights: bool) -> type[torch.optim.SGD | torch.optim.AdamW]:
@@ -156,6 +157,20 @@ class OptimizerOptions:
             set_rate(optimizer, lr)
         return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
 
+    @property
+    def follows_rate(self) -> bool:
+        """Whether the optimizer's learning rate has an effect; OneCycleLR and CyclicLR set their own."""
+        return self._first_rates(1.0) != self._first_rates(2.0)
+
+    def _first_rates(self, lr: float) -> list[float]:
+        """Return the rates of the first two steps; a warm-up may begin at 0."""
+        optimizer, scheduler = self.build([nn.Parameter(torch.zeros(1, 1))], lr)
+        rates = [float(optimizer.param_groups[0]["lr"])]
+        if scheduler is not None:
+            _take_steps(scheduler, 1)
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        return rates
+
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
 
@@ -176,10 +191,30 @@ class OptimizerOptions:
                 done = scheduler.last_epoch
             _take_steps(scheduler, min(num_steps - done, _TRIED_STEPS))
         except (ValueError, ArithmeticError) as error:
-            way = "correct its init_args"
+            way = _CORRECT
             if state is not None:
                 way = "a resumed run keeps the schedule of its checkpoint; take fewer steps, or start without a checkpoint"
-            raise SlzoError(f"model.lr_scheduler: {error} (the run takes {num_steps} steps); {way}") from error
+            raise _schedule_error(error, f"the run takes {num_steps} steps", way) from error
+
+
+def step_scheduler(scheduler: Any, step: int) -> None:
+    """Set the rate of the next step. Only the end of a long schedule is not found by :meth:`OptimizerOptions.check_schedule`.
+
+    Args:
+        scheduler: The scheduler.
+        step: Number of the step that was taken, counted from 0.
+
+    Raises:
+        SlzoError: The schedule ends here.
+    """
+    try:
+        scheduler.step()
+    except (ValueError, ArithmeticError) as error:
+        raise _schedule_error(error, f"at step {step + 1} of the training") from error
+
+
+def _schedule_error(error: Exception, where: str, way: str = _CORRECT) -> SlzoError:
+    return SlzoError(f"model.lr_scheduler: {error} ({where}); {way}")
 
 
 def _take_steps(scheduler: Any, num_steps: int) -> None:
@@ -203,7 +238,7 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
     except ArithmeticError as error:
         raise SlzoError(f"model.lr_scheduler: cannot take a step ({error}); change the argument that is 0") from error
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
+        raise SlzoError(f"model.lr_scheduler: {error}; {_CORRECT}") from error
     return {"class": type(scheduler).__qualname__, **state}
 
 

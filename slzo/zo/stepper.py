@@ -21,7 +21,7 @@ from slzo.zo.batch_loss import LossContext
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
-from slzo.zo.optim import halve_rate
+from slzo.zo.optim import halve_rate, step_scheduler
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
@@ -211,7 +211,8 @@ class Stepper:
                 if the masters take more than the ``hold_bytes`` of :class:`TunedTensors`.
 
         Raises:
-            SlzoError: The loss was not finite for too many steps in a row, or a recorded step does not fit.
+            SlzoError: The loss was not finite for too many steps in a row, a recorded step does not fit, or the schedule of the
+                learning rate ends.
         """
         tensors = self.model.tensors
         eps = self.eps
@@ -230,7 +231,7 @@ class Stepper:
         estimate, norm = take_step(request, self.estimator, optimizer, auto=self.rate, measure_update=measure_update)
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
-            scheduler.step()
+            step_scheduler(scheduler, step)
         if known is not None:
             _check_replayed(known, record)
         if self._log is not None:
