@@ -109,7 +109,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
     def look(output):
         generator = torch.Generator().manual_seed(1)
         shifts = 0.5 * torch.randn(3, len(output.size), output.width, generator=generator)
-        likely, hidden = output._at.likely, output._at.output
+        likely, hidden = output._unshifted.likely, output._unshifted.output
         assert likely is not None
         base = parts.head(final_states(parts, batch, stop, hidden)[0])
         is_likely = torch.zeros(base.shape, dtype=torch.bool)
