@@ -29,6 +29,7 @@ from slzo.lightning.trainer_state import (
     callback_of,
     folder_of,
     interval_of,
+    is_last_step,
     is_quick,
     planned_steps,
     steps_per_epoch,
@@ -427,8 +428,8 @@ class ZOModule(LightningModule):
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult | torch.Tensor]:
-        """Take one training step; callbacks get its loss and its result."""
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
+        """Take one training step; callbacks get its loss, its result, and values that are not logged."""
         started = time.perf_counter()
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
@@ -438,18 +439,27 @@ class ZOModule(LightningModule):
         group = shard_group_of(trainer)
         before = (0, 0.0) if group is None else (group.num_bytes, group.seconds)
         result = self.stepper.step(batch, self.global_step, optimizer, scheduler, is_logged)
-        values = {"train/loss": result.estimate.loss}
-        # at other steps no logger or monitor reads the rest, which would take up to a twentieth of a short step
-        if is_logged or trainer.should_stop or validation_due(trainer):
-            values |= self._step_values(batch, result, time.perf_counter() - started)
-            if group is not None:
-                values["train/gathered_bytes"] = float(group.num_bytes - before[0])
-                values["train/gathered_seconds"] = group.seconds - before[1]
+        values = self._step_values(batch, result, time.perf_counter() - started)
+        if group is not None:
+            values["train/gathered_bytes"] = float(group.num_bytes - before[0])
+            values["train/gathered_seconds"] = group.seconds - before[1]
         # tensors on the CPU: Lightning copies a number to the device at each step
-        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
         loss = torch.tensor(result.estimate.loss)
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
-        return {"loss": loss, "result": result}
+        self.log("train/loss", loss, batch_size=batch.packed.num_examples)
+        # at other steps no logger or monitor reads the rest, and logging it takes up to a twentieth of a short step
+        if is_logged or validation_due(trainer) or is_last_step(trainer):
+            self._log_values(values, batch)
+            values = {}
+        return {"loss": loss, "result": result, "values": values}
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        """Log the rest of a step at which a callback has ended the training."""
+        if self.trainer.should_stop and outputs["values"]:
+            self._log_values(outputs["values"], batch)
+
+    def _log_values(self, values: Mapping[str, float], batch: TrainBatch) -> None:
+        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
 
     def _step_values(self, batch: TrainBatch, result: StepResult, seconds: float) -> dict[str, float]:
         estimate = result.estimate

@@ -52,7 +52,7 @@ _LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
     ("num_train", "num_test", "batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1
 )
 # Options that are used when the rows are read.
-_FIXED = ("data_dir", "hub_path", "hub_config", "num_train", "num_dev", "num_test", "num_demonstrations", "seed")
+_FIXED = ("data_dir", "hub_path", "hub_config", "num_train", "num_dev", "num_test", "num_demonstrations")
 _OPTIONAL = ("num_dev", "num_test", "tokens_per_pass", "eval_batch_tokens", "seed")
 _KINDS: Kinds = {
     **dict.fromkeys(_LEAST, (int, "a whole number")),
@@ -321,9 +321,9 @@ class TaskRows:
         self._load_rewards(splits)
         # only now, so that a call after an error reads the rows again
         self.splits = splits
-        if needs_train:
-            self.seed = seed
         self._read_with |= {name: getattr(self, name) for name in _FIXED}
+        if needs_train:  # otherwise no row depends on the seed
+            self.seed = self._read_with["seed"] = seed
 
     def _report(self, splits: Splits, stage: str) -> None:
         """Print how many rows there are and what is unusual about them."""

@@ -104,7 +104,7 @@ def test_a_fit_that_ends_before_its_first_step_leaves_the_model_as_it_was(scope,
         ),
         (quantized, {}, r"from_model: this LlamaForCausalLM is quantized \(awq\)"),
         (divided, {}, "from_model: this LlamaForCausalLM is divided over 0, cpu"),
-        (adapted, {}, "from_model: this LlamaForCausalLM has modules of peft; merge them"),
+        (adapted, {}, "from_model: this LlamaForCausalLM has modules of peft, maybe of an earlier fit; load it again"),
         (
             AutoModelForCausalLM.from_pretrained,
             {"dtype": "float16"},

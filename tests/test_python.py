@@ -1,5 +1,6 @@
 """slzo as a package: ``from slzo import ZOModule, TaskDataModule, ZOTrainer``."""
 
+import csv
 import inspect
 import json
 import math
@@ -856,3 +857,37 @@ def test_only_options_that_matter_are_compared_on_resume():
         changed_settings(saved | {"model.layer": None}, own | {"model.layer": 28})
         == "model.optimizer.lr: 0.001 -> 0.0001"
     )
+
+
+class Ends(Callback):
+    """Ends the training after a step, and keeps what callbacks and loggers can read."""
+
+    def __init__(self, step):
+        self.step, self.seen = step, {}
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen[trainer.global_step] = trainer.callback_metrics.get("train/evaluations")
+        trainer.should_stop = trainer.global_step == self.step
+
+    def on_validation_start(self, trainer, _):
+        self.at_validation = trainer.callback_metrics["train/evaluations"]
+
+
+@pytest.mark.parametrize("end", [3, 4, 9])
+def test_a_step_logs_all_its_values_where_they_are_read(end, model_dir, data_dir):
+    """Every third step, before validations, and at the last step, whatever ends the training."""
+    ends = Ends(end)
+    trainer = ZOTrainer(
+        max_steps=9,
+        val_check_interval=5,
+        log_every_n_steps=3,
+        logger=CSVLogger("own"),
+        callbacks=[ends],
+        **QUIET,
+    )
+    module = ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+    trainer.fit(module, datamodule=rows(data_dir))
+    with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["train/evaluations"]]
+    assert logged == sorted({*range(2, end, 3), end - 1})
+    assert ends.at_validation == module.stepper.num_evaluations

@@ -154,14 +154,15 @@ def test_engine_options_have_the_types_of_the_command_line():
 
 
 def test_an_optimizer_without_a_rate_has_an_automatic_one():
-    """As on the command line. A rate of one's own, and another way to compute a step, are kept."""
+    """If its class can take it. A rate of one's own, and another way to compute a step, are kept."""
     decay = partial(torch.optim.AdamW, weight_decay=0.1)
     for make in (torch.optim.AdamW, decay, partial(decay, lr="auto"), partial(decay, lr=AUTO_LR)):
         assert OptimizerOptions.of(make).automatic
     for make in (partial(torch.optim.AdamW, lr=0.5), lambda params: torch.optim.AdamW(params, lr=0.5)):
         assert OptimizerOptions.of(make).lr == 0.5
     with pytest.raises(SlzoError, match=r"^model\.optimizer\.lr auto: no rate is known for Adadelta; give a number"):
-        OptimizerOptions.of(torch.optim.Adadelta)
+        OptimizerOptions.of(partial(torch.optim.Adadelta, lr="auto"))
+    assert OptimizerOptions.of(torch.optim.Adadelta).lr == 1.0  # its own rate
     (group,) = OptimizerOptions.of(partial(decay, foreach=False)).make([torch.nn.Parameter(torch.ones(2))]).param_groups
     assert group["fused"] is None
 

@@ -135,7 +135,7 @@ class RowSource:
         if self.hub_path is None:
             own = rows_of(task, split)
             if own is not None:
-                origin = f"the rows of {task.name!r}"
+                origin = f"the {split} rows of {task.name!r}"
                 return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(own, start=1)), None
         source, (other, revision) = task.hub, split_revision(self.hub_path or "")
         if other and (source is None or other != source.path):

@@ -142,7 +142,8 @@ def split_off_test(
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.
 
-    A fifth of the rows are kept for test. Among rows with equal prompts, only the first is drawn. No seed affects the draw.
+    A fifth of the rows are kept for test. Among rows of one :attr:`Example.content`, only the first is drawn.
+    No seed affects the draw.
 
     ``num_test`` of them are taken, ``None`` for all. The others are not trained on, since a later command may take more;
     ``least`` rows with different prompts must stay for the other splits.
@@ -169,12 +170,11 @@ def split_off_test(
 
 def _id_option(source: RowSource) -> tuple[str, str]:
     """Return the option that the rows' ids come from, with its value, and what to do if ids are not unique."""
+    if source.data_dir is None and not source.task.files:
+        return f"data.task {source.task.name!r}", "give each row its own id across all splits"
     advice = "give each row its own id across all files"
     if not source.task.files:
-        return (
-            f"data.task {source.task.name!r}" if source.data_dir is None else f"data.data_dir {source.data_dir!r}",
-            advice,
-        )
+        return f"data.data_dir {source.data_dir!r}", advice
     field = source.task.id_field
     option = "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
     return option, f"{advice}, or name another field"
@@ -244,7 +244,7 @@ def _without_repeats(
     name: str = "training",
     other: str = "test",
 ) -> list[Example]:
-    """Drop rows that are also in another split, and all but the first row of each prompt."""
+    """Drop rows that are also in another split, and all but the first row of those with one :attr:`Example.content`."""
     other_ids = {example.id for example in others}
     other_contents = {example.content for example in others}
     seen: set[object] = set()

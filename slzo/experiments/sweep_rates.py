@@ -129,7 +129,7 @@ def check_rates(
     if (lrs is None or len(set(lrs)) > 1) and not optimizer.follows_rate:
         raise SlzoError(
             f"model.lr_scheduler {optimizer.settings['scheduler']['class']}: sets the rate itself, so all lrs would be the same; "
-            "leave it out"
+            "leave it out, or give one rate in lrs"
         )
     check_at_least("steps", steps, advice="40 is enough to compare rates")
     if not seeds:

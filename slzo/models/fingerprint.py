@@ -108,7 +108,8 @@ class Fingerprint:
             changes = "different weights in the tuned tensors"
         if changes:
             raise SlzoError(
-                f"ckpt_path: was trained on another base model ({changes}); give the model that it was trained on ({option})"
+                f"ckpt_path: was trained on another base model ({changes}); give the model that it was trained on ({option}), or "
+                "restore it"
             )
 
 

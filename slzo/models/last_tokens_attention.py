@@ -28,12 +28,11 @@ class LastTokensAttention:
         # (N, heads, K, size)
         q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
         recorded_keys, recorded_values = self.states[layer]
-        outputs, key_of_masks = [], (points, options["sliding_window"])
-        if (
-            key_of_masks not in self._masks
-        ):  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
-            self._masks[key_of_masks] = [_mask(group, *key_of_masks) for group in self.tokens.groups]
-        for group, mask in zip(self.tokens.groups, self._masks[key_of_masks], strict=True):
+        outputs, shape = [], (points, options["sliding_window"])
+        # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
+        if shape not in self._masks:
+            self._masks[shape] = [_mask(group, *shape) for group in self.tokens.groups]
+        for group, mask in zip(self.tokens.groups, self._masks[shape], strict=True):
             own = [_by_sequence(states, group.last) for states in (q, k, v)]
             keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
             values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)

@@ -21,8 +21,6 @@ def name_of_loaded(model: PreTrainedModel) -> str:
     """
     from transformers import PreTrainedModel
 
-    from slzo.models.adapters.lora import has_adapter
-
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise SlzoError(
@@ -40,14 +38,25 @@ def name_of_loaded(model: PreTrainedModel) -> str:
             f"from_model: this {kind} is divided over {', '.join(sorted({str(place) for place in places.values()}))}; give "
             "ZOModule its name and device_map instead"
         )
-    if "peft" in sys.modules and has_adapter(model):
-        raise SlzoError(
-            f"from_model: this {kind} has modules of peft; merge them (merge_and_unload), call save_pretrained, and load it from "
-            "that folder"
-        )
+    check_no_adapter(model)
     if (method := method_of(model)) is not None:
         raise SlzoError(
             f"from_model: this {kind} is quantized ({method}); give ZOModule its name instead, and quantization if its files are "
             "not quantized"
         )
     return model.name_or_path
+
+
+def check_no_adapter(model: PreTrainedModel) -> None:
+    """Check that a loaded model has no modules of peft, which would be tuned, or removed with slzo's own.
+
+    Raises:
+        SlzoError: It has some.
+    """
+    from slzo.models.adapters.lora import has_adapter
+
+    if "peft" in sys.modules and has_adapter(model):
+        raise SlzoError(
+            f"from_model: this {type(model).__name__} has modules of peft, maybe of an earlier fit; load it again with "
+            "from_pretrained (of a PeftModel, save what merge_and_unload returns, and load that)"
+        )

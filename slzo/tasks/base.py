@@ -63,9 +63,9 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
 
     @property
-    def content(self) -> tuple[str, tuple[str, ...]]:
-        """What tells rows apart: the prompt and, where there is a choice, the candidates."""
-        return self.prompt, self.candidates if len(self.candidates) > 1 else ()
+    def content(self) -> tuple[str, frozenset[str]]:
+        """What tells rows apart: the prompt and, where there is a choice, the candidates in any order."""
+        return self.prompt, frozenset(self.candidates if len(self.candidates) > 1 else ())
 
     @property
     def is_labelled(self) -> bool:
@@ -193,11 +193,15 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
         raise broken_contract(
             "data.task", task, f"rows({split!r}) returned the row {shown(wrong)}", "mappings of fields"
         )
-    return None if found is None else [{name: _plain(value) for name, value in row.items()} for row in found]
+    return None if found is None else [_plain(row) for row in found]
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def example_of(task: Task, row: Fields, id: str) -> Example:
@@ -217,7 +221,9 @@ def example_of(task: Task, row: Fields, id: str) -> Example:
         wanted = "an Example whose prompt, candidates, references and group are texts, and whose gold are indices of candidates"
         raise ValueError(broken_contract("data.task", task, f"example() returned {problem}", wanted))
     candidates, references = tuple(example.candidates), tuple(example.references)  # a class may give lists
-    return replace(example, candidates=candidates, gold=tuple(map(int, example.gold)), references=references)
+    group = None if example.group is None else str(example.group)
+    gold = tuple(map(int, example.gold))
+    return replace(example, candidates=candidates, gold=gold, references=references, group=group)
 
 
 def _problem(example: object) -> str | None:
@@ -235,8 +241,8 @@ def _problem(example: object) -> str | None:
     references, group = example.references, example.group
     if not isinstance(references, tuple | list) or not all(isinstance(text, str) for text in references):
         return f"references {shown(references)}, which are not a tuple of texts"
-    if not isinstance(group, str | None):
-        return f"group {shown(group)}, which is not text"
+    if not isinstance(group, str | int | None):
+        return f"group {shown(group)}, which is neither text nor a number"
     if not isinstance(gold, tuple | list) or not all(
         isinstance(index, SupportsIndex) and 0 <= int(index) < len(candidates) for index in gold
     ):

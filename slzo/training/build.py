@@ -13,6 +13,7 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import check_commit
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
+from slzo.models.loaded import check_no_adapter
 from slzo.models.parts import ModelParts
 from slzo.models.placement import HERE, Placement
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
@@ -59,6 +60,7 @@ def load_parts(
             raise SlzoError(
                 "trainer.strategy: a loaded model cannot be divided over processes; give ZOModule its name instead"
             )
+        check_no_adapter(loaded)
         model = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     elif shard_group is not None:
         model, placement = load_sharded(*common, shard_group, device)

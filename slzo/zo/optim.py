@@ -4,9 +4,9 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -54,9 +54,9 @@ def _fused(make: MakeOptimizer, params: Iterable) -> Optimizer:
 
 
 def _with_rate(make: Callable[..., Optimizer]) -> MakeOptimizer:
-    """Let an optimizer class without a rate, or with the rate "auto", have the automatic one, as on the command line."""
+    """Let a class of torch.optim without a rate, or any optimizer with the rate "auto", have the automatic one."""
     kind, keywords = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
-    usual = "auto" if isinstance(kind, type) and "lr" in signature(kind).parameters else None
+    usual = "auto" if kind in (*_PLAIN, *_NORMALIZED) else None
     return partial(make, lr=AUTO_LR) if keywords.get("lr", usual) == "auto" else make
 
 
@@ -114,7 +114,7 @@ class OptimizerOptions:
 
         Args:
             make: A class of torch.optim, ``functools.partial`` of one, or another callable that creates an optimizer of
-                parameters. The rate of the first two is automatic if ``lr`` is "auto" or left out.
+                parameters. The rate is automatic if ``lr`` is "auto", or left out for a class that can take such a rate.
             make_scheduler: Creates a scheduler of an optimizer.
 
         Raises:
@@ -160,16 +160,17 @@ class OptimizerOptions:
     @property
     def follows_rate(self) -> bool:
         """Whether the optimizer's learning rate has an effect; OneCycleLR and CyclicLR set their own."""
-        return self._first_rates(1.0) != self._first_rates(2.0)
+        return self._first_rate(1.0) != self._first_rate(2.0)
 
-    def _first_rates(self, lr: float) -> list[float]:
-        """Return the rates of the first two steps; a warm-up may begin at 0."""
+    def _first_rate(self, lr: float) -> float:
+        """Return the rate of the first step at which it is not 0, as it may be in a warm-up."""
         optimizer, scheduler = self.build([nn.Parameter(torch.zeros(1, 1))], lr)
-        rates = [float(optimizer.param_groups[0]["lr"])]
-        if scheduler is not None:
-            _take_steps(scheduler, 1)
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-        return rates
+        with suppress(ValueError, ArithmeticError):  # the end of the schedule
+            for _ in range(_TRIED_STEPS):
+                if scheduler is None or optimizer.param_groups[0]["lr"] != 0:
+                    break
+                _take_steps(scheduler, 1)
+        return float(optimizer.param_groups[0]["lr"])
 
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
