@@ -126,7 +126,8 @@ def test_a_grid_of_two_by_two_processes_takes_the_steps_of_one(fit, estimator, w
     assert_close(first, tuned(last_checkpoint(1)))
 
 
-@pytest.mark.parametrize("option", ["--model.layer=9", pytest.param("--model.model=missing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--model.layer=9", "--model.model=missing"])
 def test_an_error_of_all_processes_is_printed_once(fit, option):
     status, output = on(2, [*fit, option])
     assert status == 2, output
