@@ -254,8 +254,8 @@ def _stepper(
         auto = auto_rate(model, options, rows)
         say(auto.describe(options.optimizer.automatic))
     check_time(rows, run.time_budget, "loading, profile and measurements took")
-    time = plan_time(model, options, rows, run.time_budget, scheduler_state)
-    return make_stepper(model, options, rows, auto=auto), time
+    time_plan = plan_time(model, options, rows, run.time_budget, scheduler_state)
+    return make_stepper(model, options, rows, auto=auto), time_plan
 
 
 def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:

@@ -429,7 +429,7 @@ class ZOModule(LightningModule):
     # ---- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
-        """Take one training step; callbacks get its loss, its result, and values that are not logged."""
+        """Take one training step; callbacks get its loss, its result, and the values that it did not log."""
         started = time.perf_counter()
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
@@ -454,7 +454,7 @@ class ZOModule(LightningModule):
         return {"loss": loss, "result": result, "values": values}
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        """Log the rest of a step at which a callback has ended the training."""
+        """Log the remaining values of a step after which a callback ended the training."""
         if self.trainer.should_stop and outputs["values"]:
             self._log_values(outputs["values"], batch)
 

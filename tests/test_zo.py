@@ -154,7 +154,7 @@ def test_engine_options_have_the_types_of_the_command_line():
 
 
 def test_an_optimizer_without_a_rate_has_an_automatic_one():
-    """If its class can take it. A rate of one's own, and another way to compute a step, are kept."""
+    """This holds for classes that support one. A given rate is kept, and so is ``foreach=False``."""
     decay = partial(torch.optim.AdamW, weight_decay=0.1)
     for make in (torch.optim.AdamW, decay, partial(decay, lr="auto"), partial(decay, lr=AUTO_LR)):
         assert OptimizerOptions.of(make).automatic

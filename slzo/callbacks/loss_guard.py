@@ -99,7 +99,7 @@ class LossGuard(Callback):
         if self._good is not None:
             self.rolled_back_at = trainer.global_step
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        # a resumed run may validate more often than the one that it continues, which took the logged steps without this rollback
+        # the logged steps were taken without this rollback, for example because that run validated less often
         module.stepper.stop_repeating()
         module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""

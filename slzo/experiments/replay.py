@@ -84,7 +84,7 @@ def replay_run(
         seed=start.note["noise_seed"],
         auto=restored_rate(start.note["auto_step"], options),
         sets_rate=options.optimizer.automatic,
-        max_nonfinite=sys.maxsize,  # those of a run that diverged are wanted too
+        max_nonfinite=sys.maxsize,  # also for a run that diverged
     )
     _take_steps(stepper, options, log, number)
     note, masters = {**start.note, **stepper.state_dict()}, stepper.model.tensors.clone_masters()

@@ -34,7 +34,7 @@ def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults that follow from other options.
 
     A run without a number of steps is limited by the time or the epochs. One with ``max_time`` has the steps and validations of
-    its plan. With ``check_val_every_n_epoch`` the dev rows are scored at the end of an epoch instead.
+    its plan. With ``check_val_every_n_epoch`` the dev rows are scored at the end of an epoch.
     """
     by_epoch = {} if options.get("check_val_every_n_epoch") is None else {"val_check_interval": 1.0}
     if options.get("max_steps", -1) != -1:

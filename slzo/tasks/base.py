@@ -44,7 +44,7 @@ class Example:
             Generation: the single text to train on.
         gold: Indices of the correct candidates; the first is the training target. Empty if the row has no label.
         references: Accepted answers of a generation task, without leading and trailing white space.
-        labels: The user's names of the candidates, in their order, for predictions; empty if there are none.
+        labels: Labels of the candidates in the user's files, in the order of the candidates; empty if the task names none.
         group: Key of rows that are scored together (MultiRC: the question), else ``None``.
         messages: Turns of a conversation before the answer; ``prompt`` is then only displayed and compared.
         columns: All fields of the row, for rewards; empty if not requested.
@@ -159,10 +159,10 @@ class Task(ABC):
 
 
 def check_task(task: Task) -> None:
-    """Check that a task has a name and a kind, and that its name can be part of a file name.
+    """Check the name and the kind of a task.
 
     Raises:
-        SlzoError: It has not.
+        SlzoError: One of them is missing, or the name cannot be part of a file name.
     """
     for attribute, wanted in (("name", "the name of the task"), ("kind", "one of slzo.tasks.base.Kind")):
         if not hasattr(task, attribute):
