@@ -1,6 +1,7 @@
 """Restore a tuned model from a checkpoint for use with transformers, without slzo's own engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.note import base_model
 from slzo.data.fingerprint import hash_tokenizer
+from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.utils.console import warn
@@ -34,9 +36,27 @@ def load_base(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
             f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give "
             "--trust_remote_code true"
         )
-    model = load_model(base_model(note), note["dtype"], trust_remote_code)
-    # padded and without oneDNN, so that the model stays as transformers made it
-    return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
+    with base_of(checkpoint):
+        model = load_model(base_model(note), note["dtype"], trust_remote_code)
+        # padded and without oneDNN, so that the model stays as transformers made it
+        return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
+
+
+@contextmanager
+def base_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """Convert errors about the base model for commands without ``model.model``, in which a checkpoint alone names it."""
+    note = checkpoint.note
+    try:
+        yield
+    except SlzoError as error:
+        text = str(error).replace("model.model", "its base model", 1).removeprefix("ckpt_path: ")
+        if note["model"] not in BUILTIN_MODELS and note["hub"].get("model_commit") is None and "base model" in text:
+            # other commands take the model from another place, which is the advice of the original message
+            text = (
+                f"{text.rpartition('; ')[0]}; put the model of the run, or a link to it, back as {note['model']!r} "
+                "(a relative path begins in the current folder)"
+            )
+        raise SlzoError(f"ckpt_path {checkpoint.path!r}: {text}") from error
 
 
 def tokenizer_of(note: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from slzo.export.delta import DELTA
 from slzo.export.facts import FACTS_FILE, Facts, facts_of
 from slzo.export.merged import MERGED
 from slzo.export.push import check_repository, push
-from slzo.export.restore import load_tuned
+from slzo.export.restore import base_of, load_tuned
 from slzo.models.origin import origin_of
 from slzo.models.quantization import method_of
 from slzo.utils.console import say
@@ -62,7 +62,8 @@ def export_checkpoint(
         raise SlzoError(f"output {output!r}: is the current folder; give the name of a new one")
     check_writable(target)
     check_repository(push_to_hub, private)
-    origin = origin_of(base_name(checkpoint.note), base_model)
+    with base_of(checkpoint):
+        origin = origin_of(base_name(checkpoint.note), base_model)
     tuned_model = load_tuned(checkpoint, trust_remote_code)
     adapter = tuned_model.peft_files() if format in (None, "adapter") else None
     name = format or ("merged" if adapter is None else "adapter")
