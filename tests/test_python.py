@@ -11,6 +11,8 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from slzo.callbacks.defaults import DEFAULTS
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
@@ -41,11 +44,16 @@ from slzo.fit import best_state
 from slzo.lightning.checkpoint_io import AtomicCheckpointIO
 from slzo.lightning.loggers import RunLogger
 from slzo.lightning.trainer_state import callback_of
+from slzo.tasks.chat import ChatTask
+from slzo.tasks.template import TemplateTask
 from slzo.training.resume import changed_settings
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA
+from slzo.zo.estimators import ESTIMATORS, SPSA
+from slzo.zo.objectives import OBJECTIVES
+from slzo.zo.objectives.reward import Reward
 from slzo.zo.processes import ALONE, Processes
-from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning, RandomLayers
+from slzo.zo.scopes import SCOPES, ActivationSubspace, LayerScope, LoRA, PrefixTuning, RandomLayers
+from slzo.zo.selection import RULES
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -811,6 +819,22 @@ def test_an_option_of_the_rows_of_another_kind_is_named(options, message):
     with pytest.raises(SlzoError) as error:
         TaskDataModule("sst2", **options)
     assert str(error.value) == message
+
+
+def whole_numbers():
+    """The arguments of classes of slzo that are whole numbers."""
+    for cls in (*SCOPES, *ESTIMATORS, *RULES, *OBJECTIVES, *DEFAULTS.values(), TemplateTask, ChatTask):
+        for name, kind in get_type_hints(cls.__init__).items():
+            if int in (kind, *(get_args(kind) if isinstance(kind, UnionType) else ())):
+                yield pytest.param(cls, name, id=f"{cls.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("cls", "name"), whole_numbers())
+@pytest.mark.parametrize("value", [20.5, "20", True])
+def test_an_argument_of_another_kind_is_named(cls, name, value):
+    needed = {Reward: {"functions": "accuracy"}, TemplateTask: {"prompt": "{q}"}}
+    with pytest.raises(SlzoError, match=rf"\.{name} {value!r}: is a {type(value).__name__}; give a whole number$"):
+        cls(**needed.get(cls, {}), **{name: value})
 
 
 def test_a_path_and_a_type_of_torch_are_taken(model_dir):

@@ -459,7 +459,7 @@ def test_a_file_may_import_its_neighbours(folder, monkeypatch):
         ({"temperature": -1}, "data.objective.temperature -1: must be 0 or more"),
         (
             {"samples": 2, "temperature": 0},
-            "data.objective.samples 2: must be at least 1; for more than 1, set data.objective.temperature",
+            "data.objective.samples 2: needs data.objective.temperature above 0; raise it",
         ),
         ({"samples": 0}, "data.objective.samples 0: must be at least 1"),
         ({"best": 1e308}, r"data.objective.best 1e\+308: must be a number from -1e\+30 to 1e\+30"),

@@ -106,7 +106,7 @@ WRONG = """
 --model.lr_scheduler=ReduceLROnPlateau | model.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=1 | model.lr_scheduler: You must define either total_steps
 --model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class
---model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: must be at least 0; 0 switches the cache off
+--model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: must be finite and at least 0; 0 switches the cache off
 --model.engine.cache_dir=/dev/null/x | model.engine.cache_dir '/dev/null/x': cannot be written
 --model.engine.queries_at_once=0 | model.engine.queries_at_once 0
 --model.engine.nope=1 | model.engine.nope: unknown option; model.engine has packed, paired
@@ -234,7 +234,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
 --model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
---profiler.num_sequences=3 | profiler.num_sequences 3: too few for a reliable average; give at least 10
+--profiler.num_sequences=3 | profiler.num_sequences 3: must be at least 10; the average of fewer is not reliable
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
 --profiler.text_file=few.txt | only 1 sequences of two tokens or more to profile, at least 10 are needed
 --profiler.text_file=. | profiler.text_file '.': is a folder

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.evaluation.evaluator import Outcome
+from slzo.utils.errors import check_at_least
 
 _LONGEST = 1000
 
@@ -18,6 +19,7 @@ class AnswerLog(Callback):
     """
 
     def __init__(self, num_examples: int = 4) -> None:
+        check_at_least("answers.num_examples", num_examples, 0, "0 shows none")
         self.num_examples = num_examples
         self._shown: dict[str, str] = {}
 

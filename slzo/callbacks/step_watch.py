@@ -9,7 +9,7 @@ from torch.nn.utils import get_total_norm
 
 from slzo.module import ZOModule, zo_module
 from slzo.utils.console import warn
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.objectives import GenerationObjective
 from slzo.zo.stepper import StepResult
 
@@ -28,8 +28,7 @@ class StepWatch(Callback):
     """
 
     def __init__(self, max_zero_steps: int = 20) -> None:
-        if max_zero_steps < 1:
-            raise SlzoError(f"watch.max_zero_steps {max_zero_steps}: at least 1 step is needed before giving up")
+        check_at_least("watch.max_zero_steps", max_zero_steps)
         self.max_zero_steps = max_zero_steps
         self._size_at_start: float | None = None
         self._zeros = 0

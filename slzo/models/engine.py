@@ -50,8 +50,9 @@ class Engine:
     def __post_init__(self) -> None:
         check_kinds("model.engine", _KINDS, vars(self))
         check_at_least("model.engine.queries_at_once", self.queries_at_once)
-        check_at_least("model.engine.cache_gb", self.cache_gb, 0, "0 switches the cache off")
-        if not math.isfinite(self.cache_gb):
-            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be a finite number; 0 switches the cache off")
+        if not 0 <= self.cache_gb < math.inf:
+            raise SlzoError(
+                f"model.engine.cache_gb {self.cache_gb}: must be finite and at least 0; 0 switches the cache off"
+            )
         if self.cache_dir is not None:  # checkpoints hold texts
             object.__setattr__(self, "cache_dir", str(self.cache_dir))

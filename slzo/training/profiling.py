@@ -12,7 +12,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 
@@ -33,10 +33,9 @@ class ProfileOptions:
     text_file: str | None
 
     def __post_init__(self) -> None:
-        if self.num_sequences < MIN_SEQUENCES:
-            raise SlzoError(
-                f"profiler.num_sequences {self.num_sequences}: too few for a reliable average; give at least {MIN_SEQUENCES}"
-            )
+        check_at_least(
+            "profiler.num_sequences", self.num_sequences, MIN_SEQUENCES, "the average of fewer is not reliable"
+        )
         if self.text_file is not None and not (path := Path(self.text_file).expanduser()).is_file():
             found = "is a folder" if path.is_dir() else "no such file"
             raise SlzoError(

@@ -14,12 +14,23 @@ class SlzoError(Exception):
     """
 
 
-def check_at_least(option: str, value: float | None, least: int = 1, advice: str = "") -> None:
-    """Check that a number is not too small; ``None`` is not checked.
+def check_whole(option: str, value: object) -> None:
+    """Check that a value is a whole number, which only Python code may not have given; ``None`` is not checked.
 
     Raises:
-        SlzoError: It is; ``advice`` ends the message.
+        SlzoError: It is something else; ``True`` and ``False`` are not numbers.
     """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SlzoError(f"{option} {shown(value)}: is a {type(value).__name__}; give a whole number")
+
+
+def check_at_least(option: str, value: int | None, least: int = 1, advice: str = "") -> None:
+    """Check that a value is a whole number and not too small; ``None`` is not checked.
+
+    Raises:
+        SlzoError: It is not; for a number that is too small, ``advice`` ends the message.
+    """
+    check_whole(option, value)
     if value is not None and value < least:
         raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
 

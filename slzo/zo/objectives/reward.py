@@ -12,7 +12,7 @@ from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.loss import LossReport
 from slzo.zo.objectives.base import GenerationObjective
 from slzo.zo.policy_gradient import AnswerSampling
@@ -64,10 +64,9 @@ class Reward(GenerationObjective):
             raise SlzoError(
                 f"data.objective.temperature {temperature}: must be 0 or more; 1 samples from the model's own distribution"
             )
-        if samples is not None and (samples < 1 or (samples > 1 and temperature == 0)):
-            raise SlzoError(
-                f"data.objective.samples {samples}: must be at least 1; for more than 1, set data.objective.temperature"
-            )
+        check_at_least("data.objective.samples", samples)
+        if samples is not None and samples > 1 and temperature == 0:
+            raise SlzoError(f"data.objective.samples {samples}: needs data.objective.temperature above 0; raise it")
         if best is not None and not abs(best) <= MAX_REWARD:
             raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
         self.temperature, self.samples = temperature, samples

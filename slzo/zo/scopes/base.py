@@ -8,7 +8,7 @@ from typing import Any, Literal
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
-from slzo.utils.errors import SlzoError, broken_contract, shown
+from slzo.utils.errors import SlzoError, broken_contract, check_whole, shown
 from slzo.zo.scopes.linear_maps import check_own_tensors
 from slzo.zo.tuned import Subset, TunedTensors
 
@@ -137,8 +137,9 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_o
     """Return ``layer`` if the model has it. ``option`` and ``left_out`` are parts of the error message.
 
     Raises:
-        SlzoError: The model has no such layer.
+        SlzoError: The model has no such layer, or it is not a whole number.
     """
+    check_whole(option, layer)
     if not 0 <= layer < num_layers:
         raise SlzoError(
             f"{option} {layer}: the model has {num_layers} decoder layers; choose 0 to {num_layers - 1} "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.selection.base import Choice, SelectionContext, SelectionRule
@@ -43,10 +43,7 @@ class Race(SelectionRule):
             raise SlzoError(f"profiler.rule.share {share}: must be above 0; 0.25 is a quarter of the training")
         if layers is not None and len(set(layers)) < 2:
             raise SlzoError(f"profiler.rule.layers {layers}: give at least two, or leave it out")
-        if dev_rows < _MIN_DEV_ROWS:
-            raise SlzoError(
-                f"profiler.rule.dev_rows {dev_rows}: too few rows to compare layers; give at least {_MIN_DEV_ROWS}"
-            )
+        check_at_least("profiler.rule.dev_rows", dev_rows, _MIN_DEV_ROWS, "with fewer, layers cannot be compared")
         self.share = share
         self.layers = layers
         self.dev_rows = dev_rows
