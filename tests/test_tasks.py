@@ -275,6 +275,11 @@ class TestTemplate:
             ({"candidates": None, "max_new_tokens": 0}, "data.task.max_new_tokens 0: must be at least 1"),
             ({"candidates": None, "stop": [""]}, "data.task.stop .*: one is empty and would end every answer at once"),
             ({"candidates": None, "metrics": ["f3"]}, "data.task.metrics 'f3': no such metric"),
+            (
+                {"candidates": None, "metrics": ["json_valid"]},
+                r"data.task.metrics \['json_valid'\]: only rows with answers are scored; .* use data.reward json_valid$",
+            ),
+            ({"candidates": None, "metrics": ["rouge"]}, r"data.task.answer_field, or .* use a data.reward$"),
             ({"answer_field": "a"}, "data.task.answer_field 'a': a task generates answers or chooses candidates"),
         ],
         ids=str,

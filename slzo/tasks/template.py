@@ -97,6 +97,12 @@ class TemplateTask(Task):
             has_answers = answer_field is not None or references_field is not None
             default_metrics = Task.metrics if has_answers else ()
             self.metrics = default_metrics if metrics is None else check_metrics(metrics)
+            if self.metrics and not has_answers:
+                reward = "data.reward json_valid" if "json_valid" in self.metrics else "a data.reward"
+                raise SlzoError(
+                    f"data.task.metrics {list(self.metrics)}: only rows with answers are scored; name their field in "
+                    f"data.task.answer_field, or leave metrics out and use {reward}"
+                )
             self.metric = self.metrics[0] if self.metrics else "reward"
             self.no_label = {} if answer_field is None else {answer_field: ()}
         else:
