@@ -169,6 +169,7 @@ class TaskRows:
         for name, least in _LEAST.items():
             check_at_least(f"data.{name}", getattr(self, name), least)
         self.splits: Splits | None = None
+        self._told_unlabelled = False
         self._read_with: dict[str, Any] = {}
         self._rows: dict[str, list[Row]] = {}
 
@@ -298,6 +299,8 @@ class TaskRows:
             )
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
+            if not self._told_unlabelled:  # they were read to predict them
+                self._warn_unlabelled(self.splits, stage)
             return
         if stage == "predict" and self.predict_file is not None and not needs_train:
             self._load_rewards(None)
@@ -330,11 +333,10 @@ class TaskRows:
         for note in splits.notes:
             say(note)
         remarks = [self._source.unused_warning(), one_class_warning(self.task, splits.train)]
-        if self.reward is None and stage != "predict":
-            remarks += [unlabelled_warning("dev", splits.dev), unlabelled_warning("held-out", splits.test)]
         for warning in remarks:
             if warning is not None:
                 warn(warning)
+        self._warn_unlabelled(splits, stage)
         counts = f"{len(splits.train)} training, {len(splits.dev)} dev and " if splits.train else ""
         origin = f", {splits.origin}" if splits.origin else ""
         say(f"Task {self.task.name}: {counts}{len(splits.test)} held-out rows{origin}.")
@@ -343,6 +345,14 @@ class TaskRows:
             say(f"Left out {unlabelled} training rows without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
+
+    def _warn_unlabelled(self, splits: Splits, stage: str) -> None:
+        """Warn of rows without a label where they count in a score."""
+        self._told_unlabelled = stage != "predict"
+        if self._told_unlabelled and self.reward is None:
+            for warning in (unlabelled_warning("dev", splits.dev), unlabelled_warning("held-out", splits.test)):
+                if warning is not None:
+                    warn(warning)
 
     def _check_unchanged(self) -> None:
         """Refuse an option that was changed after the rows were read, which would have no effect."""

@@ -381,8 +381,17 @@ def test_a_prompt_of_a_conversation_that_is_a_number_is_named(tmp_path):
 def test_rows_without_a_label_are_told(tmp_path, capsys):
     train, test = (write(tmp_path / f"{name}.jsonl", rows_of(8, first)) for name, first in (("train", 0), ("test", 8)))
     write(Path(test), [row | ({"label": -1} if i < 3 else {}) for i, row in enumerate(rows_of(8, 8))])
-    set_up(template(train_file=train, test_file=test), num_dev=2)
-    assert "3 of 8 held-out rows have no label and are not scored" in capsys.readouterr().err
+    told = "3 of 8 held-out rows have no label and are not scored"
+    data = set_up(template(train_file=train, test_file=test), num_dev=2)
+    assert told in capsys.readouterr().err
+    data.setup("test")
+    assert told not in capsys.readouterr().err
+    # rows to predict need no label, but the same rows may be scored afterwards
+    data = TaskRows(template(train_file=train, test_file=test), seed=0)
+    data.setup("predict")
+    assert told not in capsys.readouterr().err
+    data.setup("test")
+    assert told in capsys.readouterr().err
 
 
 def test_demonstrations_are_labelled_rows(tmp_path):
