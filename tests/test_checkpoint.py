@@ -297,6 +297,9 @@ def test_a_run_with_weights_alone_is_scored_and_not_continued(run, capsys):
         assert "step=4.ckpt is the newest intact checkpoint" in capsys.readouterr().err
     refused = error_line(capsys, *FIT, "--ckpt_path=runs/version_1")
     assert "step=4.ckpt': holds weights only" in refused
+    for given, told in (("run", "raise trainer.max_steps"), ("runs/version_1", "it holds weights only, which cannot")):
+        assert main([*FIT, f"--ckpt_path={given}", "--trainer.max_steps=4"]) == 0
+        assert f"has all 4 steps (trainer.max_steps 4); {told}" in capsys.readouterr().out
     write_checkpoint(whole, folder / "step=2.ckpt")
     os.utime(folder / "step=2.ckpt", (1.1e9, 1.1e9))
     assert find_checkpoint("last", RUNS).path == str(folder / "step=2.ckpt")

@@ -131,12 +131,15 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 "fit: this trainer has trained before; make a new ZOTrainer for another model or other rows"
             )
+        more = "raise trainer.max_steps to continue, or score it"
+        if checkpoint is not None and not checkpoint.is_resumable:
+            more = "it holds weights only, which cannot be trained further; score it"
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
             self._set_known(None)
             say(
-                f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
-                "trainer.max_steps to continue, or score it with slzo test"
+                f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); {more} with "
+                "slzo test"
             )
             return
         with self._running(begun):
