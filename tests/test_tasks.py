@@ -270,6 +270,7 @@ class TestTemplate:
             ({"candidates": [" x", " x"]}, "two candidates are equal"),
             ({"candidates": [" 1", " 2"]}, "give the rows' labels in data.task.labels"),
             ({"labels": ["a"]}, r"data.task.labels \['a'\]: give 2 different labels"),
+            ({"labels": [None, 1]}, r"data.task.labels \[None, 1\]: give texts and numbers, such as"),
             ({"labels": ["a", "a"]}, r"data.task.labels \['a', 'a'\]: give 2 different labels"),
             ({"max_new_tokens": 5}, "data.task.max_new_tokens 5: a task generates answers or chooses candidates"),
             ({"candidates": None, "max_new_tokens": 0}, "data.task.max_new_tokens 0: must be at least 1"),

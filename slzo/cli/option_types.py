@@ -4,7 +4,8 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Union
 
 from jsonargparse import ArgumentParser
 
@@ -24,6 +25,10 @@ def describe_type(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(str(item) for item in inner)
     if origin is list:
+        if typing.get_origin(inner[0]) in (Union, UnionType) and _PLAIN.keys() >= {
+            getattr(item, "__name__", "") for item in typing.get_args(inner[0])
+        }:
+            return f"a list (each entry {describe_type(inner[0])})"
         return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
     if origin is dict:
         return "a mapping"

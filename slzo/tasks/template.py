@@ -201,6 +201,8 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] 
     if len(set(candidates)) < len(candidates):
         raise SlzoError(f"data.task.candidates {list(candidates)}: two candidates are equal; make them differ")
     if labels is not None:
+        if not all(isinstance(label, str | int | float) for label in labels):
+            raise SlzoError(f'data.task.labels {list(labels)}: give texts and numbers, such as ["no", "yes"]')
         keys = [str(label).strip() for label in labels]
         if len(keys) != len(candidates) or len(set(keys)) < len(keys):
             raise SlzoError(
