@@ -62,6 +62,7 @@ from slzo.training.run import Prepared, RunContext
 from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time
 from slzo.utils.console import say, warn
+from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
@@ -354,7 +355,7 @@ def score_test_rows(
     known then. ``when`` is part of the printed line. With ``keep_prefix`` the states that enter the tuned layer are cached, as
     the rows are scored again.
     """
-    say(f"Scoring {len(rows.rows('test'))} held-out rows {when} ...")
+    say(f"Scoring {counted(len(rows.rows('test')), 'held-out row')} {when} ...")
     has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
         rows.evaluator(prepared.model),
@@ -377,7 +378,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     skipped = prepared.stepper.num_nonfinite
     if skipped and skipped >= outcome.steps:
         reason = prepared.stepper.problem or "the loss was infinite or NaN"
-        raise SlzoError(f"{reason}; none of the {skipped} steps was taken, so nothing was trained")
+        raise SlzoError(f"{reason}; no step was taken, so nothing was trained")
     first = rows.processes.rank == 0
     best = best_state(outcome.best, rows.processes)
     name = "last weights" if best is None else Path(str(outcome.best)).name

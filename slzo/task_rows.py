@@ -31,6 +31,7 @@ from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
+from slzo.utils.counted import counted
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.kinds import Kinds, check_kinds
@@ -339,10 +340,10 @@ class TaskRows:
         self._warn_unlabelled(splits, stage)
         counts = f"{len(splits.train)} training, {len(splits.dev)} dev and " if splits.train else ""
         origin = f", {splits.origin}" if splits.origin else ""
-        say(f"Task {self.task.name}: {counts}{len(splits.test)} held-out rows{origin}.")
+        say(f"Task {self.task.name}: {counts}{counted(len(splits.test), 'held-out row')}{origin}.")
         unlabelled = sum(not example.gold for example in splits.train)
         if stage == "fit" and unlabelled and self.objective.needs_label:
-            say(f"Left out {unlabelled} training rows without a label.")
+            say(f"Left out {counted(unlabelled, 'training row')} without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
             say(self.encoder.note)
 
@@ -389,7 +390,7 @@ class TaskRows:
         self._read_with["predict_file"] = self.predict_file
         if found.note:
             say(found.note)
-        say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
+        say(f"Task {self.task.name}: {counted(len(found.examples), 'row')} of {self.predict_file}.")
         return found.examples
 
     def _first_key(self, split: str) -> int:
@@ -431,9 +432,7 @@ class TaskRows:
             if self.task.chat is not None and examples and examples[0].messages:
                 role = examples[0].messages[-1].role
                 wanted = f"the last turn must have role 'assistant', but in {examples[0].location} it has role {role!r}"
-            raise SlzoError(
-                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; {wanted}"
-            )
+            raise SlzoError(f"data.task: no training row has a label, and training needs one; {wanted}")
         if is_train:
             objective.check_examples([example for _, example in kept])
         self._rows[split] = encode_rows(
@@ -506,7 +505,7 @@ class TaskRows:
         if 0 < len(rows) < processes.world_size:
             option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
             if split == "predict" and self.predict_file is not None:
-                option = f"data.predict_file {self.predict_file!r}, {len(rows)} rows"
+                option = f"data.predict_file {self.predict_file!r}, {counted(len(rows), 'row')}"
             raise SlzoError(
                 f"{option}: fewer rows than the {processes.world_size} processes; use more rows or fewer devices"
             )

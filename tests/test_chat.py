@@ -224,7 +224,7 @@ def test_held_out_rows_are_drawn_once_for_all_seeds_and_in_no_other_split():
     pool = [*rows_of(50), Example("twin", "p says 3", (" b",), (0,))]
     train, test, notes = split_off_test(pool, None)
     assert len(test) == 10
-    assert sum("Left out 1 rows" in note for note in notes) == ("p says 3" in {example.prompt for example in test})
+    assert sum("Left out 1 row with" in note for note in notes) == ("p says 3" in {example.prompt for example in test})
     assert not {example.prompt for example in train} & {example.prompt for example in test}
     again = split_off_test(pool[::-1], 4)
     assert {example.prompt for example in again[1]} <= {example.prompt for example in test}
@@ -241,8 +241,8 @@ def test_a_dev_split_of_its_own():
     assert {example.id for example in splits.dev} == {"d0", "d1", "d2", "d3", "d4", "x"}
     assert len(splits.train) == 19
     assert splits.notes == (
-        "Left out 1 dev rows that are also in the test split.",
-        "Left out 1 training rows that are also in the dev split.",
+        "Left out 1 dev row also found in the test split.",
+        "Left out 1 training row also found in the dev split.",
         "Took 19 of 30 training examples and 6 of 10 dev examples: there are no more usable rows.",
     )
 

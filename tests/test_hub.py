@@ -143,7 +143,7 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
     assert metadata["datasets"] == ["me/rows"]
     place = {"name": "sst2", "type": "me/rows", "split": "validation", "revision": rows[0]}
     assert metadata["model-index"][0]["results"][0]["dataset"] == place
-    assert "task sst2, 79 training rows, 1 dev rows, 24 held-out rows, batches of 8; from [me/rows](https://" in card
+    assert "task sst2, 79 training rows, 1 dev row, 24 held-out rows, batches of 8; from [me/rows](https://" in card
     for commit in (older, rows[0]):
         assert f"at commit `{commit}`" in card
     hub.requests.clear()

@@ -123,7 +123,7 @@ def test_an_id_stands_for_one_row_in_all_files(tmp_path):
         set_up(template(train_file=twice, id_field="key"))
     train, same = file("train", rows_of(10)), file("same", rows_of(2))
     data = set_up(template(train_file=train, test_file=same, id_field="key"))
-    assert "Left out 2 training rows that are also in the test split." in data.splits.notes
+    assert "Left out 2 training rows also found in the test split." in data.splits.notes
     other = file("other", [row | {"text": "another"} for row in rows_of(1)])
     with pytest.raises(SlzoError, match=r"^data.task.id_field 'key': .*train.jsonl:1 has id '100', .*other.jsonl:1"):
         set_up(template(train_file=train, test_file=other, id_field="key"))
@@ -307,7 +307,7 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
         rows = data.rows(split)
         long = sum(len(row.example.prompt) > 30 for row in rows)
         assert capsys.readouterr().err == (
-            f"slzo: warning: data.max_length 30: {long} {split} rows are longer, and are cut on the left\n"
+            f"slzo: warning: data.max_length 30: shortened {long} {split} row{'s' * (long > 1)}, cut on the left\n"
         )
         data.profile_batches(4)
 

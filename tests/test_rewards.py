@@ -704,7 +704,7 @@ def test_a_run_without_a_single_step_trained_nothing(reward_options, capfd):
     assert main(["fit", *reward_options, "--data.reward=mine.py:nothing", "--guard.factor=null"]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("slzo: error: data.reward mine.py:nothing: returned None, at row 'train-")
-    assert last.endswith("none of the 4 steps was taken, so nothing was trained")
+    assert last.endswith("no step was taken, so nothing was trained")
 
 
 def test_a_reward_that_no_direction_changes_is_named(reward_options, capfd):

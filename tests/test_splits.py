@@ -62,8 +62,8 @@ def test_no_row_is_in_two_splits():
         assert max(seen.values()) == 1
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (60, 30, 10)
     assert splits.notes == (
-        "Left out 12 training rows that are also in the test split.",
-        "Left out 10 training rows with repeated prompts.",
+        "Left out 12 training rows also found in the test split.",
+        "Left out 10 training rows with a repeated prompt.",
     )
 
 
@@ -127,7 +127,7 @@ def test_held_out_rows_leave_enough_for_the_others():
     train, test, notes = split_off_test(repeated, None, least=3)
     assert len(test) == 1
     assert len({example.prompt for example in train}) == 3
-    assert notes == ("Left out 14 rows whose prompts are also in held-out rows.",)
+    assert notes == ("Left out 14 rows with the prompt of a held-out row.",)
     with pytest.raises(SlzoError, match=r"^data.task.train_file: .* at least 5 rows with different .*, and it has 4"):
         split_off_test(repeated, None, least=4)
 

@@ -236,7 +236,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
 --profiler.num_sequences=3 | profiler.num_sequences 3: must be at least 10; the average of fewer is not reliable
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
---profiler.text_file=few.txt | only 1 sequences of two tokens or more to profile, at least 10 are needed
+--profiler.text_file=few.txt | only 1 sequence of two tokens or more to profile, at least 10 are needed
 --profiler.text_file=. | profiler.text_file '.': is a folder
 --profiler.text_file=noise.csv | profiler.text_file 'noise.csv': not UTF-8
 --ckpt_path=last | ckpt_path 'last': no run below 'runs'
@@ -343,6 +343,8 @@ model.optimizer | torch.optim.SGD | momentum | abc | 'abc': expected a number; s
 model.optimizer | SGD | momentm | 0.5 | : unknown option of the chosen class SGD, which has params, lr, momentum
 model.lr_scheduler | StepLR | step_size | abc | 'abc': expected a whole number; see --model.lr_scheduler.help StepLR
 profiler.rule | FirstOutlierLayer | max_abs | abc | 'abc': expected a number; see --profiler.rule.help FirstOutlierLayer
+data.task | TemplateTask | labels | [null, 1] | [None, 1]: expected a list (each entry text or a whole number or a number) \
+or null; see --data.task.help TemplateTask
 data.task | TemplateTask | candidates | [1, 2] | [1, 2]: expected a list like [a, b] or null; see --data.task.help TemplateTask
 data.task | TemplateTask | prompt | null | null: expected text; see --data.task.help TemplateTask
 data.task | slzo.tasks.chat.ChatTask | turns | some | 'some': choose one of all, last; see --data.task.help ChatTask
@@ -472,7 +474,7 @@ def test_rows_without_a_label_do_not_train(options, data_dir, tmp_path, capsys):
         return f"--data.data_dir={tmp_path / 'rows'}"
 
     line = error_line(capsys, "fit", *options, without_labels(lambda index: True))
-    assert "none of the 40 training rows has a label" in line
+    assert "no training row has a label" in line
     assert main(["fit", *options, without_labels(lambda index: index % 4 == 0), "--trainer.max_steps=5"]) == 0
     # once, although rows are encoded again if the model takes shorter sequences
     assert len(re.findall(r"Left out \d+ training rows without a label", capsys.readouterr().out)) == 1

@@ -9,6 +9,7 @@ from torch.nn.utils import get_total_norm
 
 from slzo.module import ZOModule, zo_module
 from slzo.utils.console import warn
+from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.objectives import GenerationObjective
 from slzo.zo.stepper import StepResult
@@ -70,7 +71,7 @@ class StepWatch(Callback):
             )
         if self._zeros >= self.max_zero_steps:
             raise SlzoError(
-                f"the {what} was exactly 0 for {self._zeros} steps in a row, the last at step {trainer.global_step}: "
+                f"the {what} was exactly 0 for {counted(self._zeros, 'step')} in a row, the last at step {trainer.global_step}: "
                 f"{_reason(module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
             )
 
@@ -91,8 +92,9 @@ def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
     objective = module.rows.objective
     if not isinstance(objective, GenerationObjective) or module.stepper.estimator.perturbs == "weights":
-        return f"the loss, {loss:.4g}, did not change along any direction for {steps} steps"
-    what = f"for {steps} steps all {objective.sampling.samples} answers to each row were equally good (mean loss {loss:.4g})"
+        return f"the loss, {loss:.4g}, did not change along any direction for {counted(steps, 'step')}"
+    answers = f"all {objective.sampling.samples} answers to each row"
+    what = f"for {counted(steps, 'step')} {answers} were equally good (mean loss {loss:.4g})"
     if loss <= objective.lowest:
         return f"{what}, the best one: there is nothing left to learn"
     return (

@@ -73,7 +73,7 @@ class ChatEncoder(Encoder):
         chat: Template and turns to train on.
     """
 
-    shortening = "lose earlier turns first"
+    shortening = "without the earliest turns"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
         super().__init__(tokenizer, max_length)

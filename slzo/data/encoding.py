@@ -36,13 +36,13 @@ class Encoder:
         note: Sentence for the log if conversations are put in a template that is not the tokenizer's, else ``None``.
         template: The chat template.
         stop: Texts that end a generated answer.
-        shortening: What happens to sequences that are too long, for a message.
+        shortening: How sequences that are too long are shortened, for a message.
     """
 
     note: str | None = None
     template: str | None = None
     stop: tuple[str, ...] = ()
-    shortening = "are cut on the left"
+    shortening = "cut on the left"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer

@@ -12,6 +12,7 @@ from slzo.data.encoding import Encoder
 from slzo.data.files import BadRows
 from slzo.tasks.base import Example
 from slzo.utils.console import say, warn
+from slzo.utils.counted import counted
 from slzo.utils.errors import RowError
 
 # Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
@@ -61,7 +62,9 @@ def encode_rows(
     if note := bad.report(len(found), f"the {split} split"):
         say(note)
     if num_cut:
-        warn(f"data.max_length {encoder.max_length}: {num_cut} {split} rows are longer, and {encoder.shortening}")
+        warn(
+            f"data.max_length {encoder.max_length}: shortened {counted(num_cut, f'{split} row')}, {encoder.shortening}"
+        )
     return found
 
 

@@ -14,6 +14,7 @@ from slzo.training.build import load_parts, restore, restored_rate
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import logged_options
 from slzo.utils.console import say
+from slzo.utils.counted import counted
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import output_file
@@ -89,7 +90,7 @@ def replay_run(
     _take_steps(stepper, options, log, number)
     note, masters = {**start.note, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
     write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
-    say(f"Checkpoint {path}, the tuned weights after {number} steps")
+    say(f"Checkpoint {path}, the tuned weights after {counted(number, 'step')}")
     config = folder / CONFIG_FILE
     if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():
         say(
@@ -106,7 +107,7 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
             "run that it continues is incomplete; replay that one"
         )
     if requested is not None and not 0 <= requested <= available:
-        raise SlzoError(f"step {requested}: the log of {run!r} has {available} steps; give 0 to {available}")
+        raise SlzoError(f"step {requested}: the log of {run!r} has {counted(available, 'step')}; give 0 to {available}")
     return available if requested is None else requested
 
 

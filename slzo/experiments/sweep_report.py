@@ -15,6 +15,7 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
+from slzo.utils.counted import counted
 from slzo.utils.files import replacing, write_json
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.profile import LayerStatistics
@@ -215,8 +216,10 @@ class SweepResult:
             "curves": curves,
         }
         write_json(folder / "sweep.json", content)
-        seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, bars: standard errors"
-        below = f"{plan.steps} steps, {seeds}" if plan.trainings else "before training, bars: standard errors"
+        seeds = f"{counted(len(plan.seeds), 'seed')}, bars: standard errors"
+        below = (
+            f"{counted(plan.steps, 'step')}, {seeds}" if plan.trainings else "before training, bars: standard errors"
+        )
         save(sweep_picture(rows, title, below, self.loss), folder, "sweep")
         if plan.seconds is not None and curves:
             save(sweep_curves_picture(curves, title, self.dominant, self.loss), folder, "sweep_curves")

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from slzo.models.decoder_layers import find_decoder_layers
 from slzo.utils.console import warn
+from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) ->
 
 def _list(names: Collection[str]) -> str:
     shown = ", ".join(sorted(names)[:_NAMED])
-    return f"{shown} and {len(names) - _NAMED} more tensors" if len(names) > _NAMED else shown
+    return f"{shown} and {counted(len(names) - _NAMED, 'more tensor')}" if len(names) > _NAMED else shown
 
 
 def _beyond_the_last_layer(model: PreTrainedModel, names: Collection[str]) -> list[str]:

@@ -21,6 +21,7 @@ from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.console import warn
+from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -110,7 +111,9 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
         note = checkpoint.note
         tokenizer, models = _of_checkpoint(checkpoint, trust_remote_code)
     if number := note.get("num_demonstrations"):
-        warn(f"the run puts {number} solved rows before each prompt (data.num_demonstrations); here prompts have none")
+        warn(
+            f"the run puts {counted(number, 'solved row')} before each prompt (data.num_demonstrations); here prompts have none"
+        )
     found = note.get("candidates")
     return Pair(
         tokenizer,

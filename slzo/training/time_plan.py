@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Self
 
+from slzo.utils.counted import counted
 from slzo.utils.duration import duration
 
 _MOST_VALIDATIONS = 8
@@ -164,11 +165,11 @@ class TimePlan:
         passes = budget.passes
         number = self.validations
         mean = times.of_steps(self.new_steps) / max(1, self.new_steps)  # steps with new rows take longer
-        parts = [f"{self.new_steps:,} steps of {mean:.2g} s"]
+        parts = [f"{self.new_steps:,} step{'s' * (self.new_steps != 1)} of {mean:.2g} s"]
         if number:
             often = "after each step" if self.every == 1 else f"one every {self.every} steps"
             every = f", {often}" if number > 1 and self.every is not None else ""
-            parts.append(f"{number} validation{'s' if number > 1 else ''} of {times.validation:.2g} s{every}")
+            parts.append(f"{counted(number, 'validation')} of {times.validation:.2g} s{every}")
         if passes.test_before + passes.test_after:
             parts.append(f"other scores {times.before + times.after:.2g} s")
         return (

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from slzo.checkpoints.step_log import Rollback, StepLogWriter, StepRecord
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
+from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.batch_loss import LossContext
@@ -313,7 +314,7 @@ class Stepper:
             return
         if self.problem:
             raise SlzoError(
-                f"{self.problem}; no step was taken {self.nonfinite_in_row} times in a row (model.max_nonfinite)"
+                f"{self.problem}; no step was taken {counted(self.nonfinite_in_row, 'time')} in a row (model.max_nonfinite)"
             )
         advice = "lower the learning rate (model.optimizer.lr)"
         if self.estimator.perturbs == "weights":
@@ -321,8 +322,8 @@ class Stepper:
         if self.model.parts.model.dtype == torch.float16:
             advice += ", or use model.dtype bfloat16 or float32"
         raise SlzoError(
-            f"training diverged: the loss was infinite or NaN {self.nonfinite_in_row} steps in a row, the last at step "
-            f"{step + 1}; {advice}"
+            f"training diverged: the loss was infinite or NaN {counted(self.nonfinite_in_row, 'step')} in a row, the last at "
+            f"step {step + 1}; {advice}"
         )
 
 
