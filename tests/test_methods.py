@@ -142,6 +142,15 @@ def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
     assert found["base weights, bases and masks"] == 4 * (32 * 64 + 2 * 64)
 
 
+def test_a_scope_without_a_matrix_is_refused_before_anything_is_measured(options, capsys, monkeypatch):
+    for place in ("slzo.zo.auto_step.AutoStep.measure", "slzo.callbacks.run_record.score_test_rows"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("something was measured"))
+    line = error_line(
+        capsys, "fit", *options, *given("model.scope=OutlierChannels model.estimator=LOZO model.optimizer.lr=auto")
+    )
+    assert "model.estimator LOZO: low-rank directions need a complete matrix" in line
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -117,7 +117,8 @@ class Stepper:
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
 
     Raises:
-        SlzoError: The estimator needs a derivative, and a tuned tensor is not a parameter of the model.
+        SlzoError: The estimator cannot work with the tuned tensors, such as one that needs a derivative with a tensor that is
+            not a parameter of the model.
 
     Attributes:
         rate: Sets the learning rate of each step; ``None`` if the optimizer's own rate is used.
@@ -142,6 +143,7 @@ class Stepper:
         sets_rate: bool = False,
         max_nonfinite: int = 10,
     ) -> None:
+        estimator.check_tuned(model.tensors)
         if estimator.perturbs == "output":
             check_layer_output(model.parts, model.span, estimator.describe())
         if estimator.perturbs != "weights":

@@ -128,6 +128,14 @@ class Estimator(ABC):
         """
         return
 
+    def check_tuned(self, tuned: TunedTensors) -> None:
+        """Check that the estimator can work with the tuned tensors.
+
+        Raises:
+            SlzoError: It cannot. By default all tensors are accepted.
+        """
+        return
+
     @abstractmethod
     def evaluations(self, num_queries: int) -> float:
         """Return the cost of a step with ``num_queries`` directions, as a number of forward passes of the whole batch."""
@@ -146,9 +154,11 @@ def estimate_of(estimator: Estimator, request: Request) -> Estimate:
     """Return the estimate of a step.
 
     Raises:
-        SlzoError: The estimator cannot work with this number of directions, or does not return an estimate for the tuned tensors.
+        SlzoError: The estimator cannot work with this number of directions or with the tuned tensors, or does not return an
+            estimate for them.
     """
     estimator.check(request.num_queries)
+    estimator.check_tuned(request.tuned)
     estimate, masters = estimator.estimate(request), request.tuned.named_masters()
     wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
     if not isinstance(estimate, Estimate):

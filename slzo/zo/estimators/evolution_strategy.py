@@ -11,7 +11,7 @@ from torch import Tensor
 from slzo.utils.errors import SlzoError, check_at_least, check_choice
 from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
-from slzo.zo.tuned import Direction, Point
+from slzo.zo.tuned import Direction, Point, TunedTensors
 
 Shaping = Literal["zscore", "rank"]
 
@@ -67,9 +67,11 @@ class EvolutionStrategy(Estimator):
                 "leave model.estimator.antithetic true"
             )
 
-    def estimate(self, request: Request) -> Estimate:
+    def check_tuned(self, tuned: TunedTensors) -> None:
         if self.direction_rank is not None:
-            check_has_matrices(request.tuned, "EvolutionStrategy.direction_rank")
+            check_has_matrices(tuned, "EvolutionStrategy.direction_rank")
+
+    def estimate(self, request: Request) -> Estimate:
         signs = (1, -1) if self.antithetic else (1,)
         losses: list[float] = []
         held: dict[int, Direction] = {}

@@ -4,6 +4,7 @@ from slzo.utils.errors import check_at_least
 from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import low_rank
+from slzo.zo.tuned import TunedTensors
 
 
 class LOZO(Estimator):
@@ -24,8 +25,10 @@ class LOZO(Estimator):
         self.rank = rank
         self.interval = interval
 
+    def check_tuned(self, tuned: TunedTensors) -> None:
+        check_has_matrices(tuned, "LOZO")
+
     def estimate(self, request: Request) -> Estimate:
-        check_has_matrices(request.tuned, "LOZO")
         return finite_differences(request, low_rank(self.rank, self.interval), two_sided=True)[0]
 
     def evaluations(self, num_queries: int) -> float:
