@@ -117,6 +117,22 @@ def test_the_other_options_of_a_config_stay_as_they_are():
     assert content["model"]["optimizer"]["init_args"]["lr"] == math.inf
 
 
+@pytest.mark.usefixtures("own_folder")
+def test_a_config_that_is_written_has_the_texts_that_were_read(capsys):
+    """The parser writes the arguments of a class and reads them again before it writes the whole config."""
+    numbers = [1e-3, 12e5, 2, 1.5]
+    arguments = {"prompt": "1e-3", "candidates": TEXTS, "labels": [*TEXTS, *numbers]}
+    config = {"data": {"task": {"class_path": "TemplateTask", "init_args": arguments}, "hub_config": "12e5"}}
+    Path("config.yaml").write_text(json.dumps(config))
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config=config.yaml", "--print_config"])
+        Path("config.yaml").write_text(capsys.readouterr().out)
+        found = get_loader("yaml")(Path("config.yaml").read_text())["data"]
+        assert found["hub_config"] == "12e5"
+        assert {name: found["task"]["init_args"][name] for name in arguments} == arguments
+
+
 def test_a_long_config_as_text_is_no_file_name():
     text = json.dumps({"model": {"model": "x" * 300, "optimizer": {"class_path": "SGD", "init_args": {"lr": "auto"}}}})
     for args in ([f"--config={text}"], ["--config", text], ["-c", text]):

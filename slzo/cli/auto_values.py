@@ -32,6 +32,11 @@ _Dumper.add_implicit_resolver(
 )
 
 
+def as_yaml(value: Any) -> str:
+    """Return a value as YAML that the parser reads as the same value."""
+    return str(yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
 def encode_words(words: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
     found = []
@@ -50,7 +55,7 @@ def decode_words(dumped: str) -> str:
 def _text(value: Any) -> str:
     """Return the value of an option as the parser reads it."""
     if isinstance(value, dict):
-        return str(yaml.dump(value, Dumper=_Dumper))
+        return as_yaml(value)
     return _NUMBER if value == AUTO_LR else str(value)
 
 

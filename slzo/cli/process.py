@@ -9,7 +9,9 @@ import warnings
 from typing import Any
 
 import transformers
+from jsonargparse import set_dumper
 
+from slzo.cli.auto_values import as_yaml
 from slzo.utils.console import is_first_process
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
 
@@ -24,7 +26,8 @@ _IRRELEVANT_WARNINGS = (
 
 
 def prepare_process() -> None:
-    """Set up memory allocation, and silence advice that does not apply to forward-only training."""
+    """Set up memory allocation and the form of configs, and silence advice that does not apply to forward-only training."""
+    set_dumper("yaml", as_yaml)  # also for the arguments of classes, which jsonargparse dumps and reads again
     threading.excepthook = _report_thread_error
     keep_freed_memory()
     bound_kernel_caches()
