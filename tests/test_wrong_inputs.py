@@ -231,6 +231,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
 --profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': has another type; give a class such as Auto
 --profiler.rule=slzo.zo.scopes.Scope | profiler.rule 'slzo.zo.scopes.Scope': has another type
+--model.estimator=OneSided --model.estimator.noise=x | model.estimator.noise: unknown option of the chosen class OneSided, which has none
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
 --model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100

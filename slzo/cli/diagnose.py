@@ -144,14 +144,16 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     kind = classes[owner]
     argument, _, key = name.removeprefix(f"{owner}.").partition(".")
     types = argument_types(kind)
-    if argument == "help" or not types:
+    is_known = bool(types) or inspect.getattr_static(kind, "__init__") is object.__init__
+    if argument == "help" or not is_known:
         return ""
     if argument not in types:
         group = owner.partition(".")[0]
         hint = did_you_mean(argument, types, _help_of(owner, kind))
         if f"{group}.{argument}" in hints:
             hint = f"did you mean {group}.{argument}?"
-        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}; {hint}"
+        known = ", ".join(types) or "none"
+        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {known}; {hint}"
     own = types[argument]
     if (key and classes_of(own)) or (name, value) == ("model.optimizer.lr", "auto"):  # auto: see auto_values.py
         return ""
