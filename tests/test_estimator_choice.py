@@ -183,7 +183,6 @@ def test_the_defaults_follow_from_what_is_given(given, estimator, optimizer):
     ("args", "estimator", "optimizer"),
     [
         (["--model.estimator.queries=4"], "LayerOutputPerturbation", None),
-        (["--model.estimator.noise=rademacher", "--model.num_queries=2"], "SPSA", None),
         (["--model.optimizer.lr=1e-3"], None, "AdamW"),
         (["--model.optimizer.lr=1e-3", "--model.eps=1e-3"], None, "SGD"),
         (["--model.optimizer.lr=1e-3", "--model.estimator=SPSA"], "SPSA", "SGD"),
@@ -285,7 +284,7 @@ SPSA_CONFIG = "--config={model: {estimator: SPSA}}"
         (["--model.scope=AllParameters", "--model.scope=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.scope.layers=[1,2]", "--model.scope.layers=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
-        (["--model.num_queries=4", "--model.estimator.noise=rademacher"], ("SPSA", None)),
+        (["--model.num_queries=4", "--model.estimator.queries=8"], ("SPSA", None)),
         (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),

@@ -60,7 +60,7 @@ def test_backprop_moves_only_what_a_step_moves(examples):
     assert 0 < len(moved) < len(model.tensors.names)
 
 
-@pytest.mark.parametrize("estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(2, 5)], ids=described)
+@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(2, 5)], ids=described)
 def test_slopes_on_a_model_follow_autograd(estimator, examples):
     """The gradient is slope * z, so its product with the true gradient is slope * (z . g), about the slope squared."""
     model, loss = tiny_loss(examples)
@@ -102,7 +102,7 @@ def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, 
     ("estimator", "queries", "steps"),
     [
         *((estimator, 1, 6000) for estimator in (SPSA(), OneSided(), LOZO(2, 1))),
-        *(pytest.param(own, 1, 6000, marks=pytest.mark.slow) for own in (SPSA("rademacher"), LOZO(1, 1))),
+        pytest.param(LOZO(1, 1), 1, 6000, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
@@ -129,13 +129,12 @@ def variance(problem, estimator, steps=1500, **settings):
     [
         (SPSA(), 1, D + 1),
         (SPSA(), 4, (D + 1) / 4),
-        (SPSA("rademacher"), 1, D - 1),
         (OneSided(), 1, D + 1),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
 def test_variances_are_those_of_theory(estimator, queries, expected):
-    """d + 1 for Gaussian directions, d - 1 for random signs, both over q."""
+    """d + 1 for Gaussian directions, over q."""
     steps = 3000 if queries == 1 else 1500
     assert variance(Quadratic(), estimator, steps, num_queries=queries) == pytest.approx(expected, rel=0.12)
 
@@ -264,7 +263,6 @@ def test_equal_losses_move_nothing(estimator):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SPSA("uniform"), r"model\.estimator\.noise 'uniform'"),
         (lambda: LOZO(rank=0), r"model\.estimator\.rank 0"),
         (lambda: LOZO(interval=0), r"model\.estimator\.interval 0"),
         (lambda: on_a_vector(FZOO()), r"model\.num_queries 1: FZOO"),

@@ -342,8 +342,8 @@ def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, caps
     assert main(command) == 0
     before = {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
     assert "eps: 0.001 -> 0.002" in error_line(capsys, *command, "--model.eps=2e-3")
-    rademacher = ["--model.estimator=SPSA", "--model.estimator.noise=rademacher"]
-    assert "estimator.noise: gaussian -> rademacher" in error_line(capsys, *command, *rademacher)
+    queries = ["--model.estimator=SPSA", "--model.num_queries=2"]
+    assert "model.num_queries: 1 -> 2" in error_line(capsys, *command, *queries)
     assert before == {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("precious")

@@ -33,7 +33,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings, differences
-from slzo.zo.estimators import SPSA, Point
+from slzo.zo.estimators import LOZO, Point
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import (
@@ -433,7 +433,7 @@ def test_a_layer_without_linear_maps_is_named():
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (SPSA(), SPSA("rademacher")),
+        (LOZO(rank=1), LOZO(rank=2)),
         (LoRA(alpha=1.0), LoRA(alpha=64.0)),
         (ActivationSubspace(num_sequences=1), ActivationSubspace(num_sequences=64)),
         (RandomLayers(0.25), RandomLayers(0.254)),

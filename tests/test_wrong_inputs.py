@@ -36,7 +36,7 @@ WRONG = """
 --model.scope.rank=4 --model.scope=LoRA | model.scope.rank: give the class before its options, as in --model.scope CLASS --model.scope.rank VALUE; choose one of A
 --model.scope=LoRA --model.scope.layer=3 | model.scope.layer: unknown option of the chosen class LoRA
 --model.optimizer.momentum=0.9 --model.optimizer=SGD --data.foo=1 | data.foo: unknown option
---model.estimator.noise=x --model.estimator=SPSA | model.estimator.noise 'x': choose one of gaussian, r
+--model.estimator.shaping=x --model.estimator=EvolutionStrategy | model.estimator.shaping 'x': choose one of zscore, r
 --data.max_length -h | data.max_length '': expected a whole number
 --config 'config: rate.yaml' | config
 --model.scope=LoRA --model.scope.layers=3 | model.scope.layers '3': expected a list like [1, 2] or all
@@ -55,7 +55,6 @@ WRONG = """
 --model.estimator=FZOO | model.num_queries 1: FZOO divides by the spread of several losses
 --model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of zscore, rank
 --model.estimator=EvolutionStrategy --model.estimator.antithetic=false | model.num_queries 1: EvolutionStrategy compares the members
---model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
 --model.estimator=EvolutionStrategy --model.estimator.antithetic=3 | model.estimator.antithetic '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative, which Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of
@@ -233,7 +232,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --profiler.rule=slzo.zo.scopes.Scope | profiler.rule 'slzo.zo.scopes.Scope': has another type
 --model.estimator=OneSided --model.estimator.noise=x | model.estimator.noise: unknown option of the chosen class OneSided, which has none
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
---model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has noise; did you mean model.num_queries?
+--model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has none; did you mean model.num_queries?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
 --profiler.num_sequences=3 | profiler.num_sequences 3: must be at least 10; the average of fewer is not reliable
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
