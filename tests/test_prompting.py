@@ -18,7 +18,7 @@ from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import Pair
 from slzo.prompting.prompts import read_prompts
-from slzo.prompting.stream import TextOptions, write_continuation
+from slzo.prompting.stream import write_continuation
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError
@@ -173,16 +173,7 @@ def test_the_answers_of_a_classification_task_are_scored(tuned, model_dir, capsy
     own = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}", '--candidates=[" great", " terrible"]')
     assert own["tuned"].split(", ") == expected.split(", ")[::-1]
     assert main(["generate", "--ckpt_path=last", "--prompt=x", "--max_new_tokens=5"]) == 0
-    assert "do not change the probabilities of answers" in capsys.readouterr().err
-
-
-def test_draws_depend_on_the_seed(tuned, capsys):
-    tuned("LayerScope")
-    drawn = [
-        generated(capsys, "--ckpt_path=last", "--prompt=A", "--candidates=[]", "--temperature=1", f"--seed={seed}")
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert "does not change the probabilities of answers" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(tuned, capsys):
@@ -192,9 +183,6 @@ def test_mistakes_are_one_line(tuned, capsys):
         (checkpoint,): "prompt: give either one prompt with --prompt",
         (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
         (checkpoint, "--prompt=x", "--max_new_tokens=400", "--candidates=[]"): "exceeds the model's limit of 256",
-        (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
-        (checkpoint, "--prompt=x", "--temperature=1e-300"): "must be 0 (the most likely token), or at least 0.001",
-        (checkpoint, "--prompt=x", "--seed=99999999999999999999"): "give a number from 0 to 9223372036854775807",
         (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
         (checkpoint, "--prompt=x", "--prompt=y"): "prompt: given twice, and only the last would count; give it once",
@@ -269,7 +257,7 @@ def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
 
     def written(*stop):
         out = StringIO()
-        write_continuation(model, tokenizer, ids, TextOptions(LENGTH, 0.0, 0), out.write, stop)
+        write_continuation(model, tokenizer, ids, LENGTH, out.write, stop)
         return out.getvalue()
 
     assert written() == f"{text}\n"

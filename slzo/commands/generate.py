@@ -5,19 +5,19 @@ from functools import partial
 from slzo.prompting.choice import probabilities
 from slzo.prompting.pair import check_prompt, load_pair
 from slzo.prompting.prompts import read_prompts
-from slzo.prompting.stream import TextOptions, write_continuation
+from slzo.prompting.stream import write_continuation
 from slzo.tasks.base import Example
 from slzo.utils.console import say, warn
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, check_at_least
+
+_NEW_TOKENS = 64
 
 
 def generate(
     ckpt_path: str,
     prompt: str | None = None,
     prompts: str | None = None,
-    max_new_tokens: int = TextOptions.max_new_tokens,
-    temperature: float = TextOptions.temperature,
-    seed: int = TextOptions.seed,
+    max_new_tokens: int = _NEW_TOKENS,
     untuned: bool = True,
     candidates: list[str] | None = None,
     base: str | None = None,
@@ -36,8 +36,6 @@ def generate(
         prompts: File with prompts: one per line, or JSON Lines with the field prompt, and messages for a conversation, such as
             slzo predict writes.
         max_new_tokens: Length of each text, in tokens.
-        temperature: 0 takes the most likely token each time; above 0 tokens are drawn.
-        seed: Seed of the drawn tokens.
         untuned: Show the untuned model too.
         candidates: Answers to compare, each with its leading space, such as [" yes", " no"]. Left out, those of the task that the
             model was tuned on, if all of its rows have the same; [] for a text.
@@ -53,15 +51,13 @@ def generate(
         raise SlzoError(
             f"candidates {candidates}: one answer alone has probability 1; give two or more, or [] for a text"
         )
-    options = TextOptions(max_new_tokens, temperature, seed)
+    check_at_least("max_new_tokens", max_new_tokens)
     pair = load_pair(ckpt_path, base=base, untuned=untuned, trust_remote_code=trust_remote_code)
     known = pair.candidates if candidates is None else tuple(candidates)
     if known and pair.chat is not None:
         raise SlzoError("candidates: the model was tuned on conversations, whose answers are texts; leave them out")
-    if known and options != TextOptions():
-        warn(
-            "max_new_tokens, temperature and seed do not change the probabilities of answers; --candidates '[]' gives a text"
-        )
+    if known and max_new_tokens != _NEW_TOKENS:
+        warn("max_new_tokens does not change the probabilities of answers; --candidates '[]' gives a text")
     for number, example in enumerate(asked):
         text = example.prompt
         say(f"\n{text}" if number else text)
@@ -74,4 +70,4 @@ def generate(
                     shares = probabilities(model, pair.tokenizer, text, known, pair.prompt_length)
                     say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
                 else:
-                    write_continuation(model, pair.tokenizer, ids, options, partial(say, end=""), pair.stop)
+                    write_continuation(model, pair.tokenizer, ids, max_new_tokens, partial(say, end=""), pair.stop)
