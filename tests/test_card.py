@@ -139,9 +139,7 @@ def test_a_run_trains_scores_and_resumes(options, more):
     assert main(["test", *options, "--ckpt_path=last"]) == 0
 
 
-@pytest.mark.parametrize(
-    "scope", [OutlierChannels(percent=10), ActivationSubspace(rank=2, num_sequences=4)], ids=described
-)
+@pytest.mark.parametrize("scope", [OutlierChannels(percent=10), ActivationSubspace(rank=2)], ids=described)
 def test_a_module_is_scored_and_tuned_further_after_a_fit(scope, model_dir, data_dir):
     """Lightning moves the module to the CPU after a fit, and the constants of the scope with it."""
     assert CARD is not None

@@ -22,7 +22,7 @@ SCOPES = {
     "LayerScope": [],
     "mlp": ["--model.scope=LayerScope", "--model.scope.part=mlp"],
     "OutlierChannels": ["--model.scope=OutlierChannels", "--model.scope.percent=20"],
-    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4", "--model.scope.num_sequences=8"],
+    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
     "LoRA": ["--model.scope=LoRA", "--model.scope.rank=2"],
     "PrefixTuning": ["--model.scope=PrefixTuning"],
     "AllParameters": ["--model.scope=AllParameters"],

@@ -54,7 +54,7 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     torch.testing.assert_close(total, tuned.with_zeros(expected(gradient)))
 
 
-SCOPES = [LayerScope(), LoRA(rank=2), OutlierChannels(percent=10), ActivationSubspace(rank=4, num_sequences=8)]
+SCOPES = [LayerScope(), LoRA(rank=2), OutlierChannels(percent=10), ActivationSubspace(rank=4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -338,7 +338,7 @@ SCOPES = [
     LayerScope("mlp"),
     OutlierChannels(percent=10),
     OutlierChannels(percent=10, complement=True),
-    ActivationSubspace(rank=4, num_sequences=8),
+    ActivationSubspace(rank=4),
     LoRA(rank=2),
 ]
 

@@ -701,7 +701,7 @@ def fit(data_dir, model_dir, **options):
 
 def test_strategies_see_the_masters_alone(model_dir, data_dir):
     """DDP sends the buffers of its module in each step, and a subspace has large ones."""
-    module = ZOModule(str(model_dir), 2, scope=ActivationSubspace(rank=2, num_sequences=4), seed=0)
+    module = ZOModule(str(model_dir), 2, scope=ActivationSubspace(rank=2), seed=0)
     ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=rows(data_dir))
     assert [*module.tuned_model.tensors.buffers()]
     assert not [name for name, _ in module.named_buffers() if not name.startswith("model.")]

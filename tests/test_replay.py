@@ -44,7 +44,7 @@ METHODS = {
     "queries at once": ["--model.num_queries=3", "--model.engine.queries_at_once=2"],
     "LoRA": ["--model.scope=LoRA", "--model.scope.rank=2"],
     "PrefixTuning": ["--model.scope=PrefixTuning"],
-    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4", "--model.scope.num_sequences=8"],
+    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
     "RandomLayers": ["--model.scope=RandomLayers"],
     "SmallestWeights": ["--model.scope=SmallestWeights"],
 }

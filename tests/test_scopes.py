@@ -184,7 +184,7 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     """V V^T is the identity then, so that moving C is moving W."""
     model = tiny_model(family)
     rank = 32
-    tuned = tensors_of(ActivationSubspace(rank, num_sequences=16), model)
+    tuned = tensors_of(ActivationSubspace(rank), model)
     narrow = next(linear for linear in linears(ModelParts(model), LAYER) if linear.sizes[1] == rank)
     part = dict(tuned.items())[narrow.name]
     gradient = torch.randn(narrow.weight.shape)
@@ -378,7 +378,7 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
         (SmallestWeights, {"fraction": 1.5}, r"model\.scope\.fraction 1\.5"),
         (SmallestWeights, {"fraction": 1e-5}, r"fraction 1e-05: selects no element of model\.layers\.0"),
         (ActivationSubspace, {"rank": 0}, r"model\.scope\.rank 0"),
-        (ActivationSubspace, {"rank": 33, "num_sequences": 16}, "rank 33: the inputs of .* span at most 32 directions"),
+        (ActivationSubspace, {"rank": 33}, "rank 33: the inputs of .* span at most 32 directions"),
         (ActivationSubspace, {"target_modules": ["up"]}, "'up': layer 2 has no such linear map; choose from q_proj"),
         (ActivationSubspace, {"target_modules": []}, r"target_modules \[\]: give at least one"),
         (LoRA, {"target_modules": ["q_proj", "nope"]}, "target_modules 'nope': layer 2 has no such linear map"),
@@ -435,7 +435,7 @@ def test_a_layer_without_linear_maps_is_named():
     [
         (LOZO(rank=1), LOZO(rank=2)),
         (LoRA(alpha=1.0), LoRA(alpha=64.0)),
-        (ActivationSubspace(num_sequences=1), ActivationSubspace(num_sequences=64)),
+        (ActivationSubspace(rank=1), ActivationSubspace(rank=2)),
         (RandomLayers(0.25), RandomLayers(0.254)),
         (LayerScope(), ActivationSubspace()),
     ],

@@ -12,38 +12,34 @@ from slzo.zo.tuned_tensor import Subspace
 
 # Tokens for the singular value decomposition. A few thousand span the same subspace as all tokens.
 _MAX_TOKENS = 2048
+_NUM_PROMPTS = 64
 
 
 class ActivationSubspace(Scope):
     """Each linear map W of the layer moves as W0 + C V^T, with V spanning its inputs; only C (outputs, rank) is tuned.
 
     The gradient of a linear map lies in the span of its inputs, and the noise of a zeroth-order estimate grows with the number of
-    tuned elements. V holds the top right singular vectors of the inputs on some prompts. Each token's input is scaled to unit
+    tuned elements. V holds the top right singular vectors of the inputs on 64 prompts. Each token's input is scaled to unit
     norm, since otherwise a single outlier would determine the first direction. The idea is from ZO-Act (arXiv 2607.01125), which
     tunes all layers.
 
     Args:
         rank: Directions per linear map, >= 1.
-        num_sequences: Prompts whose inputs are taken.
         target_modules: Names of the linear maps to tune, like down_proj; mlp_output is the MLP's last one, however it is
             called; left out, all of the layer's.
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
     """
 
-    def __init__(
-        self, rank: int = 16, num_sequences: int = 64, target_modules: list[str] | None = None, layers: Layers = None
-    ) -> None:
+    def __init__(self, rank: int = 16, target_modules: list[str] | None = None, layers: Layers = None) -> None:
         check_at_least("model.scope.rank", rank)
-        check_at_least("model.scope.num_sequences", num_sequences)
         self.rank = rank
-        self.num_sequences = num_sequences
         self.target_modules = target_modules
         self.layers = check_layers(layers)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         layers = resolve_layers(self.layers, context)
         maps = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
-        inputs = record_inputs(context.parts, [m.module for m in maps], context.prompts(self.num_sequences))
+        inputs = record_inputs(context.parts, [m.module for m in maps], context.prompts(_NUM_PROMPTS))
         bases = [self._basis(m.name, x) for m, x in zip(maps, inputs, strict=True)]
         return TunedTensors({m.name: Subspace(m.weight, v, m.transposed) for m, v in zip(maps, bases, strict=True)})
 
@@ -53,8 +49,8 @@ class ActivationSubspace(Scope):
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
         if self.rank > min(rows.shape):
             raise SlzoError(
-                f"model.scope.rank {self.rank}: the inputs of {name} on {self.num_sequences} prompts span at most "
-                f"{min(rows.shape)} directions; lower it or raise model.scope.num_sequences"
+                f"model.scope.rank {self.rank}: the inputs of {name} on {_NUM_PROMPTS} prompts span at most {min(rows.shape)} "
+                "directions; lower it"
             )
         return torch.linalg.svd(rows, full_matrices=False).Vh[: self.rank].T.contiguous()
 

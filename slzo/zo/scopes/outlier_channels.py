@@ -3,34 +3,33 @@
 import torch
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import Linear, check_no_experts, linears, mlp_maps
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_tensor import Masked
 
+_NUM_PROMPTS = 16
+
 
 class OutlierChannels(Scope):
     """The hidden channels of the dominant layer's MLP with the largest activations, or all others.
 
     A channel is an input of the down projection: one of its columns, and the rows (with their biases) of the projections that
-    compute it. Its size is its largest magnitude on some prompts. Dominant-Layer ZO has two such ablations: tuning only the top
+    compute it. Its size is its largest magnitude on 16 prompts. Dominant-Layer ZO has two such ablations: tuning only the top
     1% of the channels, and freezing them.
 
     Args:
         percent: Share of the channels that counts as outliers, in (0, 100].
         complement: Tune all of the MLP but these channels.
-        num_sequences: Prompts to look at.
     """
 
-    def __init__(self, percent: float = 1.0, complement: bool = False, num_sequences: int = 16) -> None:
+    def __init__(self, percent: float = 1.0, complement: bool = False) -> None:
         if not 0 < percent <= 100:
             raise SlzoError(f"model.scope.percent {percent}: must be above 0 and at most 100")
-        check_at_least("model.scope.num_sequences", num_sequences)
         self.percent = percent
         self.complement = complement
-        self.num_sequences = num_sequences
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         (layer,) = resolve_layers(None, context)
@@ -53,7 +52,7 @@ class OutlierChannels(Scope):
                 f"model.scope.percent {self.percent} with complement: selects all {num_channels} channels of the MLP and leaves "
                 "none to tune; lower it"
             )
-        (inputs,) = record_inputs(context.parts, [down.module], context.prompts(self.num_sequences))
+        (inputs,) = record_inputs(context.parts, [down.module], context.prompts(_NUM_PROMPTS))
         chosen = torch.full((num_channels,), self.complement, device=inputs.device)
         chosen[inputs.abs().amax(dim=0).topk(count).indices] = not self.complement
         tensors = {down.name: Masked(down.weight, _places(down, chosen, of_inputs=True))}
