@@ -163,7 +163,7 @@ def test_a_race_needs_trials_and_dev_rows():
 # ---- from the command line -------------------------------------------------------------------------------------------------
 
 STEPS = ["--trainer.max_steps=20", "--model.optimizer.lr=auto"]
-RACE = [*STEPS, "--profiler.rule=Race", "--profiler.rule.share=3", "--profiler.rule.dev_rows=16"]
+RACE = [*STEPS, "--profiler.rule=Race", "--profiler.rule.share=3"]
 
 
 def race_of(number):
@@ -211,7 +211,6 @@ def test_a_training_after_a_race_is_that_without_and_takes_over_its_states(optio
         (["--profiler.rule.share=0"], "profiler.rule.share 0"),
         (["--profiler.rule.layers=[2]"], "give at least two"),
         (["--profiler.rule.layers=[1,9]"], "profiler.rule.layers 9"),
-        (["--profiler.rule.dev_rows=3"], "profiler.rule.dev_rows 3"),
         (["--data.num_dev=0"], "set data.num_dev"),
     ],
 )

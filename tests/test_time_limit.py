@@ -316,7 +316,6 @@ def test_a_race_plans_with_the_steps_that_the_time_allows(options, measured, cap
     race = [
         "--profiler.rule=Race",
         "--profiler.rule.share=3",
-        "--profiler.rule.dev_rows=16",
         "--model.optimizer.lr=auto",
     ]
     timed = ["--trainer.max_steps=-1", "--trainer.max_time.seconds=8888"]  # 79 steps, of which the race takes 3/4

@@ -20,7 +20,7 @@ from slzo.zo.trial import Score, StepCost, Trial, Trials
 _MIN_STEPS = 5
 # All trials repeat these batches, because the states below a layer are computed once for each row.
 _NUM_BATCHES = 20
-_MIN_DEV_ROWS = 16
+_NUM_DEV_ROWS = 96
 
 
 class Race(SelectionRule):
@@ -29,24 +29,22 @@ class Race(SelectionRule):
     The candidates are the choices of OutlierRemovingLayer, FirstOutlierLayer and MaxRatioJump, the neighbours of the first, the
     last layer, and the middle one as a control. They share rows, directions and the states below them, and each has its own
     measured step size if model.optimizer.lr is auto. After a third of its steps a trial worse than the median stops. A step in a
-    late layer is cheap, since only this layer and those above it are run, so a late layer takes more steps at equal cost.
+    late layer is cheap, since only this layer and those above it are run, so a late layer takes more steps at equal cost. The dev
+    loss is computed on about 96 rows.
 
     Args:
         share: Largest cost of the race, as a share of the whole training in OutlierRemovingLayer's layer (in the lowest
             candidate if that layer is not a candidate), > 0; if it is too small for all, the lowest candidates are left out.
         layers: Candidates, counted from 0; left out, the candidates named above.
-        dev_rows: Rows that the dev loss is computed on, at least 16.
     """
 
-    def __init__(self, share: float = 0.25, layers: list[int] | None = None, dev_rows: int = 96) -> None:
+    def __init__(self, share: float = 0.25, layers: list[int] | None = None) -> None:
         if not 0 < share < math.inf:
             raise SlzoError(f"profiler.rule.share {share}: must be above 0; 0.25 is a quarter of the training")
         if layers is not None and len(set(layers)) < 2:
             raise SlzoError(f"profiler.rule.layers {layers}: give at least two, or leave it out")
-        check_at_least("profiler.rule.dev_rows", dev_rows, _MIN_DEV_ROWS, "with fewer, layers cannot be compared")
         self.share = share
         self.layers = layers
-        self.dev_rows = dev_rows
 
     def candidates(self, layers: Sequence[LayerStatistics]) -> tuple[int, ...]:
         """Return the layers to train, in rising order.
@@ -67,7 +65,7 @@ class Race(SelectionRule):
         candidates = self.candidates(layers)
         removing = OutlierRemovingLayer().select(SelectionContext(layers)).layer
         reference = removing if removing in candidates else min(candidates)
-        steps, cost = trials.planned_steps(reference, self.share), trials.cost(self.dev_rows)
+        steps, cost = trials.planned_steps(reference, self.share), trials.cost(_NUM_DEV_ROWS)
         return plan_race(candidates, self.share, cost, reference, steps, trials.num_train)
 
     def select(self, context: SelectionContext) -> Choice:
@@ -102,7 +100,7 @@ class Race(SelectionRule):
             cache: PrefixCache | None
             try:
                 outcomes[layer], cache = trials.train(
-                    layer, steps, dev_rows=self.dev_rows, num_batches=_NUM_BATCHES, checks=checks
+                    layer, steps, dev_rows=_NUM_DEV_ROWS, num_batches=_NUM_BATCHES, checks=checks
                 )
             except SlzoError as error:  # other layers may still be trainable
                 say(f"layer {layer:3d}: left out of the race, {error}")
