@@ -63,7 +63,6 @@ class Options:
     seed: int = option(0, "seed of the rows")
     output: Path | None = option(None, "add the figures to this JSON file")
     figure: Path | None = option(None, "draw scale.svg in this folder")
-    weights: Path | None = option(None, "temporary folder for the weights (default: the system's)")
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that figures in one file must share."""
@@ -194,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(HEAD)
     entries = kept(options)
     for name in options.shapes:
-        with tempfile.TemporaryDirectory(dir=options.weights) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             entries = [entry for entry in entries if entry["shape"] != name] + run_shape(options, name, folder)
         if options.output is not None:
             entries.sort(key=lambda entry: entry["parameters"])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+_NUM_TRAIN, _NUM_TEST = 600, 200
 _NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ines Jonas Karin Leo Mira Nils Olga Paul Rosa Simon Tilda Urs"
 _CITIES = "Bonn Bern Graz Oslo Lyon Porto Turin Ghent Malmo Cork Basel Riga Gdansk Split Seville Tartu"
 _JOBS = "baker teacher nurse pilot painter farmer lawyer singer plumber chemist"
@@ -62,15 +63,11 @@ def write_task(make_rows: Callable[[int, int], list[dict[str, Any]]], doc: str |
     """Parse the options, and write train.jsonl and test.jsonl."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(folder), help="folder to write")
-    parser.add_argument("--train", type=int, default=600, help="training rows")
-    parser.add_argument("--test", type=int, default=200, help="held-out rows")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
     options = parser.parse_args()
-    if options.train < 1 or options.test < 1 or options.train + options.test > 5000:
-        parser.error("--train and --test must be at least 1, and at most 5000 together")
-    rows = make_rows(options.train + options.test, options.seed)
+    rows = make_rows(_NUM_TRAIN + _NUM_TEST, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[: options.train]), ("test", rows[options.train :])):
+    for name, part in (("train", rows[:_NUM_TRAIN]), ("test", rows[_NUM_TRAIN:])):
         path = options.output / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
         print(f"Wrote {path} ({len(part)} rows)")

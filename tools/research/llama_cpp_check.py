@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+_NUM_PROMPTS = 20
+
 
 def tokens_of_transformers(folder: str, prompts: list[str]) -> list[str]:
     """Return the likeliest next token of each prompt as text."""
@@ -44,10 +46,9 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="folder that slzo export --format merged wrote")
     parser.add_argument("--gguf", required=True, help="the same model, converted by llama.cpp")
     parser.add_argument("--rows", required=True, help="file that slzo predict wrote")
-    parser.add_argument("--num_prompts", type=int, default=20)
     args = parser.parse_args()
     lines = Path(args.rows).read_text(encoding="utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines[: args.num_prompts]]
+    prompts = [json.loads(line)["prompt"] for line in lines[:_NUM_PROMPTS]]
     pairs = list(
         zip(tokens_of_transformers(args.folder, prompts), tokens_of_llama_cpp(args.gguf, prompts), strict=True)
     )
