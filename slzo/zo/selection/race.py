@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.selection.base import Choice, SelectionContext, SelectionRule
