@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_tuned
-from slzo.checkpoints.note import check_commit
+from slzo.checkpoints.metadata import check_commit
 from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
@@ -170,30 +170,30 @@ def _resume(
     tuned: TunedModel | None,
 ) -> Prepared:
     """Prepare a training that continues a checkpoint; Lightning restores the optimizer afterwards."""
-    note = checkpoint.note
+    metadata = checkpoint.metadata
     # before weights are downloaded
     checkpoint.check_resumable(settings)
-    check_layer_option(options, note)
-    check_commit(note, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
-    options = replace(options.with_onednn(note["onednn"]), seed=note["noise_seed"])
-    settings = continued_settings(note["settings"], settings)
+    check_layer_option(options, metadata)
+    check_commit(metadata, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
+    options = replace(options.with_onednn(metadata["onednn"]), seed=metadata["noise_seed"])
+    settings = continued_settings(metadata["settings"], settings)
     if run.time_budget is None:  # otherwise the time plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
     parts, options, memory_plan = _load(options, rows, run, loaded)
-    fingerprint = rows.fingerprint(note["data"])
-    check_environment(note, run.device, rows.processes.world_size)
+    fingerprint = rows.fingerprint(metadata["data"])
+    check_environment(metadata, run.device, rows.processes.world_size)
     if tuned is None:
         model = restore(parts, checkpoint, options, for_training=True)
     else:
         model = tuned
-        model.check(note)
+        model.check(metadata)
         model.tensors.load(checkpoint.content["state_dict"])
         model.clear_prefix()  # its keys belong to one data module
-    auto = restored_rate(note["auto_step"], options)
+    auto = restored_rate(metadata["auto_step"], options)
     with _undone_on_error(model, is_new=tuned is None):
         stepper, time_plan = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
     measured = stepper.num_evaluations if auto is None else 0
-    stepper.load_state_dict(note)
+    stepper.load_state_dict(metadata)
     stepper.num_evaluations += measured
     return Prepared(
         options=options,
@@ -202,7 +202,7 @@ def _resume(
         model=model,
         stepper=stepper,
         fingerprint=fingerprint,
-        chosen=ChosenLayer.named(note["layer"], note["layer_reason"]),
+        chosen=ChosenLayer.named(metadata["layer"], metadata["layer_reason"]),
         memory_plan=memory_plan,
         resumed=True,
         time_plan=time_plan,

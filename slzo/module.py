@@ -17,7 +17,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.checkpoints.note import checkpoint_note
+from slzo.checkpoints.metadata import checkpoint_metadata
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import are_trained_rows, check_tokenizer, hash_tokenizer
 from slzo.datamodule import TaskDataModule
@@ -44,7 +44,7 @@ from slzo.models.sharded import check_shard_group
 from slzo.task_rows import TaskRows
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
-from slzo.training.resume import agreed_settings, apply_changed_settings, make_note
+from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
@@ -229,12 +229,12 @@ class ZOModule(LightningModule):
             name = "strict=False" if hparams_file is None else "hparams_file"
             raise SlzoError(f"load_from_checkpoint: {name} does not apply to checkpoints of slzo; leave it out")
         start = find_checkpoint(checkpoint_path, RUNS)
-        if start.note["trust_remote_code"] and not options.get("trust_remote_code"):
+        if start.metadata["trust_remote_code"] and not options.get("trust_remote_code"):
             raise SlzoError(
-                f"checkpoint_path {start.path!r}: model {start.note['model']!r} runs its own code; if you trust it, give "
+                f"checkpoint_path {start.path!r}: model {start.metadata['model']!r} runs its own code; if you trust it, give "
                 "trust_remote_code=True"
             )
-        module = cls(**{name: start.note[name] for name in ("model", "dtype", "quantization")} | options)
+        module = cls(**{name: start.metadata[name] for name in ("model", "dtype", "quantization")} | options)
         module._start = start
         return module
 
@@ -335,20 +335,20 @@ class ZOModule(LightningModule):
             self._restore(start, for_training=True)
         self._start = None
 
-    def _check_scored(self, note: Mapping[str, Any]) -> None:
+    def _check_scored(self, metadata: Mapping[str, Any]) -> None:
         """Check that the rows have the tokenizer of a checkpoint that is scored; warn of other types, and of trained dev rows."""
         rows = self.rows
         types = ("dtype", "quantization")
-        saved = {f"model.{name}": note[name] for name in types}
+        saved = {f"model.{name}": metadata[name] for name in types}
         own = {f"model.{name}": getattr(self.options, name) for name in types}
         if changes := differences(saved, own):
             warn(f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run")
         if rows.allow_changed_rows:
             return
-        check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), note["data"])
-        same_task = rows.task.name == note["settings"]["data.task"]
+        check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), metadata["data"])
+        same_task = rows.task.name == metadata["settings"]["data.task"]
         validates = self.trainer.state.fn == "validate"
-        if validates and same_task and not are_trained_rows(rows.rows("train"), note["data"]):
+        if validates and same_task and not are_trained_rows(rows.rows("train"), metadata["data"]):
             warn(
                 "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
                 "rows that it was trained on; use its options, or slzo test"
@@ -504,7 +504,7 @@ class ZOModule(LightningModule):
     def on_validation_start(self) -> None:
         """Check that the rows fit the checkpoint that the module was made from, unless another one was just loaded."""
         if self._start is not None and self.trainer.ckpt_path is None:  # Lightning sets the path after setup
-            self._check_scored(self._start.note)
+            self._check_scored(self._start.metadata)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -561,11 +561,11 @@ class ZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the tensors elsewhere."""
-        checkpoint["slzo"] = make_note(self.prepared, self.rows)
+        checkpoint["slzo"] = make_metadata(self.prepared, self.rows)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
-        note = checkpoint_note(checkpoint)
+        metadata = checkpoint_metadata(checkpoint)
         rows = self.rows
         trainer = self.trainer
         in_fit = trainer.state.fn == "fit"
@@ -577,13 +577,13 @@ class ZOModule(LightningModule):
         if self.tuned_model is None:
             self._restore(Checkpoint(str(trainer.ckpt_path), checkpoint))
         else:
-            self.tuned_model.check(note)
+            self.tuned_model.check(metadata)
         if is_first or self._start is not None:
-            self._start = Checkpoint(str(trainer.ckpt_path), {"slzo": note})  # its tensors are in the masters
+            self._start = Checkpoint(str(trainer.ckpt_path), {"slzo": metadata})  # its tensors are in the masters
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(rows, self.parts, self.options)
-            self._check_scored(note)
+            self._check_scored(metadata)
             return
         # before Lightning restores the optimizer
         apply_changed_settings(checkpoint, agreed_settings(self.options, rows))

@@ -183,9 +183,9 @@ def once(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _blank_pictures(request, monkeypatch):
-    """Skip pictures and reports, which take longer than a tiny run, except in tests marked ``pictures``."""
-    if request.node.get_closest_marker("pictures"):
+def _blank_plots(request, monkeypatch):
+    """Skip plots and reports, which take longer than a tiny run, except in tests marked ``plots``."""
+    if request.node.get_closest_marker("plots"):
         return
     monkeypatch.setattr("slzo.fit.write_run_report", lambda folder: folder / "report.html")
     blank = io.BytesIO()

@@ -41,7 +41,7 @@ def auto(options):
 
 def state(number=0):
     """The measured step size in a run's last checkpoint."""
-    return read_checkpoint(last_checkpoint(number)).note["auto_step"]
+    return read_checkpoint(last_checkpoint(number)).metadata["auto_step"]
 
 
 # ---- spelling --------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_resumed_run_records_the_rate_that_it_continues_with(auto):
     assert main(["fit", *auto, *given, "--model.optimizer.lr=1e-3", "--trainer.max_steps=2"]) == 0
     assert main(["fit", *auto, *given, "--model.optimizer.lr=5e-3", "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
     assert (summary(1)["lr"], summary(1)["lr_at_end"]) == (1e-3, 1e-3)
-    assert read_checkpoint(last_checkpoint(1)).note["settings"]["model.optimizer.lr"] == 1e-3
+    assert read_checkpoint(last_checkpoint(1)).metadata["settings"]["model.optimizer.lr"] == 1e-3
 
 
 @pytest.mark.slow

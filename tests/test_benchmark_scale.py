@@ -15,7 +15,7 @@ def entry(shape, parameters, layer):
     return {"shape": shape, "parameters": parameters, "layers": 4, "layer": layer, **figures}
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 def test_shapes_are_added_to_the_file_and_drawn(tmp_path, monkeypatch, capsys):
     sizes = {"0.13B": 10**8, "0.36B": 3 * 10**8}
     monkeypatch.setattr(tool, "run_shape", lambda _, name, __: [entry(name, sizes[name], layer) for layer in (1, 2)])

@@ -83,8 +83,8 @@ def test_bad_options_give_one_line(model_dir, options, expected, capsys):
     assert capsys.readouterr().err.startswith(f"benchmark_step: error: {expected}")
 
 
-@pytest.mark.pictures
-def test_results_of_several_tasks_are_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+@pytest.mark.plots
+def test_results_of_several_tasks_are_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     seconds = {"mezo": [8.0, 12.0], "spsa": [1.0, 1.0], "spsa-cold": [1.5, 1.5], "default": [0.5, 0.5]}
     for task, tokens in (("copa", 300), ("sst2", 200)):
         variants = {
@@ -93,7 +93,7 @@ def test_results_of_several_tasks_are_a_table_and_a_picture(tmp_path, monkeypatc
         }
         (tmp_path / f"{task}.json").write_text(json.dumps({"task": task, "variants": variants, "tokens": [tokens]}))
     files = [str(tmp_path / f"{task}.json") for task in ("copa", "sst2")]
-    monkeypatch.setattr("sys.argv", ["step_table", *files, f"--picture={tmp_path / 'steps'}"])
+    monkeypatch.setattr("sys.argv", ["step_table", *files, f"--plot={tmp_path / 'steps'}"])
     step_table.main()
     rows = capsys.readouterr().out.splitlines()
     assert rows[2] == "| sst2 | 2 | 200 | 0.50 | 20 (20) | 1.00 | 10 (10) | - | - | - | 1.50 |"

@@ -17,7 +17,7 @@ from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint, read_tuned, write_checkpoint
 from slzo.checkpoints.find import RUNS, best_file, find_checkpoint, newest_checkpoint
-from slzo.checkpoints.note import CHECKPOINT_FORMAT
+from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
 from slzo.utils.errors import SlzoError
 
@@ -55,7 +55,7 @@ def change(function):
 
 
 def test_the_format_is_noted_and_another_one_refused(run, capsys):
-    assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 3
+    assert read_checkpoint(CHECKPOINT).metadata["format"] == CHECKPOINT_FORMAT == 3
     change(put(1, "slzo", "format"))
     assert "has format 1, and this slzo reads 3" in error_line(capsys, *EXPORT)
 
@@ -157,7 +157,7 @@ def test_the_fingerprint_is_that_of_the_untuned_model(run):
     """After training as before it: a resumed run compares with the base model."""
     assert main(FIT) == 0
     first, second = read_checkpoint(CHECKPOINT), read_checkpoint(last_checkpoint())
-    assert first.note["base"] == second.note["base"]
+    assert first.metadata["base"] == second.metadata["base"]
     assert not torch.equal(first.content["state_dict"][UP], second.content["state_dict"][UP])
 
 

@@ -225,7 +225,7 @@ def test_a_resume_keeps_the_choice_of_kernels(options, monkeypatch):
     monkeypatch.setattr(views, "with_onednn", lambda layer: kernels.append("onednn") or layer)
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     assert kernels
-    assert read_checkpoint(last_checkpoint()).note["onednn"] is True
+    assert read_checkpoint(last_checkpoint()).metadata["onednn"] is True
     fastest["onednn"] = False
     for more, uses in (([], True), (["--model.engine.onednn=false"], False)):
         kernels.clear()
@@ -243,7 +243,7 @@ def test_all_processes_use_the_kernels_of_the_first(of_first, options, monkeypat
     first = Processes(broadcast=lambda value: of_first if isinstance(value, bool) else value)
     monkeypatch.setattr(TaskDataModule, "processes", property(lambda _: first))
     assert main(["fit", *options]) == 0
-    assert read_checkpoint(last_checkpoint()).note["onednn"] is of_first
+    assert read_checkpoint(last_checkpoint()).metadata["onednn"] is of_first
 
 
 def test_a_resume_reads_the_checkpoint_to_find_it_and_to_load_it(options, monkeypatch, once):

@@ -133,7 +133,7 @@ def test_documents_hold_figures_not_placeholders(document):
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b(?!=)", text)
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 def test_the_python_of_the_readme_on_a_tiny_model(model_dir, data_dir):
     code = page_code("README.md", "python")
     assert len(code.splitlines()) <= 8

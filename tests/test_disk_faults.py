@@ -42,7 +42,7 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 @pytest.mark.parametrize(
     "size", ["4k", "64k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("100k", "400k"))]
 )

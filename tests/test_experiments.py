@@ -273,8 +273,8 @@ def sweep_csv(folder="swept"):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.pictures
-def test_a_sweep_writes_table_json_picture_and_a_verdict(options, capsys):
+@pytest.mark.plots
+def test_a_sweep_writes_table_json_plot_and_a_verdict(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0
     output = capsys.readouterr().out
     rows = sweep_csv()
@@ -447,7 +447,7 @@ def test_bad_sweep_options(options, capsys, extra, message):
     assert not list(Path().glob("swept/cells/*.json"))
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
     """And without the sensitivity."""
     plan = ["--steps=3", "--output=swept", "--directions=0", "--layers=[1,3]", "--seconds=0.2"]

@@ -313,7 +313,7 @@ def test_names_are_texts_in_a_card(tmp_path):
     """Markdown and HTML in them change nothing else; the code fences are longer than what they hold."""
     name = "a`b``\n---\n# [x](y) <script> | _i_ my_rows"
     licence = Licence("other", name, "javascript:alert(1)")
-    note = {
+    metadata = {
         "dtype": "float32",
         "layer": 1,
         "layer_reason": name,
@@ -324,7 +324,9 @@ def test_names_are_texts_in_a_card(tmp_path):
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
     origin = Origin(name, False, licence=licence)
-    facts = Facts("adapter", origin, note, 1, name, 2, 4, "AutoModelForCausalLM", PeftFiles({"r": 2}, {}), told, True)
+    facts = Facts(
+        "adapter", origin, metadata, 1, name, 2, 4, "AutoModelForCausalLM", PeftFiles({"r": 2}, {}), told, True
+    )
     write_card(facts, ADAPTER, tmp_path, name)
     metadata, text = card(tmp_path)
     assert metadata["model-index"][0]["name"] == " ".join(name.split())
@@ -341,15 +343,15 @@ def test_names_are_texts_in_a_card(tmp_path):
 @pytest.mark.parametrize("format", FORMATS.values())
 @pytest.mark.parametrize("own", [False, True])
 def test_the_code_of_a_card_trusts_the_code_of_a_model_that_has_some(format, own):
-    note = {"dtype": "float32", "trust_remote_code": own}
+    metadata = {"dtype": "float32", "trust_remote_code": own}
     code = format.load_code(
-        Facts("merged", Origin("me/tiny", True), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", None)
+        Facts("merged", Origin("me/tiny", True), metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", None)
     )
     assert code.count("trust_remote_code=True") == 2 * own
 
 
 def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp_path):
-    note = {
+    metadata = {
         "dtype": "float32",
         "layer": None,
         "hub": {},
@@ -357,10 +359,10 @@ def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp
         "chat": True,
         "system_prompt": "Be *kind*.",
     }
-    note |= {"settings": {"data.task": "chat", "data.batch_size": 8}, "chat_template": "{{ messages }}"}
+    metadata |= {"settings": {"data.task": "chat", "data.batch_size": 8}, "chat_template": "{{ messages }}"}
     adapter = PeftFiles({"r": 8}, {})
     facts = Facts(
-        "adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
+        "adapter", origin_of(str(model_dir), "me/tiny"), metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
     )
     write_chat_template(facts, tmp_path)
     write_card(facts, ADAPTER, tmp_path, "title")
@@ -373,7 +375,7 @@ def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])
 def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, model_dir, tmp_path):
-    note = {
+    metadata = {
         "dtype": "float32",
         "layer": None,
         "hub": {},
@@ -382,7 +384,7 @@ def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, m
     }
     adapter = PeftFiles({"r": rank}, {})
     facts = Facts(
-        "adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
+        "adapter", origin_of(str(model_dir), "me/tiny"), metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
     )
     write_card(facts, ADAPTER, tmp_path, "title")
     text = card(tmp_path)[1]

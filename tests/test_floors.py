@@ -22,7 +22,7 @@ FLOORS = [
     ["evaluation"],
     ["data"],
     ["models", "tasks", "checkpoints"],
-    ["batches", "rewards", "pictures", "private", "commands.registry"],
+    ["batches", "rewards", "plots", "private", "commands.registry"],
     ["utils", "version"],
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.checkpoints.note import base_model
+from slzo.checkpoints.metadata import base_model
 from slzo.cli.process import prepare_process
 from slzo.data.sources import RowSource
 from slzo.export.adapter import ADAPTER
@@ -127,9 +127,9 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
     assert main(["fit", *given, f"--model.model=me/tiny@{older}"]) == 0
     expected = {"model_commit": older, "data_set": "me/rows", "data_config": None, "data_commit": rows[0]}
     assert json.loads((run_dir() / "environment.json").read_text())["hub"] == expected
-    note = read_checkpoint(last_checkpoint()).note
-    assert note["hub"] == expected
-    assert base_model(note) == f"me/tiny@{older}"
+    metadata = read_checkpoint(last_checkpoint()).metadata
+    assert metadata["hub"] == expected
+    assert base_model(metadata) == f"me/tiny@{older}"
     resumed = [*given, f"--ckpt_path={last_checkpoint()}", "--trainer.max_steps=2"]
     line = error_line(capsys, "fit", *resumed, "--model.model=me/tiny")
     assert f"is at commit {newer}, and the checkpoint was trained on another one" in line

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from slzo.__main__ import main
-from slzo.callbacks.outlier_profiler import log_picture
+from slzo.callbacks.outlier_profiler import log_plot
 
 
 def test_tensorboard_has_one_score_before_and_one_after(options, once):
@@ -141,7 +141,7 @@ def test_a_given_version_is_taken_once_and_its_config_takes_the_next(options, ca
     assert len(list(Path("runs").glob("*/summary.json"))) == 2
 
 
-def test_pictures_go_to_loggers_that_take_them(tmp_path):
+def test_plots_go_to_loggers_that_take_them(tmp_path):
     given = []
 
     class Wandb(WandbLogger):
@@ -159,7 +159,7 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
             pass
 
     path = tmp_path / "profile.png"
-    log_picture(SimpleNamespace(loggers=[Wandb(), MLFlow(), object()]), "profile", path)
+    log_plot(SimpleNamespace(loggers=[Wandb(), MLFlow(), object()]), "profile", path)
     assert given == [("profile", [str(path)]), ("r1", str(path))]
 
 

@@ -57,7 +57,7 @@ def engine_texts(checkpoint, model_dir):
         return tokenizer.decode(answer, skip_special_tokens=True).rstrip("\n")
 
     untuned = text(parts)
-    tuned_model = TunedModel.from_description(parts, read.note)
+    tuned_model = TunedModel.from_description(parts, read.metadata)
     tuned_model.tensors.load(read.content["state_dict"])
     return {"untuned": untuned, "tuned": text(tuned_model.parts)}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.checkpoints.note import CHECKPOINT_FORMAT, checkpoint_note
+from slzo.checkpoints.metadata import CHECKPOINT_FORMAT, checkpoint_metadata
 from slzo.cli.config_files import read_config_file
 from slzo.data.files import READERS, BadRows, read_file
 from slzo.data.sources import RowSource
@@ -94,9 +94,9 @@ def test_templates(prompt, candidates, labels, answer_field, row):
 
 
 @common
-@given(note=VALUES | st.fixed_dictionaries({"format": st.just(CHECKPOINT_FORMAT) | VALUES}))
-def test_notes_of_checkpoints(note):
-    found = result(checkpoint_note, {"slzo": note})
+@given(metadata=VALUES | st.fixed_dictionaries({"format": st.just(CHECKPOINT_FORMAT) | VALUES}))
+def test_metadata_of_checkpoints(metadata):
+    found = result(checkpoint_metadata, {"slzo": metadata})
     assert found is None or found["format"] == CHECKPOINT_FORMAT
 
 

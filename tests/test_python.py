@@ -71,8 +71,8 @@ def printed(code):
 
 def test_the_package_is_imported_without_torch():
     heavy = "[name for name in ('torch', 'lightning', 'transformers', 'numpy', 'matplotlib') if name in sys.modules]"
-    pictures = "slzo.pictures.curves, slzo.pictures.profile, slzo.pictures.sweep"
-    assert printed(f"import sys, slzo, {pictures}; print(slzo.__version__, {heavy})") == f"{slzo.__version__} []"
+    plots = "slzo.plots.curves, slzo.plots.profile, slzo.plots.sweep"
+    assert printed(f"import sys, slzo, {plots}; print(slzo.__version__, {heavy})") == f"{slzo.__version__} []"
     with pytest.raises(AttributeError, match="no attribute 'ZOModul'"):
         _ = slzo.ZOModul
 
@@ -302,7 +302,7 @@ def test_a_rate_that_replaces_an_automatic_one_is_used(model_dir, data_dir, caps
     trainer.fit(module, datamodule=rows(data_dir), ckpt_path="last")
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
     saved = read_checkpoint(last_checkpoint(1))
-    assert saved.note["settings"]["model.optimizer.lr"] == 0.01
+    assert saved.metadata["settings"]["model.optimizer.lr"] == 0.01
     assert saved.content["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01
     assert "which continue from the checkpoint; model.optimizer.lr is the new one" in capsys.readouterr().err
 
@@ -579,7 +579,7 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     fit(module, 8, saved.last_model_path)
     new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
     assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
-    assert read_checkpoint(saved.last_model_path).note["layer"] == 1
+    assert read_checkpoint(saved.last_model_path).metadata["layer"] == 1
     capsys.readouterr()
     found = newest_checkpoint("to4")
     assert (Path(found.path).name, found.step) == ("last.ckpt", 4)
@@ -658,7 +658,7 @@ def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir
     once(fitted, model_dir, data_dir)
     assert ZOModule.load_from_checkpoint("last").options.model == str(model_dir)
     content = read_checkpoint(last_checkpoint())
-    content.note["trust_remote_code"] = True
+    content.metadata["trust_remote_code"] = True
     monkeypatch.setattr(slzo.module, "find_checkpoint", lambda *_: content)
     with pytest.raises(SlzoError, match="if you trust it, give trust_remote_code=True"):
         ZOModule.load_from_checkpoint(last_checkpoint())

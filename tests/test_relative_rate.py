@@ -211,7 +211,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(fit, given):
     whole, early, resumed = (tuned(last_checkpoint(number)) for number in range(3))
     assert same_tensors(whole, resumed)
     assert not same_tensors(whole, early)
-    states = [read_checkpoint(last_checkpoint(number)).note["auto_step"] for number in range(3)]
+    states = [read_checkpoint(last_checkpoint(number)).metadata["auto_step"] for number in range(3)]
     assert states[0] == states[2]
     assert [state["steps"] for state in states] == [7, 3, 7]
     assert states[0]["size"] == states[1]["size"]  # that before training
@@ -221,10 +221,10 @@ def test_a_resume_with_another_kind_of_estimator_has_a_new_rate(fit):
     assert main([*fit, "--trainer.max_steps=2"]) == 0
     measured = ["--model.estimator=SPSA", "--model.optimizer=AdamW"]
     assert main([*fit, *measured, "--ckpt_path=last", "--trainer.max_steps=4"]) == 0
-    state = read_checkpoint(last_checkpoint(1)).note["auto_step"]
+    state = read_checkpoint(last_checkpoint(1)).metadata["auto_step"]
     assert state.keys() == {*AutoStep.__dataclass_fields__}
     assert main([*fit, "--ckpt_path=last", "--trainer.max_steps=5"]) == 0
-    assert read_checkpoint(last_checkpoint(2)).note["auto_step"]["steps"] == 1
+    assert read_checkpoint(last_checkpoint(2)).metadata["auto_step"]["steps"] == 1
 
 
 @pytest.mark.parametrize(

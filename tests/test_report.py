@@ -12,8 +12,8 @@ from helpers import error_line, read_lines, run_dir, run_fit, summary
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
 from slzo.commands.report import report
-from slzo.pictures.curves import RunCurves, curves_picture
-from slzo.pictures.style import svg_of
+from slzo.plots.curves import RunCurves, curves_plot
+from slzo.plots.style import svg_of
 from slzo.report.page import differing_options
 from slzo.report.run_files import flat, read_run
 
@@ -95,13 +95,13 @@ def write_run(folder, lr=0.1):
     return folder
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 def test_a_dollar_sign_in_a_name_is_no_formula():
-    figure = curves_picture([RunCurves(r"$\frac$ a", r"$\x$")] * 2, r"$\frac{a$ on b")
+    figure = curves_plot([RunCurves(r"$\frac$ a", r"$\x$")] * 2, r"$\frac{a$ on b")
     assert r"$\frac{a$ on b" in svg_of(figure, "x")
 
 
-@pytest.mark.pictures
+@pytest.mark.plots
 def test_the_page_of_a_run(tmp_path, capsys):
     folder = write_run(tmp_path / "runs" / "version_0")
     report([str(folder)])
@@ -135,7 +135,7 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     assert main(["report", "--output", "both.html", *map(str, runs)]) == 0
     page = Page(Path("both.html"))
     assert not page.foreign
-    assert page.tags.count("svg") == 2  # one picture of all curves, and the profile that both share
+    assert page.tags.count("svg") == 2  # one plot of all curves, and the profile that both share
     assert "Different options a/version_0 b/version_0 model.optimizer.lr 0.1 0.2 Scores" in page.text
     assert "a/version_0, b/version_0" in page.text
 
@@ -197,8 +197,8 @@ def test_the_command_needs_no_torch(tmp_path):
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.pictures
-def test_a_run_ends_with_its_page_and_pictures(options, capsys):
+@pytest.mark.plots
+def test_a_run_ends_with_its_page_and_plots(options, capsys):
     assert main(["fit", *options]) == 0
     assert capsys.readouterr().out.rstrip().endswith(f"Report     {run_dir() / 'report.html'}")
     page = Page(run_dir() / "report.html")

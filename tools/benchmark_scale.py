@@ -28,7 +28,7 @@ from slzo.data.batch import TrainBatch
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
-from slzo.pictures.style import BLUE, GREY, ORANGE, new_figure, style_axis, svg_of
+from slzo.plots.style import BLUE, GREY, ORANGE, new_figure, style_axis, svg_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json, write_text
 from slzo.utils.runtime import peak_memory_gb

@@ -6,7 +6,7 @@
 Each method trains on the same rows until its dev loss is at the last target or its time is used. Time is that of the steps, with
 all that slzo computes before them: the profile, the states below the tuned layer and the step size. Scoring is not counted; the
 dev rows are scored each time that the time has grown by a tenth. An evaluation is the loss of a batch at one point. Results are
-saved at once, and the same command continues where it stopped. --picture draws the curves.
+saved at once, and the same command continues where it stopped. --plot draws the curves.
 """
 
 import json
@@ -31,7 +31,7 @@ from slzo.experiments.store import CellStore
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.plots.style import lines, new_figure, save, style_axis
 from slzo.training.build import adapt_rows, auto_rate, make_stepper, tune
 from slzo.training.prefix_plan import plan_prefix
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
@@ -59,7 +59,7 @@ class Options:
     lr_layer: float = option(3e-4, "constant rate in the first outlier layer")
     seed: int = option(0, "seed of rows and directions")
     output: str = option("times", "folder of the results")
-    picture: Path | None = option(None, "also draw the curves to this path, without suffix")
+    plot: Path | None = option(None, "also draw the curves to this path, without suffix")
 
 
 def train_to(
@@ -215,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     store.complete({name: partial(run, name, options) for name in options.methods}, say)
     results = {name: found for name in METHODS if (found := store.result(name)) is not None}
     print(report(results, options.targets))
-    if options.picture:
-        draw(results, options.targets, options.picture)
+    if options.plot:
+        draw(results, options.targets, options.plot)
 
 
 if __name__ == "__main__":

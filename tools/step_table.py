@@ -1,17 +1,17 @@
 """Print a table of the results of benchmark_step.py, one task a row, and draw it.
 
-python tools/step_table.py steps/*.json --picture docs/images/steps
+python tools/step_table.py steps/*.json --plot docs/images/steps
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.plots.style import lines, new_figure, save, style_axis
 from slzo.utils.files import read_json
 from tables import markdown_table
 
-# Names of the variants in the picture, from slow to fast.
+# Names of the variants in the plot, from slow to fast.
 VARIANTS = {
     "mezo": "published MeZO step",
     "mezo-layer": "published step, one layer",
@@ -72,16 +72,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and draw the picture."""
+    """Print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="JSON files of benchmark_step.py")
-    parser.add_argument("--picture", help="also draw the seconds to this path, without suffix")
+    parser.add_argument("--plot", help="also draw the seconds to this path, without suffix")
     args = parser.parse_args()
     results = [read_json(Path(file)) for file in args.files]
     results.sort(key=lambda result: sum(result["tokens"]) / len(result["tokens"]))
     print(table(results))
-    if args.picture:
-        draw(results, Path(args.picture))
+    if args.plot:
+        draw(results, Path(args.plot))
 
 
 if __name__ == "__main__":

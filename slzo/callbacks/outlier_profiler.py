@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from slzo.lightning.trainer_state import folder_of
-from slzo.report.profile_files import PICTURE, profile_content, write_profile
+from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.training.profiling import ProfileOptions
 from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists
@@ -47,7 +47,7 @@ class OutlierProfiler(Callback):
             return
         rows = trainer.datamodule  # type: ignore[attr-defined]
         write_profile(folder, self.profile, choice, prepared.options.model, rows.task.name)
-        log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
+        log_plot(trainer, PLOT, folder / f"{PLOT}.png")
 
     def state_dict(self) -> dict[str, Any]:
         return {"profile": self.profile}
@@ -56,7 +56,7 @@ class OutlierProfiler(Callback):
         self.profile = state_dict["profile"]
 
 
-def log_picture(trainer: Trainer, name: str, file: Path) -> None:
+def log_plot(trainer: Trainer, name: str, file: Path) -> None:
     """Send a PNG file to every logger that accepts images."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

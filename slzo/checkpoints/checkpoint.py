@@ -1,7 +1,7 @@
 """Read, verify and write checkpoints.
 
 The file format is safetensors with checksums, without pickles, see :mod:`slzo.checkpoints.checkpoint_file`. In addition to the
-state of Lightning, a checkpoint holds a note, see :mod:`slzo.checkpoints.note`.
+state of Lightning, a checkpoint holds metadata, see :mod:`slzo.checkpoints.metadata`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.note import checkpoint_note
+from slzo.checkpoints.metadata import checkpoint_metadata
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
 from slzo.utils.signals import signals_held
@@ -38,10 +38,10 @@ class Checkpoint:
     content: dict[str, Any]
 
     @property
-    def note(self) -> dict[str, Any]:
-        """The checkpoint's note, see :func:`slzo.training.resume.make_note`."""
-        note: dict[str, Any] = self.content["slzo"]
-        return note
+    def metadata(self) -> dict[str, Any]:
+        """The checkpoint's metadata, see :func:`slzo.training.resume.make_metadata`."""
+        metadata: dict[str, Any] = self.content["slzo"]
+        return metadata
 
     @property
     def step(self) -> int:
@@ -76,7 +76,7 @@ class Checkpoint:
                 "resume from them; give the run's last.ckpt, or use it with test, predict or export"
             )
         for option in ("model.optimizer", "model.lr_scheduler"):
-            old, new = (str(each.get(option, "")).rpartition(".")[2] for each in (self.note["settings"], settings))
+            old, new = (str(each.get(option, "")).rpartition(".")[2] for each in (self.metadata["settings"], settings))
             if (old or option == "model.lr_scheduler") and old != new:
                 before, now = old or "none", new or "none"
                 raise SlzoError(
@@ -106,7 +106,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     with _as_slzo_error(option):
         content = _load_pickle(path) if _is_zip(path) else checkpoint_file.read(path)
-    checkpoint_note(content, option)
+    checkpoint_metadata(content, option)
     _check_tensors(content.get("state_dict"), option)
     if not isinstance(content.get("global_step"), int):
         raise SlzoError(f"{option}: has no step under global_step; give an unchanged checkpoint of slzo")

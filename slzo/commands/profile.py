@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from slzo.callbacks.outlier_profiler import log_picture
+from slzo.callbacks.outlier_profiler import log_plot
 from slzo.cli.app import App
 from slzo.fit import profile_and_choose
 from slzo.lightning.loggers import run_folder
 from slzo.module import run_context
-from slzo.report.profile_files import PICTURE, profile_content, write_profile
+from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.utils.console import say, warn
 
 
@@ -30,7 +30,7 @@ def profile(app: App) -> None:
         if log_dir is not None:
             content = profile_content(chosen.profile, chosen.choice)
             write_profile(Path(log_dir), content, chosen.choice, options.model, rows.task.name)
-            log_picture(app.trainer, PICTURE, Path(log_dir) / f"{PICTURE}.png")
+            log_plot(app.trainer, PLOT, Path(log_dir) / f"{PLOT}.png")
             say(f"Files      {log_dir}")
         for logger in app.trainer.loggers:
             logger.finalize("success")

@@ -70,9 +70,9 @@ def replay_run(
         raise SlzoError(f"output {output!r}: exists, and a replayed checkpoint cannot be continued; give another path")
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer
-    layer = options.layer if is_named else start.note["layer"]
+    layer = options.layer if is_named else start.metadata["layer"]
     logged = {name: value for name, value in log.settings.items() if name.startswith("model.")}
-    if changes := differences(logged, logged_options(options, layer, start.note["noise_seed"])):
+    if changes := differences(logged, logged_options(options, layer, start.metadata["noise_seed"])):
         raise SlzoError(
             f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
         )
@@ -82,14 +82,14 @@ def replay_run(
         rows.objective,
         options.estimator,
         options.step,
-        seed=start.note["noise_seed"],
-        auto=restored_rate(start.note["auto_step"], options),
+        seed=start.metadata["noise_seed"],
+        auto=restored_rate(start.metadata["auto_step"], options),
         sets_rate=options.optimizer.automatic,
         max_nonfinite=sys.maxsize,  # also for a run that diverged
     )
     _take_steps(stepper, options, log, number)
-    note, masters = {**start.note, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
-    write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
+    metadata, masters = {**start.metadata, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
+    write_checkpoint({**start.content, "global_step": number, "slzo": metadata, "state_dict": masters}, path)
     say(f"Checkpoint {path}, the tuned weights after {counted(number, 'step')}")
     config = folder / CONFIG_FILE
     if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():

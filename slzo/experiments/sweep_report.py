@@ -1,4 +1,4 @@
-"""Results of a sweep: the figures of each layer, a verdict in words, a table and pictures."""
+"""Results of a sweep: the figures of each layer, a verdict in words, a table and plots."""
 
 import csv
 import math
@@ -13,8 +13,8 @@ import torch
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan
-from slzo.pictures.style import save
-from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
+from slzo.plots.style import save
+from slzo.plots.sweep import sweep_curves_plot, sweep_plot
 from slzo.utils.counted import counted
 from slzo.utils.files import replacing, write_json
 from slzo.utils.sampling_error import standard_error
@@ -198,7 +198,7 @@ class SweepResult:
         return "\n".join(lines)
 
     def write(self, folder: Path, settings: dict[str, Any], title: str) -> None:
-        """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg."""
+        """Write sweep.csv, sweep.json and the plots with ``title``, as .png and .svg."""
         plan, rows = self.plan, [asdict(row) for row in self.rows]
         with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(LayerResult)])
@@ -220,9 +220,9 @@ class SweepResult:
         below = (
             f"{counted(plan.steps, 'step')}, {seeds}" if plan.trainings else "before training, bars: standard errors"
         )
-        save(sweep_picture(rows, title, below, self.loss), folder, "sweep")
+        save(sweep_plot(rows, title, below, self.loss), folder, "sweep")
         if plan.seconds is not None and curves:
-            save(sweep_curves_picture(curves, title, self.dominant, self.loss), folder, "sweep_curves")
+            save(sweep_curves_plot(curves, title, self.dominant, self.loss), folder, "sweep_curves")
 
 
 def _layer_result(

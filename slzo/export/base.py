@@ -37,20 +37,20 @@ def load_base_code(facts: Facts) -> tuple[str, str]:
     name = facts.origin.name
     at = "" if facts.origin.commit is None else f', revision="{facts.origin.commit}"'
     at += trust_argument(facts)
-    base = f'base = {facts.auto_class}.from_pretrained("{name}", dtype="{facts.note["dtype"]}"{at})'
+    base = f'base = {facts.auto_class}.from_pretrained("{name}", dtype="{facts.metadata["dtype"]}"{at})'
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'
-    if facts.note.get("chat_template"):
+    if facts.metadata.get("chat_template"):
         tokenizer += f'\ntokenizer.chat_template = open("PATH/{CHAT_TEMPLATE}").read()'
     return base, tokenizer
 
 
 def write_chat_template(facts: Facts, folder: Path) -> None:
     """Write the chat template of the run, if it is not the tokenizer's own and the folder has no tokenizer."""
-    template = facts.note.get("chat_template")
+    template = facts.metadata.get("chat_template")
     if template and not (folder / CHAT_TEMPLATE).exists():
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def trust_argument(facts: Facts) -> str:
     """Return the argument of ``from_pretrained`` for a model with its own code; empty for others."""
-    return ", trust_remote_code=True" if facts.note.get("trust_remote_code") else ""
+    return ", trust_remote_code=True" if facts.metadata.get("trust_remote_code") else ""

@@ -58,7 +58,7 @@ def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
         return None
     summary = facts.summary
     name, metric = _line(summary["task"]), _line(summary["metric"])
-    answers = "text-generation" if facts.note.get("chat") or metric == "reward" else "question-answering"
+    answers = "text-generation" if facts.metadata.get("chat") or metric == "reward" else "question-answering"
     kind = "text-classification" if metric in _CHOICES else answers
     score = round(summary["score_after"], 4)
     if source is None:
@@ -106,28 +106,30 @@ def _vllm(facts: Facts) -> str:
         return ""
     name = shlex.quote(facts.origin.name)
     command = f"vllm serve {name} --enable-lora --max-lora-rank {most} --lora-modules tuned=PATH_OR_REPOSITORY"
-    if facts.note.get("chat_template"):
+    if facts.metadata.get("chat_template"):
         command += f" --chat-template PATH/{CHAT_TEMPLATE}"
     return f"\n\nvLLM: {_code(command)}"
 
 
 def _system_prompt(facts: Facts) -> str:
     """Return the system prompt of the conversations; empty without one."""
-    text = facts.note.get("system_prompt")
+    text = facts.metadata.get("system_prompt")
     return f"\n\nConversations begin with this system prompt: {_code(text)}" if text else ""
 
 
 def _training(facts: Facts) -> str:
-    note, summary = facts.note, facts.summary
+    metadata, summary = facts.metadata, facts.summary
     lines = [f"- Method: {_text(facts.scope)}"]
     if summary:
         method = _text(f"{summary['estimator']}, {summary['optimizer']}")
         lines[0] += f", {method}; {counted(facts.step, 'step')}, seed {_text(summary['seed'])}"
-    if note["layer"] is not None:
-        lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {_text(note['layer_reason'])}")
+    if metadata["layer"] is not None:
+        lines.append(
+            f"- Layer: {metadata['layer']} of {facts.num_layers} (counted from 0): {_text(metadata['layer_reason'])}"
+        )
     names = {"train": "training", "dev": "dev", "test": "held-out"}
     rows = "".join(f", {counted(facts.num_rows(split), f'{name} row')}" for split, name in names.items())
-    size = f", batches of {note['settings']['data.batch_size']}"
+    size = f", batches of {metadata['settings']['data.batch_size']}"
     lines.append(f"- Data: task {_text(facts.task)}{_text(rows)}{_text(size)}{_source(facts.data_set)}")
     if summary.get("command"):
         lines.append(f"- Command: {_code(without_folders(summary['command']))}")

@@ -30,7 +30,7 @@ class Facts:
     Attributes:
         format: Format of the export.
         origin: Origin of the base model.
-        note: The checkpoint's note, see :func:`slzo.checkpoints.note.checkpoint_note`.
+        metadata: The checkpoint's metadata, see :func:`slzo.checkpoints.metadata.checkpoint_metadata`.
         step: Number of steps that were taken.
         scope: Description of the scope.
         num_tuned: Number of tuned parameters.
@@ -43,7 +43,7 @@ class Facts:
 
     format: str
     origin: Origin
-    note: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     step: int
     scope: str
     num_tuned: int
@@ -56,18 +56,18 @@ class Facts:
     @property
     def task(self) -> str:
         """Name of the task."""
-        return str(self.note["settings"]["data.task"])
+        return str(self.metadata["settings"]["data.task"])
 
     @property
     def data_set(self) -> HubSource | None:
         """The data set of the Hub that the rows came from, with its commit; ``None`` for other rows."""
-        found = self.note["hub"]
+        found = self.metadata["hub"]
         path = found.get("data_set")
         return None if path is None else HubSource(path, found["data_config"], revision=found["data_commit"])
 
     def num_rows(self, split: str) -> int:
         """Return how many rows of ``train``, ``dev`` or ``test`` the run used."""
-        return len(self.note["data"]["rows"].get(split, ()))
+        return len(self.metadata["data"]["rows"].get(split, ()))
 
     @property
     def rank(self) -> int | None:
@@ -77,17 +77,17 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
         # for slzo generate; the template only if it is not the tokenizer's own
-        chat = {name: self.note.get(name) for name in _PROMPTING}
+        chat = {name: self.metadata.get(name) for name in _PROMPTING}
         return {
             "slzo": __version__,
             "format": self.format,
             "base_model": self.origin.to_dict(),
             "scope": self.scope,
-            "layer": self.note["layer"],
+            "layer": self.metadata["layer"],
             "steps": self.step,
-            "dtype": self.note["dtype"],
-            "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
-            "fingerprint": self.note["base"],
+            "dtype": self.metadata["dtype"],
+            "tensors": {name: list(entry["shape"]) for name, entry in self.metadata["tensors"].items()},
+            "fingerprint": self.metadata["base"],
             **({"task": self.task} if self.task in TASKS else {}),
             **{name: value for name, value in chat.items() if value},
         }
@@ -97,14 +97,14 @@ def facts_of(
     checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
 ) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    note, summary = checkpoint.note, read_json(checkpoint.run_folder / SUMMARY_FILE)
+    metadata, summary = checkpoint.metadata, read_json(checkpoint.run_folder / SUMMARY_FILE)
     best = summary.get("best_checkpoint")
     return Facts(
         format,
         origin,
-        note,
+        metadata,
         checkpoint.step,
-        str(checkpoint.content.get("hyper_parameters", {}).get("scope", note["scope"]["class"])),
+        str(checkpoint.content.get("hyper_parameters", {}).get("scope", metadata["scope"]["class"])),
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
         auto_class(tuned_model.parts.model.config).__name__,

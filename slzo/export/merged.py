@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from slzo.checkpoints.note import base_model
+from slzo.checkpoints.metadata import base_model
 from slzo.export.base import ExportFormat, trust_argument
 from slzo.export.facts import Facts
 from slzo.export.restore import tokenizer_of
@@ -27,18 +27,18 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     Raises:
         SlzoError: The tuned change cannot be merged into weights.
     """
-    model, note, full_precision = tuned_model.parts.model, facts.note, tuned_model.full_precision
+    model, metadata, full_precision = tuned_model.parts.model, facts.metadata, tuned_model.full_precision
     if full_precision is not None:
         leave_unquantized(model, tuple(full_precision.quantized))
     try:
         tuned_model.merge()
     except SlzoError as error:
         raise SlzoError(f"format merged: {error}") from error
-    base = base_model(note)
+    base = base_model(metadata)
     original = Path(resolve_model(base)) / _GENERATION
     if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
-    tokenizer = tokenizer_of(note, note["trust_remote_code"])
+    tokenizer = tokenizer_of(metadata, metadata["trust_remote_code"])
     save_model(model, tokenizer, folder)
     for name in (_GENERATION, *_PROCESSORS):
         if (file := original.with_name(name)).is_file():

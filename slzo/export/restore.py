@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.checkpoints.note import base_model
+from slzo.checkpoints.metadata import base_model
 from slzo.data.fingerprint import hash_tokenizer
 from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.load import load_model, load_tokenizer
@@ -30,39 +30,43 @@ def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
 
 def load_base(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
     """Load the base model like :func:`load_tuned`, but leave its live weights untuned."""
-    note = checkpoint.note
-    if note["trust_remote_code"] and not trust_remote_code:
+    metadata = checkpoint.metadata
+    if metadata["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
-            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give "
+            f"ckpt_path {checkpoint.path!r}: model {metadata['model']!r} runs its own code; if you trust it, give "
             "--trust_remote_code true"
         )
     with base_of(checkpoint):
-        model = load_model(base_model(note), note["dtype"], trust_remote_code)
+        model = load_model(base_model(metadata), metadata["dtype"], trust_remote_code)
         # padded and without oneDNN, so that the model stays as transformers made it
-        return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
+        return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), metadata)
 
 
 @contextmanager
 def base_of(checkpoint: Checkpoint) -> Iterator[None]:
     """Convert errors about the base model for commands without ``model.model``, in which a checkpoint alone names it."""
-    note = checkpoint.note
+    metadata = checkpoint.metadata
     try:
         yield
     except SlzoError as error:
         text = str(error).replace("model.model", "its base model", 1).removeprefix("ckpt_path: ")
-        if note["model"] not in BUILTIN_MODELS and note["hub"].get("model_commit") is None and "base model" in text:
+        if (
+            metadata["model"] not in BUILTIN_MODELS
+            and metadata["hub"].get("model_commit") is None
+            and "base model" in text
+        ):
             # other commands take the model from another place, which is the advice of the original message
             text = (
-                f"{text.rpartition('; ')[0]}; put the model of the run, or a link to it, back as {note['model']!r} "
+                f"{text.rpartition('; ')[0]}; put the model of the run, or a link to it, back as {metadata['model']!r} "
                 "(a relative path begins in the current folder)"
             )
         raise SlzoError(f"ckpt_path {checkpoint.path!r}: {text}") from error
 
 
-def tokenizer_of(note: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def tokenizer_of(metadata: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint's base model, with the chat template of the run; warn if the run had another one."""
-    tokenizer = load_tokenizer(base_model(note), trust_remote_code, note.get("chat_template"))
-    if hash_tokenizer(tokenizer) != note["data"]["tokenizer"]:
+    tokenizer = load_tokenizer(base_model(metadata), trust_remote_code, metadata.get("chat_template"))
+    if hash_tokenizer(tokenizer) != metadata["data"]["tokenizer"]:
         warn(
             "the run used another tokenizer than that of its model (data.tokenizer); use that one with the tuned model"
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.checkpoints.note import base_model as base_name
+from slzo.checkpoints.metadata import base_model as base_name
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import ExportFormat, write_chat_template
 from slzo.export.card import write_card, write_licences
@@ -63,7 +63,7 @@ def export_checkpoint(
     check_writable(target)
     check_repository(push_to_hub, private)
     with base_of(checkpoint):
-        origin = origin_of(base_name(checkpoint.note), base_model)
+        origin = origin_of(base_name(checkpoint.metadata), base_model)
     tuned_model = load_tuned(checkpoint, trust_remote_code)
     adapter = tuned_model.peft_files() if format in (None, "adapter") else None
     name = format or ("merged" if adapter is None else "adapter")
@@ -83,9 +83,13 @@ def export_checkpoint(
 
 def _base(tuned_model: TunedModel, facts: Facts) -> str:
     """Describe the model that the result was merged into, or is to be used with."""
-    name, method, quantization = facts.note["model"], method_of(tuned_model.parts.model), facts.note.get("quantization")
+    name, method, quantization = (
+        facts.metadata["model"],
+        method_of(tuned_model.parts.model),
+        facts.metadata.get("quantization"),
+    )
     if method is not None:
-        return f"{name}, still quantized ({method}) except for the tuned layers, which are in {facts.note['dtype']}"
+        return f"{name}, still quantized ({method}) except for the tuned layers, which are in {facts.metadata['dtype']}"
     if quantization is not None:
         return f"the unquantized base {name}; its frozen layers were quantized ({quantization}) during tuning"
     return str(name)

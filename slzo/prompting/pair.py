@@ -100,7 +100,7 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
     """
     exported = Exported.at(path)
     if exported is not None:
-        note = exported.facts
+        metadata = exported.facts
         tokenizer, models = _of_export(exported, base, untuned, trust_remote_code)
     elif base is not None:
         raise SlzoError(
@@ -108,20 +108,20 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
         )
     else:
         checkpoint = find_checkpoint(Path(path).expanduser(), RUNS)
-        note = checkpoint.note
+        metadata = checkpoint.metadata
         tokenizer, models = _of_checkpoint(checkpoint, trust_remote_code)
-    if number := note.get("num_demonstrations"):
+    if number := metadata.get("num_demonstrations"):
         warn(
             f"the run puts {counted(number, 'solved row')} before each prompt (data.num_demonstrations); here prompts have none"
         )
-    found = note.get("candidates")
+    found = metadata.get("candidates")
     return Pair(
         tokenizer,
         {name: use for name, use in models.items() if untuned or name == "tuned"},
         candidates=None if found is None else tuple(found),
-        chat=ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None,
-        stop=tuple(note.get("stop") or ()),
-        prompt_length=note.get("prompt_length"),
+        chat=ChatFormat(system=metadata.get("system_prompt")) if metadata.get("chat") else None,
+        stop=tuple(metadata.get("stop") or ()),
+        prompt_length=metadata.get("prompt_length"),
     )
 
 
@@ -133,7 +133,7 @@ def _of_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool) -> _Loaded:
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     tuned_model.tensors.load(checkpoint.content["state_dict"])
     # an adapter stays in the model: LoRA's matrices add 0 before training
-    return tokenizer_of(checkpoint.note, trust_remote_code), _with_tensors(model, swap(model, before))
+    return tokenizer_of(checkpoint.metadata, trust_remote_code), _with_tensors(model, swap(model, before))
 
 
 def _of_export(exported: Exported, base: str | None, untuned: bool, trust_remote_code: bool) -> _Loaded:

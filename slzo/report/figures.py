@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slzo.pictures.curves import ScorePoint
+from slzo.plots.curves import ScorePoint
 from slzo.report.run_files import RunFiles
 
 Texts = Mapping[str, str]

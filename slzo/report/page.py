@@ -6,9 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from slzo.pictures.curves import curves_picture
-from slzo.pictures.profile import profile_picture
-from slzo.pictures.style import save, svg_of
+from slzo.plots.curves import curves_plot
+from slzo.plots.profile import profile_plot
+from slzo.plots.style import save, svg_of
 from slzo.report.figures import Texts, method, number, score_text, scores, speed, versions
 from slzo.report.run_files import RunFiles, read_run
 from slzo.utils.files import write_text
@@ -77,11 +77,11 @@ def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Texts]) -> li
 
 def _curves(runs: Sequence[RunFiles]) -> str:
     drawn = [run.curves for run in runs if run.points or run.train]
-    return svg_of(curves_picture(drawn), "curves") if drawn else ""
+    return svg_of(curves_plot(drawn), "curves") if drawn else ""
 
 
 def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Return names, picture and notes of each distinct profile."""
+    """Return names, plot and notes of each distinct profile."""
     drawn: list[tuple[list[str], RunFiles]] = []
     for run in runs:
         same = next((names for names, other in drawn if other.profile == run.profile), None)
@@ -92,7 +92,7 @@ def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     return [
         {
             "names": ", ".join(names),
-            "svg": svg_of(profile_picture(run.profile, run.model, run.task), f"profile-{number}"),
+            "svg": svg_of(profile_plot(run.profile, run.model, run.task), f"profile-{number}"),
             "notes": [note for note in (run.profile["margin_reason"], *run.profile["notes"]) if note],
         }
         for number, (names, run) in enumerate(drawn)
@@ -117,6 +117,6 @@ def write_run_report(folder: Path) -> Path:
         Path of the page, ``report.html``; ``curves.png`` and ``curves.svg`` are written next to it.
     """
     run = read_run(folder)
-    svg = save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, "curves")
+    svg = save(curves_plot([run.curves], f"{run.model} on {run.task}"), folder, "curves")
     write_report([run], folder / REPORT_FILE, curves=svg)
     return folder / REPORT_FILE

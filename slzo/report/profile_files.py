@@ -6,17 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slzo.pictures.profile import profile_picture
-from slzo.pictures.style import save
-from slzo.pictures.sweep import sweep_curves_picture
+from slzo.plots.profile import profile_plot
+from slzo.plots.style import save
+from slzo.plots.sweep import sweep_curves_plot
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import PROFILE_FILE
 from slzo.zo.profile import LayerStatistics, OutlierProfile, format_figure
 from slzo.zo.selection import Choice
 from slzo.zo.selection.base import CLEAR, Margin
 
-PICTURE = "outlier_profile"
-"""Name of the picture, without the endings .png and .svg."""
+PLOT = "outlier_profile"
+"""Name of the plot, without the endings .png and .svg."""
 _RACE = "race"
 
 
@@ -38,23 +38,23 @@ def profile_content(profile: OutlierProfile, choice: Choice) -> dict[str, Any]:
 
 
 def write_profile(folder: Path, content: Mapping[str, Any], choice: Choice | None, model: str, task: str) -> None:
-    """Write ``outlier_profile.json`` with its picture and, after a race, ``race.json`` with its curves.
+    """Write ``outlier_profile.json`` with its plot and, after a race, ``race.json`` with its curves.
 
     Args:
         folder: Folder to write to.
         content: The profile, see :func:`profile_content`.
         choice: Choice of the layer, with the trials of a race; ``None`` if they are not known.
-        model: Name or path of the model, for the pictures.
-        task: Name of the task, for the pictures.
+        model: Name or path of the model, for the plots.
+        task: Name of the task, for the plots.
     """
     model = model.rstrip("/").rpartition("/")[2]
     write_json(folder / PROFILE_FILE, content)
-    save(profile_picture(content, model, task), folder, PICTURE)
+    save(profile_plot(content, model, task), folder, PLOT)
     if choice is not None and choice.trials:
         curves = {layer: [asdict(score) for score in trial.scores] for layer, trial in choice.trials.items()}
         trials = {str(layer): asdict(trial) for layer, trial in choice.trials.items()}
         write_json(folder / f"{_RACE}.json", {"layer": choice.layer, "reason": choice.reason, "trials": trials})
-        save(sweep_curves_picture(curves, f"{model} on {task}: race of the layers", choice.layer), folder, _RACE)
+        save(sweep_curves_plot(curves, f"{model} on {task}: race of the layers", choice.layer), folder, _RACE)
 
 
 def format_profile(profile: OutlierProfile, choice: Choice | None) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import read_step_log
-from slzo.pictures.curves import CurvePoint, RunCurves, ScorePoint
+from slzo.plots.curves import CurvePoint, RunCurves, ScorePoint
 from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.checkpoints.note import check_commit
+from slzo.checkpoints.metadata import check_commit
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.loaded import check_no_adapter
@@ -115,29 +115,29 @@ def restore(
     Raises:
         SlzoError: The checkpoint does not fit the model or the options.
     """
-    note = checkpoint.note
+    metadata = checkpoint.metadata
     if for_training:
-        check_layer_option(options, note)
-        if note["scope"] != options.scope_settings:
-            changes = differences(note["scope"], options.scope_settings)
+        check_layer_option(options, metadata)
+        if metadata["scope"] != options.scope_settings:
+            changes = differences(metadata["scope"], options.scope_settings)
             raise SlzoError(
                 f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
             )
-    check_commit(note, options.model, parts.model.name_or_path)
-    subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
-    model = TunedModel.from_description(parts, note, options.engine, subset)
+    check_commit(metadata, options.model, parts.model.name_or_path)
+    subset = options.scope.subset(tuple(metadata["tensors"]), parts) if for_training else None
+    model = TunedModel.from_description(parts, metadata, options.engine, subset)
     if checkpoint.content["state_dict"]:  # left out if the values are those of the base model
         model.tensors.load(checkpoint.content["state_dict"])
     return model
 
 
-def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
+def check_layer_option(options: TrainingOptions, metadata: Mapping[str, Any]) -> None:
     """Check that the options name no other layer than a checkpoint.
 
     Raises:
         SlzoError: They do.
     """
-    layer = note["layer"]
+    layer = metadata["layer"]
     if layer is not None and options.layer not in (None, layer):
         raise SlzoError(
             f"model.layer {options.layer}: the checkpoint tunes layer {layer}; leave model.layer out to continue it, or "

@@ -13,7 +13,7 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
-from slzo.checkpoints.note import CHECKPOINT_FORMAT
+from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
@@ -47,8 +47,8 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
     }
 
 
-def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """Return the note of a checkpoint on its tensors and their model; it holds only tensors and primitives."""
+def make_metadata(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+    """Return the metadata of a checkpoint, about its tensors and their model; only tensors and primitives."""
     options = prepared.options
     model = prepared.model
     assert rows.splits is not None
@@ -151,9 +151,9 @@ def apply_changed_settings(checkpoint: Mapping[str, Any], own: Mapping[str, Any]
         )
 
 
-def check_environment(note: Mapping[str, Any], device: torch.device, processes: int) -> None:
+def check_environment(metadata: Mapping[str, Any], device: torch.device, processes: int) -> None:
     """Warn of versions and hardware that differ from those of a checkpoint."""
-    old, new = note["environment"], numerics(device, processes)
+    old, new = metadata["environment"], numerics(device, processes)
     if changes := differences(old, new):
         is_same = old["device"] == new["device"]
         effect = "results are equal up to rounding" if is_same else "random directions differ between devices"
@@ -246,7 +246,7 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": tensors.clone_masters() if is_needed else {},
-        "slzo": make_note(prepared, rows),
+        "slzo": make_metadata(prepared, rows),
     }
 
 

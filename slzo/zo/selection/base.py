@@ -37,7 +37,7 @@ class Choice:
         margin: The smallest distance from another choice, over the chosen layer and those that nearly won. ``None`` if unknown:
             there are no standard errors, or no measured figure decides.
         note: A remark on the choice, in one line; may be empty.
-        thresholds: ``max_abs`` or ``ratio``, and the value that it was compared with, for the picture.
+        thresholds: ``max_abs`` or ``ratio``, and the value that it was compared with, for the plot.
         trials: Short trainings that the rule ran, by layer.
         states: Cached states that enter the chosen layer, with which the main training can start.
     """

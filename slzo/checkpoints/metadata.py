@@ -1,4 +1,4 @@
-"""The note of a checkpoint says what its tensors are and to which model they belong."""
+"""The metadata of a checkpoint: what its tensors are and to which model they belong."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.hub import model_commit, split_revision
 
 CHECKPOINT_FORMAT = 3
-"""Format of checkpoints; to be raised when the note, or what a callback saves, changes."""
+"""Format of checkpoints; to be raised when the metadata, or what a callback saves, changes."""
 
 _FIELDS = (
     "scope",
@@ -32,42 +32,42 @@ _FIELDS = (
 )
 
 
-def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
-    """Return the note of a checkpoint, which says what its tensors are and to which model they belong.
+def checkpoint_metadata(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
+    """Return the metadata of a checkpoint: what its tensors are and to which model they belong.
 
     Raises:
         SlzoError: It was not written by slzo, was written in another format, or lacks a field.
     """
-    note: Any = content.get("slzo") if isinstance(content, dict) else None
-    if not isinstance(note, dict) or "format" not in note:
+    metadata: Any = content.get("slzo") if isinstance(content, dict) else None
+    if not isinstance(metadata, dict) or "format" not in metadata:
         raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
-    if note["format"] != CHECKPOINT_FORMAT:
+    if metadata["format"] != CHECKPOINT_FORMAT:
         raise SlzoError(
-            f"{option}: has format {note['format']!r}, and this slzo reads {CHECKPOINT_FORMAT}; use the version that wrote it"
+            f"{option}: has format {metadata['format']!r}, and this slzo reads {CHECKPOINT_FORMAT}; use the version that wrote it"
         )
-    if missing := [name for name in _FIELDS if name not in note]:
-        raise SlzoError(f"{option}: its note has no {', '.join(missing)}; give an unchanged checkpoint of slzo")
-    return note
+    if missing := [name for name in _FIELDS if name not in metadata]:
+        raise SlzoError(f"{option}: its metadata lacks {', '.join(missing)}; give an unchanged checkpoint of slzo")
+    return metadata
 
 
-def base_model(note: Mapping[str, Any]) -> str:
+def base_model(metadata: Mapping[str, Any]) -> str:
     """Return the name that loads the base model of a checkpoint, of the commit that was tuned if it is from the Hub."""
-    commit = note["hub"].get("model_commit")
-    return str(note["model"]) if commit is None else f"{split_revision(note['model'])[0]}@{commit}"
+    commit = metadata["hub"].get("model_commit")
+    return str(metadata["model"]) if commit is None else f"{split_revision(metadata['model'])[0]}@{commit}"
 
 
-def check_commit(note: Mapping[str, Any], model: str, folder: str | None) -> None:
+def check_commit(metadata: Mapping[str, Any], model: str, folder: str | None) -> None:
     """Check that a model of the Hub is at the commit that a checkpoint was trained on.
 
     Args:
-        note: Note of the checkpoint.
+        metadata: Metadata of the checkpoint.
         model: Name of the model, as in ``model.model``.
         folder: Folder that it is loaded from.
 
     Raises:
         SlzoError: It is at another commit.
     """
-    own, saved = model_commit(model, folder), note["hub"].get("model_commit")
+    own, saved = model_commit(model, folder), metadata["hub"].get("model_commit")
     if None not in (own, saved) and own != saved:
         raise SlzoError(
             f"model.model {model!r}: is at commit {own}, and the checkpoint was trained on another one; give --model.model "

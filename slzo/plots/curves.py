@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from slzo.pictures.style import lines, new_figure, plain, style_axis
+from slzo.plots.style import lines, new_figure, plain, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ class RunCurves:
     after: ScorePoint | None = None
 
 
-def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
+def curves_plot(runs: Sequence[RunCurves], title: str = "") -> Figure:
     """Draw four panels over the steps: loss, score with the held-out scores before and after, seconds, and memory."""
     figure = new_figure(9, 6, title)
     (loss, score), (time, memory) = figure.subplots(2, 2)
@@ -115,7 +115,7 @@ def _held_out(axis: Axes, run: RunCurves, colour: str, alone: bool) -> None:
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """Average neighbouring points if there are more than a picture can show."""
+    """Average neighbouring points if there are more than a plot can show."""
     size = -(-len(points) // _MOST_POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [group[-1][0] for group in groups], [fmean(loss for _, loss in group) for group in groups]

@@ -1,4 +1,4 @@
-"""Common style of all pictures: size, colours, integer ticks for layers, and the file formats."""
+"""Common style of all plots: size, colours, integer ticks for layers, and the file formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_figure(width: float, height: float, title: str, below: str = "") -> Figu
 
     The margins are fixed: a layout engine would double the time to draw.
     """
-    from matplotlib.figure import Figure  # half a second, and only pictures need it
+    from matplotlib.figure import Figure  # half a second, and only plots need it
 
     figure = Figure(figsize=(width, height))
     head = 0.35 * bool(title) + 0.22 * bool(below)

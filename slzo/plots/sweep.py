@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slzo.pictures.style import BLUE, GREEN, LAYER, ORANGE, RED, lines, new_figure, style_axis
+from slzo.plots.style import BLUE, GREEN, LAYER, ORANGE, RED, lines, new_figure, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str, below: str, loss: str) -> Figure:
+def sweep_plot(rows: Sequence[Mapping[str, Any]], title: str, below: str, loss: str) -> Figure:
     """Draw sensitivity, outlier ratio and gain by layer with standard errors, and mark the chosen layer.
 
     Args:
         rows: Rows as under ``layers`` in ``sweep.json``.
-        title: Title of the picture.
+        title: Title of the plot.
         below: Line below the title.
         loss: What the loss is called.
     """
@@ -49,7 +49,7 @@ def _known(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
     return [[row[name] for row in known] for name in ("layer", *names)] if known else []
 
 
-def sweep_curves_picture(
+def sweep_curves_plot(
     curves: Mapping[int, Sequence[Mapping[str, Any]]],
     title: str,
     chosen: int | None,
@@ -59,7 +59,7 @@ def sweep_curves_picture(
 
     Args:
         curves: Scores by layer, as in ``sweep.json``.
-        title: Title of the picture.
+        title: Title of the plot.
         chosen: The chosen layer; ``None`` if there is none.
         loss: What the loss is called.
     """

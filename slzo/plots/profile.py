@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slzo.pictures.style import BLUE, GREY, LAYER, ORANGE, RED, new_figure, style_axis
+from slzo.plots.style import BLUE, GREY, LAYER, ORANGE, RED, new_figure, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ PAPER = {"max_abs": 100.0, "ratio": 1000.0}
 _PANELS = (("max_abs", "largest |h|", BLUE), ("ratio", "largest / median |h|", ORANGE))
 
 
-def profile_picture(profile: Mapping[str, Any], model: str, task: str) -> Figure:
+def profile_plot(profile: Mapping[str, Any], model: str, task: str) -> Figure:
     """Draw the largest magnitude and its ratio to the median by layer, on log axes, with standard errors.
 
     Args:
