@@ -1,5 +1,6 @@
 """Fixtures: a tiny model and made-up rows on disk, options of a short run, a clean environment."""
 
+import copy
 import gc
 import importlib.metadata
 import io
@@ -24,6 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 import tiny
+from slzo.cli.app import SlzoCLI
+from slzo.cli.parser import command_function
 from slzo.models import startup_check
 from slzo.private.models import attention_of
 from slzo.utils import pip_download
@@ -32,6 +35,21 @@ from slzo.utils.hub import model_folder
 # what each parser of options and each run asks for again does not change
 docstring_parser.parse = cache(docstring_parser.parse)
 importlib.metadata.version = cache(importlib.metadata.version)
+
+_PARSERS = {}
+_setup_parser = SlzoCLI.setup_parser
+
+
+def _setup_parser_once(cli, *args):
+    """Give each run its own copy of the parser of its command, which takes longer to build than a short run."""
+    key = (cli._command, command_function(cli._command))
+    if key not in _PARSERS:
+        _setup_parser(cli, *args)
+        _PARSERS[key] = cli.parser
+    cli.parser = copy.deepcopy(_PARSERS[key])
+
+
+SlzoCLI.setup_parser = _setup_parser_once
 
 
 def pytest_collection_finish():
@@ -198,6 +216,7 @@ def _blank_plots(request, monkeypatch):
             Path(place).write_bytes(blank.getvalue())
 
     monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr("slzo.report.profile_files.profile_plot", lambda *_: Figure())
 
 
 @pytest.fixture(autouse=True)

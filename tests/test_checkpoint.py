@@ -119,8 +119,7 @@ def test_a_command_without_an_option_for_the_model_says_where_it_must_be(run, ca
 
 
 def test_another_type_of_the_same_weights_is_the_same_model(run, capsys):
-    for dtype in ("bfloat16", "float16"):
-        assert main(["test", f"--ckpt_path={CHECKPOINT}", f"--model.dtype={dtype}"]) == 0
+    assert main(["test", f"--ckpt_path={CHECKPOINT}", "--model.dtype=bfloat16"]) == 0
     model = AutoModelForCausalLM.from_pretrained("model")
     other_weights(model)
     model.save_pretrained("model")
@@ -200,12 +199,12 @@ def test_all_of_what_is_tuned_and_a_sample_of_the_rest_is_compared():
 
 
 def test_the_fingerprint_of_a_large_model_takes_no_time():
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64, "vocab_size": 8192}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 15, "head_dim": 64, "vocab_size": 8192}
     model = tiny_model("llama", num_attention_heads=9, num_key_value_heads=3, **sizes)
     layer = {name: p for name, p in model.named_parameters() if ".layers.3." in name}
     started = time.process_time()
     Fingerprint.of(model).with_tuned(layer)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 0.5
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,11 @@ def same(found, expected):
     return found[1] == expected[1] and all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
 
 
-@pytest.mark.parametrize("scope", [LayerScope(), LoRA(), PrefixTuning(num_tokens=2)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "scope",
+    [pytest.param(LayerScope(), marks=pytest.mark.slow), LoRA(), PrefixTuning(num_tokens=2)],
+    ids=lambda s: type(s).__name__,
+)
 def test_the_steps_are_the_same_to_the_bit(model_dir, scope):
     expected = steps(in_memory(model_dir), scope)
     found = steps(placed(model_dir), scope)
@@ -83,7 +87,7 @@ def test_the_steps_are_the_same_to_the_bit(model_dir, scope):
 
 
 @pytest.mark.parametrize("given", [ON_DISK, {"": "disk"}], ids=["the others", "all"])
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_tuned_layer_is_in_memory_whatever_the_map_says(model_dir, given, onednn):
     model, placement = placed(model_dir, given)
     found = steps((model, placement), onednn=onednn)
@@ -283,6 +287,7 @@ FROM_DISK = '--model.device_map={"model.layers.0": "disk", "model.layers.3": "di
 
 def test_a_run_with_layers_on_disk_is_that_without(options, capsys):
     options = [*options, "--model.engine.onednn=false", "--model.engine.paired=true"]
+    options.append("--trainer.max_steps=4")
     assert main(["fit", *options]) == 0
     options.remove("--model.engine.paired=true")
     assert main(["fit", *options, FROM_DISK]) == 0
@@ -293,7 +298,7 @@ def test_a_run_with_layers_on_disk_is_that_without(options, capsys):
     # where layers are is no part of what was trained
     checkpoint = f"--ckpt_path={last_checkpoint(1)}"
     assert main(["test", *options, checkpoint, FROM_DISK]) == 0
-    assert main(["fit", *options, checkpoint, "--trainer.max_steps=10"]) == 0
+    assert main(["fit", *options, checkpoint, "--trainer.max_steps=5"]) == 0
 
 
 def test_a_sweep_gives_each_layer_back(options, monkeypatch):

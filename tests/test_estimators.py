@@ -101,8 +101,8 @@ def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, 
 @pytest.mark.parametrize(
     ("estimator", "queries", "steps"),
     [
-        *((estimator, 1, 6000) for estimator in (SPSA(), OneSided(), LOZO(2, 1))),
-        pytest.param(LOZO(1, 1), 1, 6000, marks=pytest.mark.slow),
+        *((estimator, 1, 3000) for estimator in (SPSA(), OneSided(), LOZO(2, 1))),
+        pytest.param(LOZO(1, 1), 1, 3000, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )

@@ -78,14 +78,14 @@ def test_shaped_estimates_have_about_unit_length_along_the_gradient(shaping, sha
     assert across.norm() < 1.5 * (rows.var(dim=0).sum() / len(rows)).sqrt()
 
 
-@pytest.mark.parametrize("shaping", SHAPED)
+@pytest.mark.parametrize("shaping", ["zscore", pytest.param("rank", marks=pytest.mark.slow)])
 def test_on_a_model_it_descends(shaping, examples):
     """The cosine with the gradient of autograd is that of q random directions in d dimensions, sqrt(q / (q + d + 1))."""
     model, loss = tiny_loss(examples)
     tuned, queries = model.tensors, 24
     true = flat(autograd_gradient(model.parts.model, examples, tuned.names))
     cosines = []
-    for step in range(6):
+    for step in range(4):
         result = EvolutionStrategy(shaping).estimate(Request(tuned, loss, 0, step, eps=5e-4, num_queries=queries))
         tuned.restore()
         cosines.append(float(torch.cosine_similarity(flat(result.gradient), true, dim=0)))

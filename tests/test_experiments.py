@@ -61,10 +61,10 @@ def weights(trials):
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
         *(
             pytest.param(own, marks=pytest.mark.slow)
             for own in (
+                [],
                 ["--model.scope=LoRA", "--model.scope.rank=4"],
                 ["--model.scope=ActivationSubspace"],
                 ["--data.seed=5"],
@@ -302,14 +302,14 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
         return run(self, layer, **kwargs)
 
     monkeypatch.setattr(LayerTrials, "run", interrupted)
-    command = ["sweep", *options, *SWEEP, "--layers=[1,2,3]"]
+    command = ["sweep", *options, *SWEEP, "--layers=[1,2]"]
     assert main(command) == 130
     assert "the same command continues where it stopped" in capsys.readouterr().err
     assert main(command) == 0
-    assert calls == [1, 2, 2, 3]
+    assert calls == [1, 2, 2]
     first = sweep_csv()
     assert main(command) == 0
-    assert len(calls) == 4
+    assert len(calls) == 3
     assert sweep_csv() == first
 
 
@@ -616,7 +616,7 @@ def test_verdicts(rows, parts):
 
 
 def test_a_given_layer_is_the_one_that_others_are_compared_with(options, capsys):
-    assert main(["sweep", *options, *SWEEP, "--layers=[1,2]", "--model.layer=2"]) == 0
+    assert main(["sweep", *options, *SWEEP, "--directions=0", "--layers=[1,2]", "--model.layer=2"]) == 0
     assert re.search(r"the chosen layer, 2,", capsys.readouterr().out, re.IGNORECASE)
 
 

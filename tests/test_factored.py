@@ -57,7 +57,7 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
 SCOPES = [LayerScope(), LoRA(rank=2), OutlierChannels(percent=10), ActivationSubspace(rank=4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
 def test_factors_of_other_processes_give_the_gradient_of_all(scope, dtype, examples, monkeypatch):
     parts = (examples[:1], examples[1:5], examples[5:])

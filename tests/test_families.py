@@ -42,7 +42,7 @@ from tiny import make_tokenizer
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SELECTION = [
-    *("llama", "diffllama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "phi3", "gemma3", "llava", "diffllama"),
+    *("llama", "diffllama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "phi3", "gemma3", "llava"),
     *("qwen3_next", "jamba", "llama4_text", "lfm2", "recurrent_gemma", "mamba2", "bloom"),
     *("gemma3n_text", "zaya", "hrm_text"),
 ]

@@ -97,7 +97,7 @@ PLACES = [
     ("on_validation_batch_start", 12),
     ("on_train_end", 12),
 ]
-USUAL = {(2, *PLACES[1]), (5, *PLACES[4]), (5, *PLACES[11])}
+USUAL = {(2, *PLACES[1]), (2, *PLACES[5])}
 ALL = [(interval, *place) for interval in (1, 2, 5) for place in PLACES]
 
 

@@ -75,7 +75,7 @@ def test_positions_with_fewer_directions_than_others_take_no_part_in_these(objec
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16, torch.float16])
 def test_rounding_does_not_hide_the_noise_of_a_layer_that_adds_little(dtype):
     generator = random.Random(0)
     examples = [random_example(generator, number, 6 + 2 * number, (1, 1), number % 2) for number in range(6)]
@@ -301,24 +301,32 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     torch.testing.assert_close(total, tuned.with_zeros(expected(everywhere)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "gemma3_text"])
 def test_the_mean_is_the_gradient(family, examples):
     """In a middle layer: the gradient with the output constant at all positions that predict no answer token."""
     model, loss = tiny_loss(examples, family)
     expected = gradient_from_answers(model.parts.model, f"{model.parts.layers_path}.2", examples, model.tensors.names)
-    estimates = estimates_of(model, loss, 40)
+    estimates = estimates_of(model, loss, 25)
     assert estimates[0].loss == pytest.approx(float(plain_losses(model.parts.model, examples)[0]), rel=1e-5)
     assert_mean_is(expected, estimates)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
 def test_in_the_last_layer_the_answers_have_the_whole_gradient(family, examples):
     model = tuned_model(family, LAST)
     expected = autograd_gradient(model.parts.model, examples, model.tensors.names)
-    assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 30))
+    assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 20))
 
 
-@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("gemma3_text", 1), ("llama", LAST), ("gemma2", LAST)])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("llama", 0),
+        pytest.param("gemma3_text", 1, marks=pytest.mark.slow),
+        pytest.param("llama", LAST, marks=pytest.mark.slow),
+        ("gemma2", LAST),
+    ],
+)
 def test_the_mean_with_a_loss_of_each_token_is_the_gradient_of_its_position(family, layer):
     """In the last layer this is the whole gradient."""
     examples, model = short_examples((6, 5)), tuned_model(family, layer, scale=1.5)
@@ -328,16 +336,16 @@ def test_the_mean_with_a_loss_of_each_token_is_the_gradient_of_its_position(fami
     expected = gradient_of_tokens(model.parts.model, f"{model.parts.layers_path}.{layer}", examples, names)
     missing = flat({name: whole[name] - expected[name] for name in names}).norm() / flat(whole).norm()
     assert missing < 1e-4 if layer == LAST else missing > 0.1
-    estimates = estimates_of(model, loss, 30, queries=20)
+    estimates = estimates_of(model, loss, 20, queries=20)
     assert estimates[0].loss == pytest.approx(value, rel=1e-5)
     assert_mean_is(expected, estimates)
 
 
 SCOPES = [
-    LayerScope("attention"),
+    pytest.param(LayerScope("attention"), marks=pytest.mark.slow),
     LayerScope("mlp"),
     OutlierChannels(percent=10),
-    OutlierChannels(percent=10, complement=True),
+    pytest.param(OutlierChannels(percent=10, complement=True), marks=pytest.mark.slow),
     ActivationSubspace(rank=4),
     LoRA(rank=2),
 ]
@@ -348,7 +356,7 @@ def test_the_mean_is_the_gradient_of_every_scope_of_one_layer(scope, examples):
     model = tuned_model(layer=LAST, scope=scope)
     of_weights = autograd_gradient(model.parts.model, examples, model.tensors.names)
     expected = {name: of_master(tensor, of_weights[name]) for name, tensor in model.tensors.items()}
-    assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 30))
+    assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 20))
 
 
 def of_master(tensor, gradient):
@@ -371,7 +379,7 @@ def test_the_mean_is_the_gradient_of_every_objective(objective, answers):
     model = tuned_model(layer=LAST)
     loss = batch_loss(model, short_examples(answers), objective)
     value, expected = loss.gradient()
-    estimates = estimates_of(model, loss, 30)
+    estimates = estimates_of(model, loss, 20)
     assert estimates[0].loss == pytest.approx(value, rel=1e-5)
     assert_mean_is(expected, estimates)
 

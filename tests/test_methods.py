@@ -64,12 +64,12 @@ USUAL = ("mezo",)
 @pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_every_method_trains_resumes_and_is_scored_again(name, options):
     options = [*options, *given(METHODS[name]), "--trainer.enable_progress_bar=false", "--model.optimizer.lr=1e-3"]
-    assert main(["fit", *options, "--trainer.max_steps=6"]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
     assert main(["fit", *options, "--trainer.max_steps=3"]) == 0
-    assert main(["fit", *options, "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
     whole, resumed = (tuned(last_checkpoint(number)) for number in (0, 2))
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
-    assert summary()["steps"] == 6
+    assert summary()["steps"] == 4
     best = summary()["best_checkpoint"]
     if name != "prefix":
         assert main(["export", f"--ckpt_path={best}", "--output=exported", "--format=merged"]) == 0

@@ -152,7 +152,7 @@ OPTIONS = st.sampled_from(sorted(GROUPS)).flatmap(
 )
 
 
-@settings(common, max_examples=25)
+@settings(common, max_examples=12)
 @example(options={"data": {"task": None}})
 @example(options={"model": {"eps": None}})
 @example(options={"trainer": {"max_steps": None}, "checkpoint": {"mode": None}})

@@ -101,7 +101,11 @@ def fitted(model_dir, data_dir, scope=None, layer=2):
     trainer.fit(module, datamodule=rows(data_dir))
 
 
-@pytest.mark.parametrize("scope", [LoRA(rank=2), PrefixTuning(num_tokens=2)], ids=lambda scope: scope.describe())
+@pytest.mark.parametrize(
+    "scope",
+    [pytest.param(LoRA(rank=2), marks=pytest.mark.slow), PrefixTuning(num_tokens=2)],
+    ids=lambda scope: scope.describe(),
+)
 def test_a_checkpoint_becomes_a_module(scope, model_dir, data_dir):
     fitted(model_dir, data_dir, scope)
     trainer, data = ZOTrainer(logger=False, **QUIET), rows(data_dir)
@@ -414,7 +418,7 @@ def test_rows_have_the_length_of_each_model(model_dir, data_dir):
 
 
 def test_commands_of_a_run_with_checkpoints_elsewhere(options, tmp_path, capsys):
-    assert main(["fit", *options, f"--checkpoint.dirpath={tmp_path / 'kept'}"]) == 0
+    assert main(["fit", *options, f"--checkpoint.dirpath={tmp_path / 'kept'}", "--trainer.max_steps=2"]) == 0
     command = next(each for each in summary()["use"] if each.startswith("slzo test"))
     assert main(shlex.split(command)[1:]) == 0
     assert main(["test", "--ckpt_path=best"]) == 0
@@ -576,8 +580,8 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     Trainer(logger=False, **QUIET).test(
         module, datamodule=rows(data_dir), ckpt_path=saved.best_model_path, verbose=False
     )
-    fit(module, 8, saved.last_model_path)
-    new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
+    fit(module, 6, saved.last_model_path)
+    new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 6, saved.last_model_path)
     assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
     assert read_checkpoint(saved.last_model_path).metadata["layer"] == 1
     capsys.readouterr()
@@ -897,7 +901,7 @@ class Ends(Callback):
         self.at_validation = trainer.callback_metrics["train/evaluations"]
 
 
-@pytest.mark.parametrize("end", [3, 4, 9])
+@pytest.mark.parametrize("end", [pytest.param(3, marks=pytest.mark.slow), 4, 9])
 def test_a_step_logs_all_its_values_where_they_are_read(end, model_dir, data_dir):
     """Every third step, before validations, and at the last step, whatever ends the training."""
     ends = Ends(end)

@@ -272,7 +272,7 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
     assert any(
         line.startswith("The held-out accuracy did not change") for line in lines_after_scoring(capsys.readouterr().out)
     )
-    assert main(["fit", *options, f"--ckpt_path={last_checkpoint()}"]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=5", f"--ckpt_path={last_checkpoint()}"]) == 0
     assert summary(1)["score_change_paired"] is True
 
 

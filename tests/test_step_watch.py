@@ -16,7 +16,7 @@ def test_eps_that_is_lost_in_rounding_is_told_at_once_and_ends_the_run(options, 
     assert "exactly 0 for 20 steps in a row, the last at step 20: model.eps 1e-12 is lost in rounding" in line
 
 
-@pytest.mark.parametrize("shaping", ["zscore", "rank"])
+@pytest.mark.parametrize("shaping", ["zscore", pytest.param("rank", marks=pytest.mark.slow)])
 def test_a_population_without_a_difference_is_told_and_moves_nothing(shaping, options, capsys):
     more = ["--model.estimator=EvolutionStrategy", f"--model.estimator.shaping={shaping}", "--model.num_queries=3"]
     assert main(["fit", *options, *more, "--model.eps=1e-12", "--trainer.max_steps=2"]) == 0

@@ -276,12 +276,12 @@ def test_validations_by_time_need_no_steps_between_them():
 
 def test_a_run_validates_by_the_clock(options, capsys):
     """Then it has no rollbacks, unless its time is limited, which plans validations as steps."""
-    by_time = [*options, "--trainer.max_steps=2", "--trainer.val_check_interval=00:00:10:00"]
+    by_time = [*options, "--trainer.max_steps=1", "--trainer.val_check_interval=00:00:10:00"]
     cases = (([], True), (["--guard.factor=null"], False), (["--trainer.max_time=00:00:20:00"], False))
     for number, (more, is_told) in enumerate(cases):
         assert main(["fit", *by_time, *more]) == 0
         assert ("does not roll back" in capsys.readouterr().err) == is_told
-        assert summary(number)["steps"] == 2
+        assert summary(number)["steps"] == 1
 
 
 @pytest.mark.fast

@@ -357,11 +357,23 @@ trainer.callbacks | lightning.pytorch.callbacks.EarlyStopping | nope | 1 | : unk
 WRONG_ARGUMENTS = [tuple(line.split(" | ")) for line in ARGUMENTS.strip().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("option", "kind", "argument", "value", "expected"),
-    WRONG_ARGUMENTS,
-    ids=[" ".join(case[1:4]) for case in WRONG_ARGUMENTS],
+# one of each kind of value, and of each way to name a class
+USUAL_ARGUMENTS = (
+    "LoRA rank|slzo.zo.scopes.LoRA rnk|LoRA target_modules|LayerScope part|torch.optim.SGD momentum|TemplateTask prompt"
 )
+USUAL_ARGUMENTS += "|EvolutionStrategy antithetic|EarlyStopping patience|lightning.pytorch.callbacks.EarlyStopping nope"
+
+
+def wrong_arguments():
+    """The cases as parameters of a test."""
+    names = [f"{kind} {argument}" for _, kind, argument, *_ in WRONG_ARGUMENTS]
+    assert set(USUAL_ARGUMENTS.split("|")) <= set(names)
+    for name, case in zip(names, WRONG_ARGUMENTS, strict=True):
+        marks = [] if name in USUAL_ARGUMENTS.split("|") else [pytest.mark.slow]
+        yield pytest.param(*case, id=" ".join(case[1:4]), marks=marks)
+
+
+@pytest.mark.parametrize(("option", "kind", "argument", "value", "expected"), wrong_arguments())
 def test_a_wrong_argument_of_a_class_is_named(own_folder, capsys, option, kind, argument, value, expected):
     """A list names the place of the class too."""
     group, name = option.split(".")
@@ -424,7 +436,7 @@ def test_a_missing_option_is_named(capsys, command, expected):
 
 
 def test_without_a_logger_a_run_still_has_its_folder(options):
-    assert main(["fit", *options, "--trainer.logger=false"]) == 0
+    assert main(["fit", *options, "--trainer.logger=false", "--trainer.max_steps=2"]) == 0
     files = {path.name for path in run_dir().iterdir()}
     assert {"checkpoints", "config.yaml", "outlier_profile.json", "summary.json"} <= files
     assert not any("metrics" in name or "events" in name for name in files)
@@ -435,7 +447,7 @@ def test_another_layer_on_resume_is_refused(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--model.layer=1"]) == 0
     line = error_line(capsys, "fit", *options, "--ckpt_path=last", "--model.layer=2")
     assert "model.layer 2: the checkpoint tunes layer 1" in line
-    assert main(["fit", *options, "--ckpt_path=last", "--model.layer=1"]) == 0
+    assert main(["fit", *options, "--ckpt_path=last", "--model.layer=1", "--trainer.max_steps=3"]) == 0
     assert summary(1)["dominant_layer"] == 1
 
 
