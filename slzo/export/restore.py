@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.metadata import base_model
 from slzo.data.fingerprint import hash_tokenizer
-from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.utils.console import warn
@@ -44,23 +43,14 @@ def load_base(checkpoint: Checkpoint, trust_remote_code: bool) -> TunedModel:
 
 @contextmanager
 def base_of(checkpoint: Checkpoint) -> Iterator[None]:
-    """Convert errors about the base model for commands without ``model.model``, in which a checkpoint alone names it."""
-    metadata = checkpoint.metadata
+    """Name the checkpoint in errors about its base model, for commands without ``model.model``."""
     try:
         yield
     except SlzoError as error:
-        text = str(error).replace("model.model", "its base model", 1).removeprefix("ckpt_path: ")
-        if (
-            metadata["model"] not in BUILTIN_MODELS
-            and metadata["hub"].get("model_commit") is None
-            and "base model" in text
-        ):
-            # other commands take the model from another place, which is the advice of the original message
-            text = (
-                f"{text.rpartition('; ')[0]}; put the model of the run, or a link to it, back as {metadata['model']!r} "
-                "(a relative path begins in the current folder)"
-            )
-        raise SlzoError(f"ckpt_path {checkpoint.path!r}: {text}") from error
+        raise SlzoError(
+            f"ckpt_path {checkpoint.path!r}: needs its base model {checkpoint.metadata['model']!r} where the run found it, and "
+            f"unchanged ({error})"
+        ) from error
 
 
 def tokenizer_of(metadata: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
