@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slzo.commands.registry import COMMANDS
-from slzo.utils.console import is_worker, say
+from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.launcher import launcher_ends
 from slzo.utils.signals import termination_signals
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, see ``slzo --help``."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        say(_HELP.rstrip())
+        rank_zero_print(_HELP.rstrip())
         return 0
     if args[0] == "--version":
-        say(f"slzo {__version__}")
+        rank_zero_print(f"slzo {__version__}")
         return 0
     try:
         if args[0] not in COMMANDS:

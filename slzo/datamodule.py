@@ -12,7 +12,7 @@ from slzo.data.loader import BatchLoader
 from slzo.task_rows import TaskRows
 from slzo.training.options import TrainingOptions
 from slzo.utils.errors import SlzoError
-from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
+from slzo.zo.processes import SINGLE_PROCESS, Parallel, Processes, num_directions
 
 
 class TaskDataModule(TaskRows, LightningDataModule):
@@ -30,7 +30,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
     def processes(self) -> Processes:
         """The processes of the trainer, which divide rows and directions. The first use in a fit is a collective call."""
         if self.trainer is None:
-            return ALONE
+            return SINGLE_PROCESS
         trainer = self.trainer
         options = getattr(trainer.lightning_module, "options", None)
         parallel: Parallel = options.parallel if isinstance(options, TrainingOptions) else "rows"

@@ -61,10 +61,10 @@ from slzo.training.resume import (
 from slzo.training.run import Prepared, RunContext
 from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time
-from slzo.utils.console import say, warn
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
+from slzo.utils.pluralize import pluralize
 from slzo.utils.run_layout import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE
 from slzo.utils.runtime import free_bytes, peak_memory_gb
 from slzo.utils.seeding import derive_seed
@@ -107,7 +107,7 @@ def prepare(
 
 @contextmanager
 def _undone_on_error(model: TunedModel, is_new: bool) -> Iterator[None]:
-    """After an error, restore the weights that were perturbed and, of a new ``model``, remove the modules of its scope.
+    """If the block raises, restore the perturbed weights; if ``is_new``, also remove the modules that the scope added.
 
     The model may belong to the user, see :meth:`slzo.module.ZOModule.from_model`.
     """
@@ -216,8 +216,8 @@ def _load(
     """Load the model, unless it is ``loaded``, and adapt the rows to it.
 
     Returns:
-        The untuned model, the options with the memory besides the weights set in the device map, and the memory plan, ``None`` if
-        none was made.
+        The untuned model, the options, whose device map now reserves memory for all but the weights, and the memory plan,
+        ``None`` if none was made.
     """
     plan = None
     if loaded is None:
@@ -229,7 +229,7 @@ def _load(
             plan = inputs.plan()
             free = free_bytes(run.device)
             options = with_reserved(options, inputs)
-            say(format_memory(inputs, free))
+            rank_zero_print(format_memory(inputs, free))
             check_memory(inputs, free, options.model)
         loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
     adapt_rows(rows, loaded, options)
@@ -253,7 +253,7 @@ def _stepper(
     plan_prefix(model, rows, held_out=True)
     if auto is None and options.uses_auto:
         auto = auto_rate(model, options, rows)
-        say(auto.describe(options.optimizer.automatic))
+        rank_zero_print(auto.describe(options.optimizer.automatic))
     check_time(rows, run.time_budget, "loading, profile and measurements took")
     time_plan = plan_time(model, options, rows, run.time_budget, scheduler_state)
     return make_stepper(model, options, rows, auto=auto), time_plan
@@ -281,7 +281,7 @@ def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
         try:  # the profile is only drawn here, so an error must not stop the run
             return ChosenLayer(given, profile_model(parts, rows, run.profiler))
         except SlzoError as error:
-            warn(f"no outlier profile: {error}")
+            rank_zero_warn(f"no outlier profile: {error}")
     return ChosenLayer(given)
 
 
@@ -296,9 +296,9 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRo
     try:
         choice = choose(run.profiler.rule, _selection_context(profile, parts, options, rows, run), rows)
     except SlzoError:
-        say(format_profile(profile, None))  # it helps to choose thresholds
+        rank_zero_print(format_profile(profile, None))  # it helps to choose thresholds
         raise
-    say(format_profile(profile, choice))
+    rank_zero_print(format_profile(profile, choice))
     return ChosenLayer(choice, profile)
 
 
@@ -334,16 +334,20 @@ def _announce(prepared: Prepared) -> None:
     chosen = (
         "" if layer is None else f" Dominant layer: {layer} of {model.parts.num_layers} ({prepared.chosen.reason})."
     )
-    say(
+    rank_zero_print(
         f"Tuning {options.scope.describe()}: {model.tensors.num_elements:,} of {total:,} parameters by "
         f"{options.estimator.describe()}.{chosen}"
     )
     if (quantized := model.describe_quantization()) is not None:
-        say(quantized)
+        rank_zero_print(quantized)
     if layer is None and options.layer is not None:
-        warn(f"model.layer {options.layer}: has no effect, because the scope {options.scope.describe()} needs no layer")
+        rank_zero_warn(
+            f"model.layer {options.layer}: has no effect, because the scope {options.scope.describe()} needs no layer"
+        )
     if options.estimator.perturbs is None and options.step.has_weight_options:
-        warn(f"model.eps and model.num_queries have no effect, because {options.estimator.describe()} perturbs nothing")
+        rank_zero_warn(
+            f"model.eps and model.num_queries have no effect, because {options.estimator.describe()} perturbs nothing"
+        )
 
 
 def score_test_rows(
@@ -355,7 +359,7 @@ def score_test_rows(
     known then. ``when`` is part of the printed line. With ``keep_prefix`` the states that enter the tuned layer are cached, as
     the rows are scored again.
     """
-    say(f"Scoring {counted(len(rows.rows('test')), 'held-out row')} {when} ...")
+    rank_zero_print(f"Scoring {pluralize(len(rows.rows('test')), 'held-out row')} {when} ...")
     has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
         rows.evaluator(prepared.model),
@@ -391,9 +395,9 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
             before = outcome.history.samples
             shown = [sample_row(record, before.get(place)) for place, record in sorted(samples.items())]
             write_json(folder / SAMPLES_FILE, {"rows": shown})
-    say(format_summary(summary))
+    rank_zero_print(format_summary(summary))
     if folder is not None and first:
-        say(f"Report     {write_run_report(folder)}")
+        rank_zero_print(f"Report     {write_run_report(folder)}")
     return summary
 
 
@@ -445,7 +449,7 @@ def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: 
     writes = rows.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(train, test)
-    if writes and prepared.model.parts.placement.is_here:
+    if writes and prepared.model.parts.placement.is_on_main_device:
         first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     figures = {
         "model": options.model,

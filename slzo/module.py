@@ -24,7 +24,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
 from slzo.lightning.strategy import shard_group_of
-from slzo.lightning.trainer_checks import check_share, check_trainer
+from slzo.lightning.trainer_checks import check_limit_batches, check_trainer
 from slzo.lightning.trainer_state import (
     callback_of,
     folder_of,
@@ -46,11 +46,11 @@ from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
 from slzo.training.run import Prepared, RunContext
-from slzo.utils.console import warn
+from slzo.utils.argument_checks import ArgumentTypes, check_types
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
-from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
@@ -127,7 +127,7 @@ class ZOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         # before any other name is set, so that these are the arguments
-        check_kinds("model", _KINDS, {**locals(), "eps": 1.0 if eps == "auto" else eps})
+        check_types("model", _TYPES, {**locals(), "eps": 1.0 if eps == "auto" else eps})
         model = str(model)  # also of a path
         dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a type
         scope = LayerScope() if scope is None else scope
@@ -257,8 +257,8 @@ class ZOModule(LightningModule):
                     "model.lr_scheduler; do not override the method, and pass them to ZOModule"
                 )
             # Lightning refuses it only after the model is loaded and profiled
-            check_share("train", trainer.limit_train_batches, lambda: len(rows.sampler()))
-            check_share("val", trainer.limit_val_batches, lambda: len(rows.eval_plan("dev").batches))
+            check_limit_batches("train", trainer.limit_train_batches, lambda: len(rows.sampler()))
+            check_limit_batches("val", trainer.limit_val_batches, lambda: len(rows.eval_plan("dev").batches))
             check_trainer(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
@@ -342,20 +342,22 @@ class ZOModule(LightningModule):
         saved = {f"model.{name}": metadata[name] for name in types}
         own = {f"model.{name}": getattr(self.options, name) for name in types}
         if changes := differences(saved, own):
-            warn(f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run")
+            rank_zero_warn(
+                f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run"
+            )
         if rows.allow_changed_rows:
             return
         check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), metadata["data"])
         same_task = rows.task.name == metadata["settings"]["data.task"]
         validates = self.trainer.state.fn == "validate"
         if validates and same_task and not are_trained_rows(rows.rows("train"), metadata["data"]):
-            warn(
+            rank_zero_warn(
                 "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
                 "rows that it was trained on; use its options, or slzo test"
             )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the module, together with the constants of the scope, which are no submodule."""
+        """Move the module, together with the constants of the scope, which are not a registered submodule."""
         if self.tuned_model is not None:
             self.tuned_model.tensors.to(*args, **kwargs)
         return super().to(*args, **kwargs)
@@ -633,7 +635,7 @@ def run_context(
 
 
 # types of the options that are used before TrainingOptions checks the rest
-_KINDS: Kinds = {
+_TYPES: ArgumentTypes = {
     "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
     "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
     "layer": (int | None, "a whole number, or None for the dominant layer"),

@@ -30,16 +30,16 @@ from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
-from slzo.utils.console import say, warn
-from slzo.utils.counted import counted
+from slzo.utils.argument_checks import ArgumentTypes, check_types
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError, check_at_least
-from slzo.utils.kinds import Kinds, check_kinds
+from slzo.utils.pluralize import pluralize
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
 from slzo.zo.objectives.choice import choose_objective, selection_metric
-from slzo.zo.processes import ALONE, Processes
+from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.tuned_model import TunedModel
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ _LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
 # Options that are used when the rows are read.
 _FIXED = ("data_dir", "hub_path", "hub_config", "num_train", "num_dev", "num_test", "num_demonstrations")
 _OPTIONAL = ("num_dev", "num_test", "tokens_per_pass", "eval_batch_tokens", "seed")
-_KINDS: Kinds = {
+_TYPES: ArgumentTypes = {
     **dict.fromkeys(_LEAST, (int, "a whole number")),
     **dict.fromkeys(_OPTIONAL, (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
@@ -166,7 +166,7 @@ class TaskRows:
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.trust_remote_code = trust_remote_code
-        check_kinds("data", _KINDS, vars(self))
+        check_types("data", _TYPES, vars(self))
         for name, least in _LEAST.items():
             check_at_least(f"data.{name}", getattr(self, name), least)
         self.splits: Splits | None = None
@@ -223,7 +223,7 @@ class TaskRows:
         if size > known and source != name:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
-            warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
+            rank_zero_warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
         limits = (limit - reserved for limit in (max_positions(model), longest) if limit)
         length = min([self.max_length, *(limit for limit in limits if limit > 0)])
         # some tokenizers have tokens without an embedding, which a row must not contain
@@ -232,7 +232,7 @@ class TaskRows:
             return
         cuts = length < self.max_length
         if cuts:
-            say(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
+            rank_zero_print(f"Prompts are cut to {length} tokens, the longest that slzo supports with {name}.")
         self.encoder = encoder.limited_to(length, num_embeddings, by_model=cuts)
         self._rows.clear()
 
@@ -243,7 +243,7 @@ class TaskRows:
 
     @property
     def prompt_length(self) -> int | None:
-        """Most tokens of a prompt before a generated answer, or of one with a candidate; ``None`` if none are left for it."""
+        """Most tokens of a prompt, with its candidate if there are candidates; ``None`` if the answer leaves no room for it."""
         answer = self.task.max_new_tokens if self.task.kind is Kind.GENERATION else 0
         length = self.encoder.max_length - answer
         return length if length > 0 else None
@@ -277,7 +277,7 @@ class TaskRows:
     @property
     def processes(self) -> Processes:
         """The processes of the run and the rank of this one."""
-        return ALONE
+        return SINGLE_PROCESS
 
     @property
     def on_accelerator(self) -> bool:
@@ -285,7 +285,7 @@ class TaskRows:
         return False
 
     def setup(self, stage: str) -> None:
-        """Read and split the rows. A second call does nothing unless it is the first one that needs training rows.
+        """Read and split the rows. Later calls do nothing, except the first one that needs training rows.
 
         Raises:
             SlzoError: A required split is missing or broken, or has too few rows for the demonstrations.
@@ -294,7 +294,7 @@ class TaskRows:
         if stage == "predict" and self.predict_file is not None:
             _ = self._to_predict  # before the model is loaded
         if stage in ("validate", "test") and self.predict_file is not None:
-            warn(
+            rank_zero_warn(
                 f"data.predict_file {self.predict_file!r}: not used, as the task's own rows are scored; give it to slzo predict, "
                 "or name the file in the task (test_file of TemplateTask)"
             )
@@ -332,20 +332,20 @@ class TaskRows:
     def _report(self, splits: Splits, stage: str) -> None:
         """Print how many rows there are and what is unusual about them."""
         for note in splits.notes:
-            say(note)
+            rank_zero_print(note)
         remarks = [self._source.unused_warning(), one_class_warning(self.task, splits.train)]
         for warning in remarks:
             if warning is not None:
-                warn(warning)
+                rank_zero_warn(warning)
         self._warn_unlabelled(splits, stage)
         counts = f"{len(splits.train)} training, {len(splits.dev)} dev and " if splits.train else ""
         origin = f", {splits.origin}" if splits.origin else ""
-        say(f"Task {self.task.name}: {counts}{counted(len(splits.test), 'held-out row')}{origin}.")
+        rank_zero_print(f"Task {self.task.name}: {counts}{pluralize(len(splits.test), 'held-out row')}{origin}.")
         unlabelled = sum(not example.gold for example in splits.train)
         if stage == "fit" and unlabelled and self.objective.needs_label:
-            say(f"Left out {counted(unlabelled, 'training row')} without a label.")
+            rank_zero_print(f"Left out {pluralize(unlabelled, 'training row')} without a label.")
         if self.tokenizer_name is not None and self.encoder.note is not None:
-            say(self.encoder.note)
+            rank_zero_print(self.encoder.note)
 
     def _warn_unlabelled(self, splits: Splits, stage: str) -> None:
         """Warn of rows without a label where they count in a score."""
@@ -353,7 +353,7 @@ class TaskRows:
         if self._told_unlabelled and self.reward is None:
             for warning in (unlabelled_warning("dev", splits.dev), unlabelled_warning("held-out", splits.test)):
                 if warning is not None:
-                    warn(warning)
+                    rank_zero_warn(warning)
 
     def _check_unchanged(self) -> None:
         """Refuse an option that was changed after the rows were read, which would have no effect."""
@@ -374,7 +374,7 @@ class TaskRows:
             if examples and (name != "training" or self.objective is self.reward):
                 warning = check_columns(required, examples, name)
                 if warning is not None:
-                    warn(warning)
+                    rank_zero_warn(warning)
 
     @property
     def _source(self) -> RowSource:
@@ -389,8 +389,8 @@ class TaskRows:
         found = self._source.read_to_predict(self.predict_file)
         self._read_with["predict_file"] = self.predict_file
         if found.note:
-            say(found.note)
-        say(f"Task {self.task.name}: {counted(len(found.examples), 'row')} of {self.predict_file}.")
+            rank_zero_print(found.note)
+        rank_zero_print(f"Task {self.task.name}: {pluralize(len(found.examples), 'row')} of {self.predict_file}.")
         return found.examples
 
     def _first_key(self, split: str) -> int:
@@ -505,7 +505,7 @@ class TaskRows:
         if 0 < len(rows) < processes.world_size:
             option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
             if split == "predict" and self.predict_file is not None:
-                option = f"data.predict_file {self.predict_file!r}, {counted(len(rows), 'row')}"
+                option = f"data.predict_file {self.predict_file!r}, {pluralize(len(rows), 'row')}"
             raise SlzoError(
                 f"{option}: fewer rows than the {processes.world_size} processes; use more rows or fewer devices"
             )

@@ -30,11 +30,11 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.assets import WheelFile
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
-from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.estimators import SPSA, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.estimators.base import estimate_of
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.processes import ALONE, Processes
+from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes import LayerScope, LoRA, ScopeContext
 from slzo.zo.selection import SelectionContext
@@ -130,7 +130,7 @@ class LossAt:
 
 def estimate(estimator, tuned, function, seed=0, step=0, **settings):
     """One estimate from a function of the points."""
-    return estimate_of(estimator, Request(tuned, LossAt(function), seed, step, **settings))
+    return estimate_of(estimator, EstimatorContext(tuned, LossAt(function), seed, step, **settings))
 
 
 def flat(gradient):
@@ -320,7 +320,7 @@ def autograd_gradient(model, examples, names):
     return {name: parameters[name].grad for name in names}
 
 
-def batch_loss(model, examples, objective=None, processes=ALONE, max_tokens=None):
+def batch_loss(model, examples, objective=None, processes=SINGLE_PROCESS, max_tokens=None):
     """The loss of a batch as a function of the tuned tensors."""
     objective = CandidateCrossEntropy() if objective is None else objective
     stepper = Stepper(model, objective, SPSA(), StepOptions(), processes=processes)
@@ -500,7 +500,9 @@ def tuned_model(family="llama", layer=2, scope=None, scale=1.0, packed=True):
 
 def estimate_at(model, loss, step=0, seed=0, **options):
     """One estimate, from noise alone unless ``tokens`` are given."""
-    return LayerOutputPerturbation(**{"tokens": 0, **options}).estimate(Request(model.tensors, loss, seed, step))
+    return LayerOutputPerturbation(**{"tokens": 0, **options}).estimate(
+        EstimatorContext(model.tensors, loss, seed, step)
+    )
 
 
 def short_examples(answers=(2, 1)):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slzo.utils.errors import SlzoError
-from slzo.zo import ClosureLoss, Request, take_step
+from slzo.zo import ClosureLoss, EstimatorContext, take_step
 from slzo.zo.estimators import FZOO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
 
 
@@ -52,7 +52,7 @@ def test_a_number_out_of_range_is_named(estimator, wrong):
     tuned, loss = image_loss(cnn(), images())
     ((name, value),) = wrong.items()
     with pytest.raises(SlzoError, match=f"^{name} {value}: must be "):
-        estimator.estimate(Request(tuned, loss, 0, 0, **wrong))
+        estimator.estimate(EstimatorContext(tuned, loss, 0, 0, **wrong))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_every_estimator_takes_a_step(estimator):
     tuned, loss = image_loss(model, (x, y))
     optimizer = torch.optim.SGD(tuned.masters, lr=1e-3)
     before = flat(dict(model.named_parameters()))
-    request = Request(tuned, loss, seed=0, step=0, eps=1e-3, num_queries=2)
-    estimate, norm = take_step(request, estimator, optimizer, measure_update=True)
+    context = EstimatorContext(tuned, loss, seed=0, step=0, eps=1e-3, num_queries=2)
+    estimate, norm = take_step(context, estimator, optimizer, measure_update=True)
     assert estimate.loss == pytest.approx(float(F.cross_entropy(model(x), y)), rel=0.05)
     moved = float((flat(dict(model.named_parameters())) - before).norm())
     assert moved == pytest.approx(norm, rel=1e-4)
@@ -89,7 +89,7 @@ def test_a_model_in_bfloat16_learns_from_its_masters():
     model, (x, y) = cnn().bfloat16(), images()
     tuned, loss = image_loss(model, (x.bfloat16(), y))
     before = flat(tuned.clone_masters())
-    take_step(Request(tuned, loss, seed=0, step=0, eps=1e-2), SPSA(), torch.optim.SGD(tuned.masters, lr=1e-6))
+    take_step(EstimatorContext(tuned, loss, seed=0, step=0, eps=1e-2), SPSA(), torch.optim.SGD(tuned.masters, lr=1e-6))
     assert not torch.equal(flat(tuned.named_masters()), before)
 
 
@@ -106,15 +106,15 @@ def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
     model = cnn()
     tuned, _ = image_loss(model, images())
     before = flat(tuned.clone_masters())
-    request = Request(tuned, ClosureLoss(tuned, fails), seed=0, step=0, eps=1.0)
+    context = EstimatorContext(tuned, ClosureLoss(tuned, fails), seed=0, step=0, eps=1.0)
     with pytest.raises(KeyboardInterrupt):
-        take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
+        take_step(context, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
     assert torch.equal(flat(dict(model.named_parameters())), before)
     assert all(master.grad is None for master in tuned.masters)
 
 
 def test_a_loss_that_is_no_number_is_named():
     tuned, _ = image_loss(cnn(), images())
-    request = Request(tuned, ClosureLoss(tuned, lambda: torch.ones(2)), seed=0, step=0, eps=1.0)
+    context = EstimatorContext(tuned, ClosureLoss(tuned, lambda: torch.ones(2)), seed=0, step=0, eps=1.0)
     with pytest.raises(SlzoError, match=r"^the closure returned a tensor of shape \(2,\); return the mean loss"):
-        take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
+        take_step(context, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slzo.utils.errors import SlzoError
-from slzo.zo import AutoStep, ClosureLoss, Request, TunedTensors, take_step
+from slzo.zo import AutoStep, ClosureLoss, EstimatorContext, TunedTensors, take_step
 from slzo.zo.auto_step import _PROBE_STEP
 from slzo.zo.estimators import FZOO, SPSA, Estimate
 from slzo.zo.optim import set_rate
@@ -112,7 +112,7 @@ def test_training_takes_the_directions_that_it_would():
             AutoStep.measure(tuned, loss, 0)
         optimizer = torch.optim.SGD(tuned.masters, lr=1e-3)
         for step in range(5):
-            take_step(Request(tuned, loss, seed=0, step=step, eps=1e-3), SPSA(), optimizer)
+            take_step(EstimatorContext(tuned, loss, seed=0, step=step, eps=1e-3), SPSA(), optimizer)
         ends.append(tuned.masters[0].detach().clone())
     assert torch.equal(*ends)
 
@@ -177,9 +177,9 @@ def test_the_first_step_has_its_gain_with_any_number_of_queries(num_queries):
         tuned = TunedTensors({"w": Whole(parameter)})
         loss = ClosureLoss(tuned, lambda slope=slope, parameter=parameter: 1 + (slope * parameter).sum())
         optimizer = torch.optim.Adam(tuned.masters, lr=1.0)
-        request = Request(tuned, loss, seed=seed, step=0, eps=1e-3, num_queries=num_queries)
+        context = EstimatorContext(tuned, loss, seed=seed, step=0, eps=1e-3, num_queries=num_queries)
         auto = AutoStep(eps=1e-3, loss=1.0, square=float(slope.square().sum()), weight=20.0)
-        take_step(request, SPSA(), optimizer, auto=auto)
+        take_step(context, SPSA(), optimizer, auto=auto)
         gains.append(float(-(slope * tuned.masters[0].detach()).sum()))
     assert 0.02 < sum(gains) / len(gains) < 0.06
 
@@ -198,9 +198,9 @@ def test_an_estimate_that_is_divided_by_its_size_is_not_clipped():
         _, tuned, loss = quadratic()
         scaled = LossAt(lambda points, loss=loss, scale=scale: scale * loss.at(points))
         optimizer = torch.optim.SGD(tuned.masters, lr=1.0)
-        request = Request(tuned, scaled, seed=0, step=0, eps=1e-3, num_queries=8)
+        context = EstimatorContext(tuned, scaled, seed=0, step=0, eps=1e-3, num_queries=8)
         auto = AutoStep(eps=1e-3, loss=1.0, square=1.0)
-        _, norm = take_step(request, FZOO(), optimizer, auto=auto, measure_update=True)
+        _, norm = take_step(context, FZOO(), optimizer, auto=auto, measure_update=True)
         moves.append(norm / optimizer.param_groups[0]["lr"])
     assert moves[0] == pytest.approx(moves[1], rel=1e-3)
 
@@ -332,8 +332,8 @@ def test_an_eps_that_overflows_is_made_smaller():
 def train(tuned, loss, make, steps, **options):
     auto = AutoStep.measure(tuned, loss, 0)
     optimizer = make(tuned.masters, lr=1.0, **options)
-    requests = (Request(tuned, loss, seed=0, step=step, eps=auto.eps, num_queries=2) for step in range(steps))
-    return [take_step(request, SPSA(), optimizer, auto=auto)[0].loss for request in requests]
+    contexts = (EstimatorContext(tuned, loss, seed=0, step=step, eps=auto.eps, num_queries=2) for step in range(steps))
+    return [take_step(context, SPSA(), optimizer, auto=auto)[0].loss for context in contexts]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_take_step_learns_first_and_steps_then():
     own = replace(auto)
     before = tuned.masters[0].detach().clone()
     optimizer = torch.optim.SGD(tuned.masters, lr=1.0)
-    found, _ = take_step(Request(tuned, loss, seed=0, step=0, eps=auto.eps), SPSA(), optimizer, auto=auto)
+    found, _ = take_step(EstimatorContext(tuned, loss, seed=0, step=0, eps=auto.eps), SPSA(), optimizer, auto=auto)
     (slope,) = found.projected_grad
     loss_mean = own.loss + (found.loss - own.loss) / 9
     square_mean = own.square + (slope**2 - own.square) / 9
@@ -416,9 +416,9 @@ def test_take_step_learns_first_and_steps_then():
 def test_take_step_brings_a_far_slope_down_to_three_times_the_usual():
     _, tuned, loss = quadratic()
     optimizer = torch.optim.SGD(tuned.masters, lr=1.0)
-    request = Request(tuned, loss, seed=0, step=0, eps=1e-3)
+    context = EstimatorContext(tuned, loss, seed=0, step=0, eps=1e-3)
     auto = AutoStep(eps=1e-3, loss=100.0, square=1e-4)
-    found, norm = take_step(request, SPSA(), optimizer, auto=auto, measure_update=True)
+    found, norm = take_step(context, SPSA(), optimizer, auto=auto, measure_update=True)
     assert abs(found.projected_grad[0]) > 1  # 0.01 is usual
     rate = optimizer.param_groups[0]["lr"]
     assert norm == pytest.approx(rate * 0.03 * float(tuned.draw(0, 0, 0)["weight"].norm()), rel=1e-4)
@@ -431,7 +431,7 @@ def test_a_step_that_is_not_finite_says_nothing(losses):
     for values, learns in ((losses, False), ((2.0, 1.0), True)):
         before = replace(auto)
         loss = LossAt(lambda points, values=values: torch.tensor(values))
-        take_step(Request(tuned, loss, seed=0, step=0), SPSA(), optimizer, auto=auto)
+        take_step(EstimatorContext(tuned, loss, seed=0, step=0), SPSA(), optimizer, auto=auto)
         assert (auto != before) == learns
 
 

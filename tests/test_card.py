@@ -39,7 +39,7 @@ from slzo.models.device_map import DeviceMapOptions
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import HERE
+from slzo.models.placement import ON_MAIN_DEVICE
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
@@ -193,7 +193,7 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
     found = []
     for given in ({"model.layers.0": "disk", "model.layers.2": "cpu", "model.layers.3": "disk"}, None):
         if given is None:
-            model, placement = load_model(str(tmp_path)).to(CARD), HERE
+            model, placement = load_model(str(tmp_path)).to(CARD), ON_MAIN_DEVICE
         else:
             model, placement = load_with_device_map(str(tmp_path), "float32", False, DeviceMapOptions(given), CARD)
         own = tuned_layer(split_and_verify(model, placement=placement), 2)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 
 pytestmark = pytest.mark.fast
 
@@ -13,10 +13,10 @@ pytestmark = pytest.mark.fast
 def test_characters_that_the_output_lacks_are_escaped(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    say("runs/rü")
+    rank_zero_print("runs/rü")
     assert written.getvalue() == b"runs/r\\xfc\n"
 
 
 def test_a_closed_output_ends_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    say("nobody reads this")
+    rank_zero_print("nobody reads this")

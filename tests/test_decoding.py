@@ -15,7 +15,7 @@ from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
-from slzo.zo.tuned import AT_MASTERS
+from slzo.zo.tuned import UNPERTURBED
 
 pytestmark = pytest.mark.fast
 
@@ -62,7 +62,7 @@ def test_answers_at_points_are_those_of_plain_generation(family):
     tuned_model = tuned_layer(ModelParts(model), layer)
     tuned = tuned_model.tensors
     eps = 10 * EPS if family == "opt" else EPS  # its answers part later
-    points = [AT_MASTERS, *(Point(tuned.draw(0, 0, 0), scale) for scale in (eps, -eps))]
+    points = [UNPERTURBED, *(Point(tuned.draw(0, 0, 0), scale) for scale in (eps, -eps))]
     stops = {plain_answers(family, model, tuned, points[0], prompts[:1], set())[0][3]}
     expected = [plain_answers(family, model, tuned, point, prompts, stops) for point in points]
     for budget in (1, 10_000):
@@ -179,7 +179,7 @@ def test_live_points_are_those_that_are_written(hold):
     tuned_model = tuned_layer(ModelParts(tiny_model()), 2, engine=Engine(onednn=False))
     tuned = tuned_model.tensors
     z = tuned.draw(0, 0, 0)
-    points = [AT_MASTERS, Point(z, 0.1), Point(z, -0.1)]
+    points = [UNPERTURBED, Point(z, 0.1), Point(z, -0.1)]
     places = [tensor.live.data_ptr() for _, tensor in tuned.items()]
     tuned.hold_bytes = 2**30 if hold else 0
     with tuned.live_points(points) as write:

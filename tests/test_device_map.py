@@ -19,7 +19,7 @@ from slzo.models.device_placement import DevicePlacement, load_with_device_map
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model
-from slzo.models.placement import HERE
+from slzo.models.placement import ON_MAIN_DEVICE
 from slzo.models.shape import skeleton_of
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
@@ -50,7 +50,7 @@ def rows():
 
 
 def in_memory(folder, *dtype):
-    return load_model(str(folder), *dtype), HERE
+    return load_model(str(folder), *dtype), ON_MAIN_DEVICE
 
 
 def steps(loaded, scope=None, onednn=False, before_step=lambda: None):

@@ -29,7 +29,7 @@ from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.training.build import auto_rate, make_stepper
-from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation, Request
+from slzo.zo.estimators import SPSA, Backprop, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.objectives import (
     AnswerF1,
     AnswerObjective,
@@ -37,7 +37,7 @@ from slzo.zo.objectives import (
     CandidateErrors,
     Reward,
 )
-from slzo.zo.processes import ALONE
+from slzo.zo.processes import SINGLE_PROCESS
 from slzo.zo.scopes import (
     AllParameters,
     LayerScope,
@@ -88,7 +88,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused():
 
 def test_a_loss_of_any_module_has_no_layer():
     tuned, loss = image_loss(cnn(), images())
-    error = slzo_error(LayerOutputPerturbation().estimate, Request(tuned, loss, 0, 0))
+    error = slzo_error(LayerOutputPerturbation().estimate, EstimatorContext(tuned, loss, 0, 0))
     assert error.startswith("model.estimator: ClosureLoss is not a sum over rows of a loss of logits")
 
 
@@ -349,7 +349,7 @@ def test_an_automatic_step_size_fits_every_estimator(estimator, optimizer, examp
     batch = TrainBatch(pack(examples), ())
     rows = SimpleNamespace(
         objective=CandidateCrossEntropy(),
-        processes=ALONE,
+        processes=SINGLE_PROCESS,
         evaluator=lambda model: None,
         training_batches=lambda seed: iter([batch]),
     )

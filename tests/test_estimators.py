@@ -21,9 +21,9 @@ from slzo.zo.estimators import (
     LOZO,
     SPSA,
     Backprop,
+    EstimatorContext,
     EvolutionStrategy,
     OneSided,
-    Request,
 )
 from slzo.zo.noise import rademacher
 from slzo.zo.scopes import AllParameters, LayerScope, RandomLayers
@@ -46,7 +46,7 @@ D = 37  # elements that Quadratic has
 def test_backprop_is_the_gradient(family, scope, examples):
     model, loss = tiny_loss(examples, family, scope)
     expected = autograd_gradient(model.parts.model, examples, model.tensors.names)
-    result = Backprop().estimate(Request(model.tensors, loss, 0, 0))
+    result = Backprop().estimate(EstimatorContext(model.tensors, loss, 0, 0))
     assert result.loss == pytest.approx(float(plain_losses(model.parts.model, examples)[0]), rel=1e-5)
     torch.testing.assert_close(dict(result.gradient), expected, rtol=1e-3, atol=1e-5)
     assert result.grad_norm == pytest.approx(float(flat(expected).norm()), rel=1e-4)
@@ -55,7 +55,7 @@ def test_backprop_is_the_gradient(family, scope, examples):
 def test_backprop_moves_only_what_a_step_moves(examples):
     """LeZO's layers of the step, as for other estimators."""
     model, loss = tiny_loss(examples, scope=RandomLayers(0.5))
-    moved = set(Backprop().estimate(Request(model.tensors, loss, seed=0, step=3)).gradient)
+    moved = set(Backprop().estimate(EstimatorContext(model.tensors, loss, seed=0, step=3)).gradient)
     assert moved == set(model.tensors.draw(0, 3, 0))
     assert 0 < len(moved) < len(model.tensors.names)
 
@@ -67,7 +67,7 @@ def test_slopes_on_a_model_follow_autograd(estimator, examples):
     true = flat(autograd_gradient(model.parts.model, examples, model.tensors.names))
     tolerance = 0.15 if isinstance(estimator, OneSided) else 0.05
     for step in range(10):
-        result = estimator.estimate(Request(model.tensors, loss, 0, step, eps=5e-4))
+        result = estimator.estimate(EstimatorContext(model.tensors, loss, 0, step, eps=5e-4))
         model.tensors.restore()
         (slope,) = result.projected_grad
         product = float(flat(result.gradient) @ true)
@@ -91,7 +91,7 @@ def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, 
         return direction
 
     monkeypatch.setattr(TunedTensors, "draw", counted)
-    estimator.estimate(Request(model.tensors, loss, 0, 0, num_queries=6, queries_at_once=at_once))
+    estimator.estimate(EstimatorContext(model.tensors, loss, 0, 0, num_queries=6, queries_at_once=at_once))
     assert max(most) == at_once
 
 
@@ -179,7 +179,7 @@ def test_one_sided_estimates_in_bfloat16_use_what_rounding_left():
             losses.append(live.double().sum())
         return torch.stack(losses)
 
-    result = OneSided().estimate(Request(tuned, LossAt(at), 0, 0, eps=4e-3))
+    result = OneSided().estimate(EstimatorContext(tuned, LossAt(at), 0, 0, eps=4e-3))
     z = tuned.draw(0, 0, 0)["w"]
     left = ((1 + 4e-3 * z).bfloat16().float() - 1) / 4e-3
     torch.testing.assert_close(result.gradient["w"], left * result.projected_grad[0], rtol=1e-4, atol=1e-3)
@@ -215,7 +215,7 @@ def test_an_estimate_leaves_nothing_behind(estimator, examples):
     masters = model.tensors.clone_masters()
     results = []
     for step in (0, 1, 0):
-        results.append(estimator.estimate(Request(model.tensors, loss, 0, step, 1e-2, 4)))
+        results.append(estimator.estimate(EstimatorContext(model.tensors, loss, 0, step, 1e-2, 4)))
         model.tensors.restore()
         assert set(results[-1].gradient) == set(model.tensors.names)
         assert all(part.dtype == torch.float32 for part in results[-1].gradient.values())
@@ -234,7 +234,9 @@ def test_queries_together_or_one_by_one_are_the_same(estimator, paired, examples
     for at_once, expected_calls in ((1, 5), (2, 3), (8, 1)):
         calls = []
         counted = LossAt(lambda points, calls=calls: calls.append(points) or loss.at(points))
-        gradients.append(flat(estimator.estimate(Request(model.tensors, counted, 0, 0, 1e-2, 5, at_once)).gradient))
+        gradients.append(
+            flat(estimator.estimate(EstimatorContext(model.tensors, counted, 0, 0, 1e-2, 5, at_once)).gradient)
+        )
         model.tensors.restore()
         assert len(calls) == expected_calls
     for gradient in gradients[1:]:

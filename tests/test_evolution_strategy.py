@@ -7,7 +7,7 @@ import torch
 from helpers import Quadratic, autograd_gradient, described, estimate, flat, tiny_loss
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import LOZO, SPSA, EvolutionStrategy, Request
+from slzo.zo.estimators import LOZO, SPSA, EstimatorContext, EvolutionStrategy
 from slzo.zo.estimators.evolution_strategy import middle_ranks, z_scores
 from slzo.zo.scopes import AllParameters, LayerScope, LoRA
 
@@ -21,7 +21,7 @@ def test_pairs_weighted_by_their_losses_go_along_spsa(scope, at_once, examples):
     model, loss = tiny_loss(examples, scope=scope, paired=True)
     results = []
     for estimator in (EvolutionStrategy(), SPSA()):
-        results.append(estimator.estimate(Request(model.tensors, loss, 0, 3, 1e-2, 4, at_once)))
+        results.append(estimator.estimate(EstimatorContext(model.tensors, loss, 0, 3, 1e-2, 4, at_once)))
         model.tensors.restore()
     mine, spsa = results
     along, own = flat(spsa.gradient), flat(mine.gradient)
@@ -86,7 +86,9 @@ def test_on_a_model_it_descends(shaping, examples):
     true = flat(autograd_gradient(model.parts.model, examples, tuned.names))
     cosines = []
     for step in range(4):
-        result = EvolutionStrategy(shaping).estimate(Request(tuned, loss, 0, step, eps=5e-4, num_queries=queries))
+        result = EvolutionStrategy(shaping).estimate(
+            EstimatorContext(tuned, loss, 0, step, eps=5e-4, num_queries=queries)
+        )
         tuned.restore()
         cosines.append(float(torch.cosine_similarity(flat(result.gradient), true, dim=0)))
     expected = (queries / (queries + tuned.num_elements + 1)) ** 0.5

@@ -33,7 +33,7 @@ from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import OptimizerOptions
 from slzo.zo.trial import Score, Trial
-from slzo.zo.tuned import AT_MASTERS
+from slzo.zo.tuned import UNPERTURBED
 
 SHORT_SCHEDULE = [
     "--model.lr_scheduler=OneCycleLR",
@@ -247,7 +247,7 @@ def test_trials_train_on_the_objective_of_fit(options):
     model = tune(trials.parts, trials.options, trials.rows, 1)
     with torch.no_grad():
         found = trials.rows.evaluator(model)(eval_batch(batch.rows)).predictions
-        (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([AT_MASTERS]).tolist()
+        (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([UNPERTURBED]).tolist()
     right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
     assert loss == pytest.approx(1 - sum(right) / 4)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from slzo.models.engine import Engine
 from slzo.zo import factored
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators import LayerOutputPerturbation, Request
+from slzo.zo.estimators import EstimatorContext, LayerOutputPerturbation
 from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.processes import CountedSum, Processes, Share, identity
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
@@ -43,10 +43,10 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     module, tuned = tuned_uses()
     inputs = torch.randn(2, 3, 4)
     output, expected = vjp(tuned, lambda: module(inputs))
-    found_output, pull_back = factored_vjp(tuned, lambda: module(inputs))
+    found_output, vjp_fn = factored_vjp(tuned, lambda: module(inputs))
     assert torch.equal(found_output, output)
     gradient = torch.randn_like(output)
-    found = pull_back(gradient)
+    found = vjp_fn(gradient)
     assert {name: len(parts) for name, parts in found.factors.items()} == {"a.weight": 2, "b.weight": 1}
     assert found.whole.keys() == {"a.bias", "b.weight", "c.weight"}
     sums, total = found.total(torch.tensor([1.0, 2.0]), Share(0, 1), identity)
@@ -67,7 +67,7 @@ def test_factors_of_other_processes_give_the_gradient_of_all(scope, dtype, examp
         rows = parts[processes.of_rows.rank] if rows is None else rows
         model = tune_scope(scope, tiny_model("llama", scale=1.0).to(dtype), engine=Engine(cache_gb=0))
         loss = batch_loss(model, rows, processes=Processes(processes.world_size, processes.rank, 1, sent))
-        found = LayerOutputPerturbation(queries=4).estimate(Request(model.tensors, loss, 0, 0))
+        found = LayerOutputPerturbation(queries=4).estimate(EstimatorContext(model.tensors, loss, 0, 0))
         return found.gradient, sent.num_bytes
 
     exchanged = {}
@@ -90,14 +90,14 @@ def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
     module = nn.Linear(60, 40, bias=False)
     tuned = TunedTensors({"weight": module.weight})
     inputs = torch.randn(number, 60)
-    _, pull_back = factored_vjp(tuned, lambda: module(inputs))
+    _, vjp_fn = factored_vjp(tuned, lambda: module(inputs))
     sizes = []
 
     def sum_rows(tensor):
         sizes.append(tensor.numel())
         return tensor
 
-    pull_back(torch.ones(number, 40)).total(torch.zeros(2), Share(1, 2), sum_rows)
+    vjp_fn(torch.ones(number, 40)).total(torch.zeros(2), Share(1, 2), sum_rows)
     assert sizes == [2 + 4, 100 * number if is_sent else 2400]
 
 
@@ -124,8 +124,8 @@ def test_processes_may_use_other_weights(uses, rows):
     inputs = [torch.randn(number, 16) for number in rows]
 
     def derivative(function, rank):
-        output, pull_back = function(tuned, lambda: module(inputs[rank], uses[rank]))
-        return pull_back(torch.ones_like(output))
+        output, vjp_fn = function(tuned, lambda: module(inputs[rank], uses[rank]))
+        return vjp_fn(torch.ones_like(output))
 
     def run(processes):
         gradient = FactoredGradient(tuned)
@@ -147,8 +147,8 @@ def test_factors_of_many_parts_are_multiplied():
     for _ in range(5):
         inputs = torch.randn(1, 16)
         for found in (factored_vjp, vjp):
-            output, pull_back = found(tuned, lambda inputs=inputs: module(inputs))
-            own = pull_back(torch.ones_like(output))
+            output, vjp_fn = found(tuned, lambda inputs=inputs: module(inputs))
+            own = vjp_fn(torch.ones_like(output))
             if found is vjp:
                 total += own["weight"]
             else:

@@ -38,7 +38,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators import LayerOutputPerturbation, Request
+from slzo.zo.estimators import EstimatorContext, LayerOutputPerturbation
 from slzo.zo.layer_output import LayerOutput
 from slzo.zo.layers_above import layers_vjp
 from slzo.zo.loss import OutputGradient
@@ -70,7 +70,7 @@ def test_positions_with_fewer_directions_than_others_take_no_part_in_these(objec
     for step in range(3):
         assert (
             LayerOutputPerturbation()
-            .estimate(Request(model.tensors, batch_loss(model, examples, objective), 0, step))
+            .estimate(EstimatorContext(model.tensors, batch_loss(model, examples, objective), 0, step))
             .finite
         )
 
@@ -87,7 +87,9 @@ def test_rounding_does_not_hide_the_noise_of_a_layer_that_adds_little(dtype):
         batch_loss(model, examples, CandidateCrossEntropy()),
         LayerOutputPerturbation(tokens=0, queries=64),
     )
-    mean = sum(flat(estimator.estimate(Request(model.tensors, loss, 0, step)).gradient).double() for step in range(20))
+    mean = sum(
+        flat(estimator.estimate(EstimatorContext(model.tensors, loss, 0, step)).gradient).double() for step in range(20)
+    )
     assert float(F.cosine_similarity(mean, want, dim=0)) > 0.9
 
 
@@ -427,7 +429,7 @@ class Linear(LayerOutput):
 
 
 def estimate_of_output(output, step=0, **options):
-    return LayerOutputPerturbation(**options).estimate(Request(None, output, 5, step)).gradient["output"]
+    return LayerOutputPerturbation(**options).estimate(EstimatorContext(None, output, 5, step)).gradient["output"]
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -739,6 +741,8 @@ def test_a_layer_that_adds_nothing_has_an_estimate(examples):
     layer.self_attn.o_proj.weight.zero_()
     layer.mlp.down_proj.weight.zero_()
     tuned = tuned_layer(ModelParts(model, onednn=False), 2)
-    estimate = LayerOutputPerturbation(queries=4).estimate(Request(tuned.tensors, batch_loss(tuned, examples), 0, 0))
+    estimate = LayerOutputPerturbation(queries=4).estimate(
+        EstimatorContext(tuned.tensors, batch_loss(tuned, examples), 0, 0)
+    )
     assert estimate.finite
     assert flat(estimate.gradient).abs().max() > 0

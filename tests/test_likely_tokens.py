@@ -8,7 +8,7 @@ from slzo.batches.losses import RowLosses, token_log_likelihoods
 from slzo.batches.packing import pack
 from slzo.models.logits import final_states
 from slzo.zo import likely_tokens
-from slzo.zo.estimators import Backprop, Request
+from slzo.zo.estimators import Backprop, EstimatorContext
 from slzo.zo.likely_tokens import LikelyTokens
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.packed_layer_output import PackedLayerOutput
@@ -133,7 +133,7 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
 def test_the_mean_of_many_queries_is_near_the_gradient(few, examples, objective):
     """In the last layer. Of the probability 40 tokens leave out a tenth; all 320 leave out nothing."""
     model, batch = tuned_model(layer=3), pack(examples)
-    expected = Backprop().estimate(Request(model.tensors, batch_loss(model, batch, objective), 0, 0)).gradient
+    expected = Backprop().estimate(EstimatorContext(model.tensors, batch_loss(model, batch, objective), 0, 0)).gradient
     found = estimate_at(model, batch_loss(model, batch, objective), queries=4000, scale=0.01).gradient
     one, other = (torch.cat([gradient[name].flatten() for name in expected]) for gradient in (found, expected))
     assert float(one @ other / (one.norm() * other.norm())) > 0.9

@@ -9,9 +9,9 @@ from helpers import batch_loss, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
-from slzo.zo.estimators import Backprop, Point, Request
+from slzo.zo.estimators import Backprop, EstimatorContext, Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
-from slzo.zo.tuned import AT_MASTERS
+from slzo.zo.tuned import UNPERTURBED
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +41,7 @@ def test_a_batch_is_cut_where_it_is_full(packed, max_tokens):
 def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, monkeypatch, objective, layer):
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
     z = model.tensors.draw(0, 0, 0)
-    points = [AT_MASTERS, Point(z, 0.01), Point(z, -0.01)]
+    points = [UNPERTURBED, Point(z, 0.01), Point(z, -0.01)]
     expected = batch_loss(model, packed, objective).at(points)
     model.forward.cache.reset()
     seen, run = [], ModelParts.run
@@ -64,7 +64,7 @@ def test_derivatives_are_those_of_the_whole_batch_too(packed, monkeypatch, objec
 
     def estimated(max_tokens):
         loss = batch_loss(model, packed, objective, max_tokens=max_tokens)
-        return estimator.estimate(Request(model.tensors, loss, 0, 0, 1e-3))
+        return estimator.estimate(EstimatorContext(model.tensors, loss, 0, 0, 1e-3))
 
     expected, seen, run = estimated(None), [], ModelParts.run
 

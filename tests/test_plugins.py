@@ -32,7 +32,7 @@ from slzo.tasks.registry import get_task
 from slzo.tasks.sst2 import Sst2
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Estimate
-from slzo.zo.estimators.base import Request
+from slzo.zo.estimators.base import EstimatorContext
 from slzo.zo.objectives import AnswerObjective
 from slzo.zo.scopes import Scope, ScopeContext, tensors_of
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
@@ -322,14 +322,14 @@ def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told)
     quadratic = Quadratic()
     good = Estimate(1.0, 1.0, 1.0, (0.5,), 2, {"vector": torch.ones(7)})
     wrong = dataclasses.replace(good, **changes)
-    request = Request(quadratic.tuned, quadratic, seed=0, step=0)
+    context = EstimatorContext(quadratic.tuned, quadratic, seed=0, step=0)
     before = quadratic.tuned.clone_masters()
     optimizer = torch.optim.SGD(quadratic.tuned.masters, lr=1.0)
-    line = slzo_error(take_step, request, own(SPSA, "estimate", wrong), optimizer)
+    line = slzo_error(take_step, context, own(SPSA, "estimate", wrong), optimizer)
     assert f"Own: estimate() returned {told}; it must return an Estimate" in line
     assert all(torch.equal(master, before[name]) for name, master in quadratic.tuned.named_masters().items())
-    assert "returned no grad_norm;" in slzo_error(take_step, request, own(Backprop, "estimate", good), optimizer)
-    take_step(request, own(SPSA, "estimate", good), optimizer)
+    assert "returned no grad_norm;" in slzo_error(take_step, context, own(Backprop, "estimate", good), optimizer)
+    take_step(context, own(SPSA, "estimate", good), optimizer)
 
 
 @pytest.mark.parametrize("returned", [None, ["x", "x"], [1.0], 1.0])

@@ -42,7 +42,7 @@ from slzo.zo.estimators import Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import AnswerLikelihood, AnswerObjective, Reward
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import AnswerSampling, advantages, policy_batch
-from slzo.zo.processes import ALONE
+from slzo.zo.processes import SINGLE_PROCESS
 from slzo.zo.stepper import StepOptions, Stepper
 from tiny import make_tokenizer
 
@@ -88,7 +88,7 @@ def batch_of(rows, max_tokens=None):
     return TrainBatch(pack([row.encoded for row in rows]), rows, max_tokens)
 
 
-def stepper_of(objective, layer=LAST, estimator=None, packed=True, longest=LONGEST, processes=ALONE):
+def stepper_of(objective, layer=LAST, estimator=None, packed=True, longest=LONGEST, processes=SINGLE_PROCESS):
     model = tuned_model(tiny_model(scale=2.0, vocab_size=TOKENS), layer, packed=packed)
     evaluator = Evaluator(model.parts, make_tokenizer(), AnswerLikelihood(), decoding=Decoding((), longest))
     estimator = LayerOutputPerturbation() if estimator is None else estimator

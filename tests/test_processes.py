@@ -13,11 +13,11 @@ from slzo.zo.estimators import (
     LOZO,
     SPSA,
     Backprop,
+    EstimatorContext,
     EvolutionStrategy,
     LayerOutputPerturbation,
     OneSided,
     Point,
-    Request,
 )
 from slzo.zo.processes import Processes, identity, num_directions, sum_tensors
 from slzo.zo.scopes import (
@@ -30,7 +30,7 @@ from slzo.zo.scopes import (
     RandomLayers,
     SmallestWeights,
 )
-from slzo.zo.tuned import AT_MASTERS
+from slzo.zo.tuned import UNPERTURBED
 
 
 def of_process(model, examples, number, rank, all_reduce_sum=identity):
@@ -53,7 +53,7 @@ class Asked:
 def test_the_losses_of_all_add_up(number, estimator, examples):
     model, whole = tiny_loss(examples)
     asked = Asked(whole)
-    assert estimator.estimate(Request(model.tensors, asked, 0, 0, 1e-2, 3, queries_at_once=3)).finite
+    assert estimator.estimate(EstimatorContext(model.tensors, asked, 0, 0, 1e-2, 3, queries_at_once=3)).finite
     (points,) = asked.points
     evaluated = []
 
@@ -73,7 +73,7 @@ def test_the_losses_of_all_add_up(number, estimator, examples):
 def test_a_process_that_fails_is_seen_by_all(examples):
     model, _ = tiny_loss(examples)
     loss = of_process(model, examples, 2, 0, lambda losses: losses + torch.tensor([0.0, torch.nan]))
-    estimate = SPSA().estimate(Request(model.tensors, loss, 0, 0, 1e-2))
+    estimate = SPSA().estimate(EstimatorContext(model.tensors, loss, 0, 0, 1e-2))
     assert not estimate.finite
 
 
@@ -87,7 +87,7 @@ def test_what_differentiates_has_no_points(estimator, parallel):
 def test_the_first_process_always_has_points(examples):
     """It reports what the points gave, such as the reward."""
     model, _ = tiny_loss(examples)
-    points = [AT_MASTERS] * 2
+    points = [UNPERTURBED] * 2
     found = [of_process(model, examples, 4, rank).at(points) for rank in range(4)]
     assert [int((losses != 0).sum()) for losses in found] == [1, 0, 1, 0]
 
@@ -189,8 +189,8 @@ def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, direct
     def estimate(rows, processes):
         model = tune_scope(scope, tiny_model("llama", scale=1.0), engine=Engine(cache_gb=0))
         loss = batch_loss(model, rows, processes=processes)
-        request = Request(model.tensors, loss, 0, 0, 1e-2, 4, queries_at_once=4)
-        return estimator.estimate(request)
+        context = EstimatorContext(model.tensors, loss, 0, 0, 1e-2, 4, queries_at_once=4)
+        return estimator.estimate(context)
 
     whole = estimate(examples, Processes())
     gradient = {name: tensor.clone() for name, tensor in whole.gradient.items()}
@@ -211,7 +211,7 @@ def test_the_cost_of_a_step_does_not_depend_on_the_processes(examples):
     def evaluations(processes):
         model = tune_scope(LayerScope(), tiny_model("llama", scale=1.0), engine=Engine(cache_gb=0))
         loss = batch_loss(model, examples, processes=processes)
-        return estimator.estimate(Request(model.tensors, loss, 0, 0)).num_evaluations
+        return estimator.estimate(EstimatorContext(model.tensors, loss, 0, 0)).num_evaluations
 
     alone = evaluations(Processes())
     assert alone > 2

@@ -51,7 +51,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import ESTIMATORS, SPSA
 from slzo.zo.objectives import OBJECTIVES
 from slzo.zo.objectives.reward import Reward
-from slzo.zo.processes import ALONE, Processes
+from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.scopes import SCOPES, ActivationSubspace, LayerScope, LoRA, PrefixTuning, RandomLayers
 from slzo.zo.selection import RULES
 
@@ -625,7 +625,7 @@ def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir, 
     found = best_state("elsewhere.ckpt", Processes(2, 1, broadcast=lambda _: sent.pop(0)))
     assert expected.keys() == found.keys() == read_checkpoint(last_checkpoint()).content["state_dict"].keys()
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
-    assert best_state("elsewhere.ckpt", ALONE) is best_state(None, ALONE) is None
+    assert best_state("elsewhere.ckpt", SINGLE_PROCESS) is best_state(None, SINGLE_PROCESS) is None
 
 
 def test_kernels_that_are_missing_are_not_forced_on_resume(monkeypatch):

@@ -13,7 +13,7 @@ from slzo.__main__ import main
 from slzo.lightning.trainer_state import planned_steps
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
-from slzo.zo.processes import ALONE, Processes
+from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.selection import Race
 from slzo.zo.selection.race import plan_race
 from slzo.zo.trial import Score, StepCost, Trial
@@ -222,7 +222,7 @@ def test_a_scope_without_a_layer_has_no_race(options, capsys):
     assert "has no dominant layer" in error_line(capsys, "profile", *options, *RACE, "--model.scope=AllParameters")
 
 
-def planned_rows(processes=ALONE):
+def planned_rows(processes=SINGLE_PROCESS):
     """200 training rows, 16 per batch."""
     rows = type("Rows", (TaskRows,), {"processes": processes})("sst2", batch_size=16)
     rows._rows["train"] = [SimpleNamespace(encoded=SimpleNamespace(num_tokens=1 + number % 7)) for number in range(200)]

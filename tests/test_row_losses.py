@@ -23,7 +23,7 @@ from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import RowLosses
 from slzo.batches.packing import pack
 from slzo.models.logits import needed_logits
-from slzo.zo.estimators import LayerOutputPerturbation, Point, Request
+from slzo.zo.estimators import EstimatorContext, LayerOutputPerturbation, Point
 from slzo.zo.objectives import (
     AnswerLikelihood,
     CandidateCrossEntropy,
@@ -31,7 +31,7 @@ from slzo.zo.objectives import (
     CandidateObjective,
     LogitObjective,
 )
-from slzo.zo.tuned import AT_MASTERS
+from slzo.zo.tuned import UNPERTURBED
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
@@ -218,7 +218,7 @@ def test_what_a_users_objective_returns_is_checked(returned, examples):
             return {"number": -scores.sum(), "sums": own.sum(), "points": own}[returned]
 
     model, loss = tiny_loss(examples, objective=Own())
-    error = slzo_error(LayerOutputPerturbation(queries=2).estimate, Request(model.tensors, loss, 0, 0))
+    error = slzo_error(LayerOutputPerturbation(queries=2).estimate, EstimatorContext(model.tensors, loss, 0, 0))
     assert re.search(
         r"losses_from_scores\(\) returned .*must return RowLosses with a total for each point and example", error
     )
@@ -233,7 +233,7 @@ def test_what_a_users_objective_returns_for_positions_is_checked(returned, examp
             return found._replace(by_position=wrong[returned])
 
     model, loss = tiny_loss(examples, objective=Own())
-    error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
+    error = slzo_error(LayerOutputPerturbation().estimate, EstimatorContext(model.tensors, loss, 0, 0))
     expected = (
         r"data\.objective \S*Own: row_losses\(\) returned by_position .*; it must return RowLosses whose by_position"
     )
@@ -249,7 +249,7 @@ def test_changed_totals_without_their_positions_are_refused(examples):
             return found._replace(totals=found.totals + logits.square().mean())
 
     model, loss = tiny_loss(examples, objective=Own())
-    error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
+    error = slzo_error(LayerOutputPerturbation().estimate, EstimatorContext(model.tensors, loss, 0, 0))
     assert re.match(
         r"data\.objective \S*Own: row_losses\(\) returned by_position that does not add up to totals; it", error
     )
@@ -259,6 +259,6 @@ def test_scores_that_are_not_numbers_are_no_errors(examples):
     """The best of them would be any candidate; the loss says that the model is broken."""
     model, loss = tiny_loss(examples, objective=CandidateErrors())
     (name, tensor), *_ = model.tensors.items()
-    assert torch.isfinite(loss.at([AT_MASTERS])).all()
+    assert torch.isfinite(loss.at([UNPERTURBED])).all()
     broken = {name: torch.full_like(tensor.master, torch.nan)}
     assert loss.at([Point(broken, 1.0)]).isnan().all()

@@ -22,7 +22,7 @@ from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.report.summary import format_summary, summarize
 from slzo.tasks.base import Example
-from slzo.zo.processes import ALONE
+from slzo.zo.processes import SINGLE_PROCESS
 
 
 def run_facts(**facts):
@@ -280,7 +280,7 @@ def test_only_the_first_process_computes_what_only_it_prints(options, monkeypatc
     facts = fit._run_facts
 
     def of_the_second(*args):
-        monkeypatch.setattr(TaskDataModule, "processes", replace(ALONE, rank=1))
+        monkeypatch.setattr(TaskDataModule, "processes", replace(SINGLE_PROCESS, rank=1))
         return facts(*args)
 
     monkeypatch.setattr(fit, "_run_facts", of_the_second)

@@ -188,7 +188,7 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     narrow = next(linear for linear in linears(ModelParts(model), LAYER) if linear.sizes[1] == rank)
     part = dict(tuned.items())[narrow.name]
     gradient = torch.randn(narrow.weight.shape)
-    torch.testing.assert_close(change_of(part, part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(change_of(part, part.to_master_gradient(gradient)), gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_the_subspace_of_some_modules_only():
@@ -226,7 +226,7 @@ def test_the_gradient_of_a_master_is_the_transpose_of_its_change(scope):
         z = torch.randn(part.master.shape, generator=generator)
         g = torch.randn(part.live.shape, generator=generator)
         left = float((change_of(part, z).double() * g).sum())
-        right = float((z.double() * part.pull_back(g)).sum())
+        right = float((z.double() * part.to_master_gradient(g)).sum())
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4 * g.numel() ** 0.5)
 
 

@@ -14,7 +14,7 @@ from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
-from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.estimators import SPSA, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate
@@ -94,8 +94,8 @@ def test_a_step_that_is_not_finite_moves_nothing():
 
     for factor, moves in ((1.0, True), (float("nan"), False), (float("inf"), False)):
         before = live.clone()
-        request = Request(tuned, LossAt(partial(function, factor=factor)), 0, 0)
-        estimate, norm = take_step(request, SPSA(), optimizer, measure_update=True)
+        context = EstimatorContext(tuned, LossAt(partial(function, factor=factor)), 0, 0)
+        estimate, norm = take_step(context, SPSA(), optimizer, measure_update=True)
         assert estimate.finite == (norm is not None) == moves
         assert torch.equal(live, before) != moves
         assert torch.equal(live, tuned.masters[0])
@@ -124,9 +124,9 @@ def test_bad_options(make, option):
 
 def test_a_step_refuses_a_number_of_directions_that_the_estimator_would_ignore():
     tuned = TunedTensors({"a": ONES.clone()})
-    request = Request(tuned, LossAt(lambda points: ONES[0]), 0, 0, num_queries=4)
+    context = EstimatorContext(tuned, LossAt(lambda points: ONES[0]), 0, 0, num_queries=4)
     with pytest.raises(SlzoError, match=r"model\.num_queries 4"):
-        take_step(request, LayerOutputPerturbation(), torch.optim.SGD(tuned.masters))
+        take_step(context, LayerOutputPerturbation(), torch.optim.SGD(tuned.masters))
 
 
 def test_an_optimizer_of_ones_own_may_have_any_name():

@@ -16,11 +16,11 @@ from slzo.export.write import export_checkpoint
 from slzo.lightning.trainer import ZOTrainer
 from slzo.module import ZOModule
 from slzo.private.parsers import options_of
-from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
+from slzo.zo import ClosureLoss, EstimatorContext, TunedTensors, take_step
 
 _GROUPS = ("model", "data", *DEFAULTS)
 _TRAINER = (ZOTrainer.fit, ZOTrainer.validate, ZOTrainer.test, ZOTrainer.predict)
-_CORE = (take_step, Request, ClosureLoss, TunedTensors)
+_CORE = (take_step, EstimatorContext, ClosureLoss, TunedTensors)
 _PUBLIC = (ZOTrainer, *_TRAINER, ZOModule, TaskDataModule, export_checkpoint, *_CORE)
 
 

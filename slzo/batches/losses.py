@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
-from slzo.utils.errors import broken_contract, shown
+from slzo.utils.errors import broken_contract, short_repr
 
 
 class RowLosses(NamedTuple):
@@ -61,11 +61,11 @@ def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, bat
     shapes = (*points, batch.num_examples), (batch.num_examples,)
     if not isinstance(found, RowLosses) or (found.totals.shape, found.weights.shape) != shapes:
         wanted = "RowLosses with a total for each point and example, and a weight for each example"
-        raise broken_contract("data.objective", loss, f"{method}() returned {shown(found)}", wanted)
+        raise broken_contract("data.objective", loss, f"{method}() returned {short_repr(found)}", wanted)
     own = found.by_position
     if own is not None and (not isinstance(own, Tensor) or own.shape != (*points, batch.needed.numel())):
         wanted = "RowLosses whose by_position is None, or a loss for each point and position"
-        raise broken_contract("data.objective", loss, f"{method}() returned by_position {shown(own)}", wanted)
+        raise broken_contract("data.objective", loss, f"{method}() returned by_position {short_repr(own)}", wanted)
     return found
 
 

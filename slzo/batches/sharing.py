@@ -10,7 +10,7 @@ from slzo.batches.packing import PackedBatch
 
 
 def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
-    """Store, and so evaluate, every common beginning of a batch's sequences once.
+    """Merge the common beginnings of a batch's sequences, so that each is stored and computed once.
 
     The result is the same, because the hidden state of a token depends only on the tokens before it. The result
     ``shares_tokens``, so its hidden states must not be cached by example. The batch must be on the CPU.

@@ -16,7 +16,7 @@ from slzo.checkpoints.find import best_file
 from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.private.progress import count_epoch_as_started, count_step_as_open
 from slzo.task_rows import TaskRows
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least
 from slzo.utils.files import check_inside, copy_file
@@ -223,14 +223,16 @@ class LastCheckpoint(Checkpoint):
         if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
             by_command = f"the same command and --ckpt_path {self.saved}"
             way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
-            say(f"\nStopped at step {trainer.global_step}; continue from step {self._saved_step} with {way}")
+            rank_zero_print(
+                f"\nStopped at step {trainer.global_step}; continue from step {self._saved_step} with {way}"
+            )
         job = job_id()
         trains = trainer.state.fn == "fit"
         preempted = trains and stopped is not None and stopped.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             has_state = self.saved is not None or trainer.ckpt_path is not None
-            say(requeue(job, continues=has_state, by_script=command_line() is None))
+            rank_zero_print(requeue(job, continues=has_state, by_script=command_line() is None))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.lightning.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.module import ZOModule, zo_module
 from slzo.training.time_plan import Passes
-from slzo.utils.console import say, warn
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import Snapshot
 
@@ -57,7 +57,7 @@ class LossGuard(Callback):
         module = zo_module(pl_module)
         self.rolled_back_at = -1
         if trainer.enable_validation and trainer.val_check_batch is None:
-            warn(
+            rank_zero_warn(
                 "guard: with a time as trainer.val_check_interval and no trainer.max_time the run does not roll back after a "
                 "spike; give a number of steps, or trainer.max_time"
             )
@@ -103,7 +103,7 @@ class LossGuard(Callback):
         module.stepper.stop_repeating()
         module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
-        say(
+        rank_zero_print(
             f"\nThe {module.rows.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
         )

@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.module import zo_module
-from slzo.utils.console import say
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_print
 from slzo.utils.files import output_file, replacing
+from slzo.utils.pluralize import pluralize
 from slzo.utils.process_group import gather_from_processes
 
 
@@ -43,4 +43,4 @@ class PredictionWriter(Callback):
         with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in sorted(records, key=lambda item: item[0]):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        say(f"Predictions {path} ({counted(len(records), 'row')})")
+        rank_zero_print(f"Predictions {path} ({pluralize(len(records), 'row')})")

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.duration import duration
 
 # short, so that the dev metrics fit into 80 columns
@@ -82,7 +82,7 @@ class StepProgressBar(TQDMProgressBar):
         if trainer.state.fn != "fit" or trainer.sanity_checking or sys.stderr.isatty() or super().is_disabled:
             return
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
-        say(f"Step {trainer.global_step:<6d}{metrics}{self._times(trainer)}")
+        rank_zero_print(f"Step {trainer.global_step:<6d}{metrics}{self._times(trainer)}")
 
     def _times(self, trainer: Trainer) -> str:
         """Return the time since the first step, and an estimate of the remaining time."""

@@ -13,7 +13,7 @@ from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.lightning.trainer_state import callback_of
-from slzo.utils.console import warn
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.launcher import LAUNCHER
 from slzo.utils.peers import Peer, PeerWatch, end_process
@@ -81,7 +81,7 @@ class RankWatch(Callback):
             try:
                 store = TCPStore(host, port, timeout=_CONNECT_TIMEOUT)
             except DistError:
-                warn(
+                rank_zero_warn(
                     f"rank {rank} cannot reach port {port} of {host}; if this rank or its machine hangs, the others will "
                     "wait for it (open the ports between the machines)"
                 )

@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
 from slzo.module import ZOModule, zo_module
-from slzo.utils.console import warn
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.pluralize import pluralize
 from slzo.zo.objectives import GenerationObjective
 from slzo.zo.stepper import StepResult
 
@@ -50,7 +50,7 @@ class StepWatch(Callback):
         estimate, stepper = result.estimate, module.stepper
         if result.record.lr == 0 and stepper.rate is not None and not self._warned_of_rate:
             self._warned_of_rate = True
-            warn(
+            rank_zero_warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
                 f"{module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
             )
@@ -61,18 +61,18 @@ class StepWatch(Callback):
         if module.rows.objective.generates or not module.rows.objective.differentiable or estimate.loss == 0:
             steps = trainer.max_steps if trainer.max_steps > 0 else self.max_zero_steps
             if self._zeros == min(steps, self.max_zero_steps):  # a short run has fewer
-                warn(_no_difference(module, estimate.loss, self._zeros))
+                rank_zero_warn(_no_difference(module, estimate.loss, self._zeros))
             return
         what = "projected gradient" if stepper.estimator.perturbs == "weights" else "gradient"
         if self._zeros == 1:
-            warn(
+            rank_zero_warn(
                 f"the {what} is exactly 0 at step {trainer.global_step}, so nothing is learned: "
                 f"{_reason(module, self._size_at_start)}"
             )
         if self._zeros >= self.max_zero_steps:
             raise SlzoError(
-                f"the {what} was exactly 0 for {counted(self._zeros, 'step')} in a row, the last at step {trainer.global_step}: "
-                f"{_reason(module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
+                f"the {what} was exactly 0 for {pluralize(self._zeros, 'step')} in a row, the last at step "
+                f"{trainer.global_step}: {_reason(module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
     objective = module.rows.objective
     if not isinstance(objective, GenerationObjective) or module.stepper.estimator.perturbs == "weights":
-        return f"the loss, {loss:.4g}, did not change along any direction for {counted(steps, 'step')}"
+        return f"the loss, {loss:.4g}, did not change along any direction for {pluralize(steps, 'step')}"
     answers = f"all {objective.sampling.samples} answers to each row"
-    what = f"for {counted(steps, 'step')} {answers} were equally good (mean loss {loss:.4g})"
+    what = f"for {pluralize(steps, 'step')} {answers} were equally good (mean loss {loss:.4g})"
     if loss <= objective.lowest:
         return f"{what}, the best one: there is nothing left to learn"
     return (

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.lightning.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
 from slzo.task_rows import TaskRows
 from slzo.training.time_plan import Passes, TimeBudget, TimePlan
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 
 _MARGIN = 1.1
 _MAX_SLOWDOWN = 2.0
@@ -114,7 +114,7 @@ class TimeLimit(Callback):
         if trainer.strategy.broadcast(self._ends - now < needed):  # the first process decides
             trainer.should_stop = True
             planned = "" if self._plan is None else f" of {self._plan.steps}"
-            say(
+            rank_zero_print(
                 f"\nStopping after step {trainer.global_step}{planned}: trainer.max_time leaves no time for another step."
             )
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
-from slzo.utils.console import inform, say, warn
+from slzo.utils.console import rank_zero_info, rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.run_layout import ENVIRONMENT_FILE
 
@@ -45,7 +45,7 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     _warn_of_newer_run(Path(root), newest.parent, known[found[0]])
     last = next((path for path in found if path.parent == newest and _LAST.fullmatch(path.name)), None)
     if last is None:
-        warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
+        rank_zero_warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
     elif (read := _readable(last)) is not None:
         return read
     others = sorted((path for path in found if path != last), key=lambda path: path.parent != newest)
@@ -65,7 +65,7 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
             f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a "
             "file"
         )
-    inform(f"{chosen.path} is the newest intact checkpoint")
+    rank_zero_info(f"{chosen.path} is the newest intact checkpoint")
     return chosen
 
 
@@ -74,7 +74,7 @@ def _readable(path: Path) -> Checkpoint | None:
     try:
         return read_checkpoint(path)
     except SlzoError as error:
-        warn(str(error))
+        rank_zero_warn(str(error))
         return None
 
 
@@ -83,7 +83,7 @@ def _warn_of_newer_run(root: Path, run: Path, saved: float) -> None:
     times = ((_modified(file), file.parent) for file in root.glob(f"**/{ENVIRONMENT_FILE}"))
     newer = [(time, folder) for time, folder in times if time is not None and time > saved and folder != run]
     if newer:
-        warn(f"{str(max(newer)[1])!r} is newer and has no checkpoint")
+        rank_zero_warn(f"{str(max(newer)[1])!r} is newer and has no checkpoint")
 
 
 def _modified(path: Path) -> float | None:
@@ -112,7 +112,7 @@ def named_checkpoint(name: str, root: str | Path) -> tuple[Checkpoint, Path]:
                 "give last"
             )
         found = read_checkpoint(best)
-    say(f"Using the {name} checkpoint of the newest run, {found.path}")
+    rank_zero_print(f"Using the {name} checkpoint of the newest run, {found.path}")
     return found, folder
 
 
@@ -142,7 +142,7 @@ def _best_of(last: Checkpoint) -> Path | None:
     paths = [best_file(state["best_model_path"], last.path) for state in states if state.get("best_model_path")]
     found = next((path for path in paths if path.is_file()), None)
     if paths and found is None:
-        warn(f"{last.path}: its best checkpoint {str(paths[0])!r} is missing")
+        rank_zero_warn(f"{last.path}: its best checkpoint {str(paths[0])!r} is missing")
     return found
 
 

@@ -7,7 +7,7 @@ from slzo.prompting.pair import check_prompt, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import write_continuation
 from slzo.tasks.base import Example
-from slzo.utils.console import say, warn
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
 
 _NEW_TOKENS = 64
@@ -57,17 +57,21 @@ def generate(
     if known and pair.chat is not None:
         raise SlzoError("candidates: the model was tuned on conversations, whose answers are texts; leave them out")
     if known and max_new_tokens != _NEW_TOKENS:
-        warn("max_new_tokens does not change the probabilities of answers; --candidates '[]' gives a text")
+        rank_zero_warn("max_new_tokens does not change the probabilities of answers; --candidates '[]' gives a text")
     for number, example in enumerate(asked):
         text = example.prompt
-        say(f"\n{text}" if number else text)
+        rank_zero_print(f"\n{text}" if number else text)
         check_prompt(example)
         ids = () if known else pair.tokens_of(example)
         for name, use in pair.models.items():
-            say(f"--- {name}")
+            rank_zero_print(f"--- {name}")
             with use() as model:
                 if known:
                     shares = probabilities(model, pair.tokenizer, text, known, pair.prompt_length)
-                    say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
+                    rank_zero_print(
+                        ", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True))
+                    )
                 else:
-                    write_continuation(model, pair.tokenizer, ids, max_new_tokens, partial(say, end=""), pair.stop)
+                    write_continuation(
+                        model, pair.tokenizer, ids, max_new_tokens, partial(rank_zero_print, end=""), pair.stop
+                    )

@@ -3,7 +3,7 @@
 from slzo.cli.app import App
 from slzo.lightning.strategy import ShardedStrategy
 from slzo.training.memory_plan import format_first_order, format_plan, memory_inputs
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.runtime import free_bytes
 
 
@@ -19,6 +19,6 @@ def plan(app: App) -> None:
     options, steps, free = app.model.options, app.trainer.max_steps, free_bytes(device)
     options.check_objective(rows.objective)
     shards = app.trainer.world_size if isinstance(app.trainer.strategy, ShardedStrategy) else 1
-    say(format_plan(memory_inputs(options, rows, steps, device, shards), free))
+    rank_zero_print(format_plan(memory_inputs(options, rows, steps, device, shards), free))
     if shards == 1 and (compared := format_first_order(options, rows, steps, device, free)):
-        say(compared)
+        rank_zero_print(compared)

@@ -8,7 +8,7 @@ from slzo.fit import profile_and_choose
 from slzo.lightning.loggers import run_folder
 from slzo.module import run_context
 from slzo.report.profile_files import PLOT, profile_content, write_profile
-from slzo.utils.console import say, warn
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 
 
 def profile(app: App) -> None:
@@ -18,7 +18,7 @@ def profile(app: App) -> None:
         app: Trainer, model and rows.
     """
     if app.model.options.layer is not None:
-        warn(
+        rank_zero_warn(
             f"model.layer {app.model.options.layer}: is not used, because slzo profile chooses a layer by profiler.rule"
         )
     with run_folder(app.trainer, set()):
@@ -31,6 +31,6 @@ def profile(app: App) -> None:
             content = profile_content(chosen.profile, chosen.choice)
             write_profile(Path(log_dir), content, chosen.choice, options.model, rows.task.name)
             log_plot(app.trainer, PLOT, Path(log_dir) / f"{PLOT}.png")
-            say(f"Files      {log_dir}")
+            rank_zero_print(f"Files      {log_dir}")
         for logger in app.trainer.loggers:
             logger.finalize("success")

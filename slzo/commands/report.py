@@ -5,7 +5,7 @@ from pathlib import Path
 
 from slzo.report.page import write_report
 from slzo.report.run_files import read_run
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import output_file
 from slzo.utils.run_layout import REPORT_FILE
@@ -33,7 +33,7 @@ def report(runs: list[str], output: str | None = None) -> None:
         raise SlzoError(
             f"runs {shown}: a file is not as this version writes it ({missing}); leave out that run"
         ) from error
-    say(f"Report     {path}")
+    rank_zero_print(f"Report     {path}")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.tasks.fields import Fields
-from slzo.utils.console import warn
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, one_line
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -205,7 +205,7 @@ def _read_csv_text(path: Path) -> str:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
         raise SlzoError(f"{path}:{line}: neither UTF-8 nor Windows-1252; save the file as UTF-8") from None
-    warn(f"{path}:{line}: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong")
+    rank_zero_warn(f"{path}:{line}: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong")
     return text
 
 

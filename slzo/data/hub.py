@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slzo.tasks.base import HubSource, Split
 from slzo.tasks.fields import Fields
-from slzo.utils.console import inform
+from slzo.utils.console import rank_zero_info
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.hub import causes, commit_of, known_problem
 
@@ -22,7 +22,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
     name = source.train if split == "train" else source.test
     origin = f"{source.path}{f' ({source.config})' if source.config else ''} split {name!r}"
     if not sys.stderr.isatty():  # on a terminal, datasets shows bars
-        inform(f"Loading {origin} from the Hub")
+        rank_zero_info(f"Loading {origin} from the Hub")
     try:
         import datasets
         import huggingface_hub

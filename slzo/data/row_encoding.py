@@ -11,9 +11,9 @@ from slzo.data.batch import Row
 from slzo.data.encoding import Encoder
 from slzo.data.files import BadRows
 from slzo.tasks.base import Example
-from slzo.utils.console import say, warn
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import RowError
+from slzo.utils.pluralize import pluralize
 
 # Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
 _PROMPTS, _PROMPT_TOKENS = 16, 4096
@@ -60,10 +60,10 @@ def encode_rows(
         except RowError as error:
             bad.add(error)
     if note := bad.report(len(found), f"the {split} split"):
-        say(note)
+        rank_zero_print(note)
     if num_cut:
-        warn(
-            f"data.max_length {encoder.max_length}: shortened {counted(num_cut, f'{split} row')}, {encoder.shortening}"
+        rank_zero_warn(
+            f"data.max_length {encoder.max_length}: shortened {pluralize(num_cut, f'{split} row')}, {encoder.shortening}"
         )
     return found
 

@@ -14,8 +14,8 @@ from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of, rows_of
 from slzo.tasks.fields import Fields, is_missing
-from slzo.utils.console import warn
-from slzo.utils.errors import RowError, SlzoError, shown
+from slzo.utils.console import rank_zero_warn
+from slzo.utils.errors import RowError, SlzoError, short_repr
 from slzo.utils.hub import split_revision
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
@@ -115,7 +115,7 @@ class RowSource:
             found.update(values)
         for option, name in self.task.optional_fields.items():
             if examples and name not in found:
-                warn(f"{option} {name!r}: no row of {origin} has this field; correct it, or leave it out")
+                rank_zero_warn(f"{option} {name!r}: no row of {origin} has this field; correct it, or leave it out")
         if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
         notes = [
@@ -188,7 +188,7 @@ def row_id(values: Fields, position: int, split: Split, field: str | None = None
     if not parts or not all(
         isinstance(part, str | int) and not isinstance(part, bool) and part != "" for part in parts
     ):
-        raise ValueError(f"field {name!r} is {shown(value)}; an id must be text or a whole number")
+        raise ValueError(f"field {name!r} is {short_repr(value)}; an id must be text or a whole number")
     id = "-".join(map(str, parts))
     return f"{split}-{id}" if field is None and split != "test" and _NUMBERS.fullmatch(id) else id
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from slzo.data.sources import RowSource
 from slzo.tasks.base import Example, HubSource, Split
-from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError
+from slzo.utils.pluralize import pluralize
 
 _TEST_ORDER = "test"
 # Test rows drawn from the training split are at most one row in this many.
@@ -131,7 +131,7 @@ def draw_splits(
         )
     if take_train < num_train or take_dev < num_dev:
         notes.append(
-            f"The training split has {counted(len(pool), 'usable row')}: took {take_train} of {num_train} training examples and"
+            f"The training split has {pluralize(len(pool), 'usable row')}: took {take_train} of {num_train} training examples and"
             f" {take_dev} of {num_dev} dev examples."
         )
     ordered = _in_drawn_order(pool, seed)
@@ -165,7 +165,7 @@ def split_off_test(
     test = [example for example in pool if example.content in taken and example.id == ids[example.content]]
     train = [example for example in pool if example.content not in kept]
     repeats = len(pool) - len(train) - len(kept)
-    notes = (f"Left out {counted(repeats, 'row')} with the prompt of a held-out row.",) if repeats else ()
+    notes = (f"Left out {pluralize(repeats, 'row')} with the prompt of a held-out row.",) if repeats else ()
     return train, test, notes
 
 
@@ -222,7 +222,7 @@ def _in_drawn_order(rows: Sequence[Example], seed: int) -> list[Example]:
 def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) -> tuple[Example, ...]:
     if num_test is None or len(pool) <= num_test:
         if num_test is not None and len(pool) < num_test:
-            notes.append(f"The test split has {counted(len(pool), 'row')}: took all; {num_test} were requested.")
+            notes.append(f"The test split has {pluralize(len(pool), 'row')}: took all; {num_test} were requested.")
         return tuple(pool)
     groups: dict[str, list[int]] = {}
     for position, example in enumerate(pool):
@@ -235,7 +235,7 @@ def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) 
         taken.extend(groups[key])
     if len(taken) != num_test:
         notes.append(
-            f"Took {counted(len(taken), 'test row')}; {num_test} were requested, but rows of one question stay together."
+            f"Took {pluralize(len(taken), 'test row')}; {num_test} were requested, but rows of one question stay together."
         )
     return tuple(pool[position] for position in sorted(taken))
 
@@ -261,9 +261,9 @@ def _without_repeats(
             kept.append(example)
     repeated = len(pool) - leaked - len(kept)
     if leaked:
-        notes.append(f"Left out {counted(leaked, f'{name} row')} also found in the {other} split.")
+        notes.append(f"Left out {pluralize(leaked, f'{name} row')} also found in the {other} split.")
     if repeated:
-        notes.append(f"Left out {counted(repeated, f'{name} row')} with a repeated prompt.")
+        notes.append(f"Left out {pluralize(repeated, f'{name} row')} with a repeated prompt.")
     if not kept:
         split = "num_train" if name == "training" else f"num_{name}"
         raise SlzoError(

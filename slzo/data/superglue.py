@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slzo.tasks.fields import Fields
-from slzo.utils.errors import shown
+from slzo.utils.errors import short_repr
 
 FOLDERS: Mapping[str, str] = {
     name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
@@ -42,7 +42,7 @@ def hub_rows(task: str, row: Fields) -> Iterator[Fields]:
         elif task in _LABELS and isinstance(label, str):
             names = _LABELS[task]
             if label not in names:
-                raise ValueError(f"field 'label' is {shown(label)}; it must be one of {', '.join(names)}")
+                raise ValueError(f"field 'label' is {short_repr(label)}; it must be one of {', '.join(names)}")
             row = {**row, "label": names.index(label)}
         yield row
 
@@ -79,12 +79,12 @@ def _part(row: Fields, name: str, expected: type) -> Any:
     value = row.get(name)
     if not isinstance(value, expected):
         wanted = {str: "text", int: "a number", Mapping: "an object", Sequence: "a list"}[expected]
-        raise ValueError(f"field {name!r} is {shown(value)}; it must be {wanted}")
+        raise ValueError(f"field {name!r} is {short_repr(value)}; it must be {wanted}")
     return value
 
 
 def _objects(row: Fields, name: str) -> Sequence[Fields]:
     values = _part(row, name, Sequence)
     if not all(isinstance(value, Mapping) for value in values):
-        raise ValueError(f"field {name!r} is {shown(values)}; it must be a list of objects")
+        raise ValueError(f"field {name!r} is {short_repr(values)}; it must be a list of objects")
     return values

@@ -1,9 +1,9 @@
-"""The model as it decodes: in stages, with the weights at one or several points at once.
+"""Batched generation with cached keys and values, with the weights at one or several points at once.
 
-The weights of the points differ only in some layers. Below these layers, answers to the same prompt share one computation as
-long as their tokens are equal. A *history* is a prompt with the tokens generated after it; it forks where two answers differ.
-In the layers that differ, each point runs its own answers. Above them, all answers run as one batch. A finished answer is
-removed from every stage.
+The layers run in stages. The weights of the points differ only in some layers. Below these layers, answers to the same prompt
+share one computation as long as their tokens are equal. A *history* is a prompt with the tokens generated after it; it forks
+where two answers differ. In the layers that differ, each point runs its own answers. Above them, all answers run as one batch.
+A finished answer is removed from every stage.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import share_beginnings
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
-from slzo.evaluation.stages import Histories, Stage, pick_rows
+from slzo.evaluation.stages import AnswerBranches, LayerStage, pick_rows
 from slzo.models.parts import ModelParts
 
 
@@ -97,9 +97,9 @@ class Decoder:
     max_tokens: int
     varied: VariedLayers | None
     kept: CachedPrompts | None
-    below: Histories | None = field(init=False, default=None)
-    points: dict[int, Stage] = field(init=False, default_factory=dict)
-    above: Stage | None = field(init=False, default=None)
+    below: AnswerBranches | None = field(init=False, default=None)
+    points: dict[int, LayerStage] = field(init=False, default_factory=dict)
+    above: LayerStage | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         parts, varied, kept, last = self.parts, self.varied, self.kept, self.parts.num_layers
@@ -108,13 +108,13 @@ class Decoder:
         lengths = [len(self.prompts[prompt]) for prompt in self.prompt_of]
         if start > 0:
             of_prompts = dict(zip(self.prompt_of, lengths, strict=True))
-            self.below = Histories(Stage(parts, 0, start, of_prompts, self.num_new), self.prompt_of)
+            self.below = AnswerBranches(LayerStage(parts, 0, start, of_prompts, self.num_new), self.prompt_of)
         if varied is not None:
             for point, answers in enumerate(self._answers_by_point):
                 of_point = {answer: lengths[answer] for answer in answers}
-                self.points[point] = Stage(parts, start, stop, of_point, self.num_new)
+                self.points[point] = LayerStage(parts, start, stop, of_point, self.num_new)
         if stop < last:
-            self.above = Stage(parts, stop, last, dict(enumerate(lengths)), self.num_new)
+            self.above = LayerStage(parts, stop, last, dict(enumerate(lengths)), self.num_new)
 
     @property
     def _entering(self) -> EnteringStates | None:

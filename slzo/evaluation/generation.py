@@ -26,7 +26,7 @@ Ended = Callable[[Sequence[int]], bool]
 class Decoding:
     """Where an answer ends: at EOS, before one of the texts of ``stop``, or after ``max_new_tokens`` tokens, >= 1.
 
-    EOS are the end tokens of the tokenizer and of the model's generation config.
+    The EOS tokens are those of the tokenizer and of the model's generation config.
     """
 
     stop: tuple[str, ...] = ("\n",)

@@ -20,7 +20,7 @@ _MIN_GROWTH = 4  # slots by which a full buffer grows at least
 
 
 @dataclass
-class Buffer:
+class KeyValueBuffer:
     """Keys and values of rows of similar length.
 
     Attributes:
@@ -95,10 +95,10 @@ class Buffer:
                 states[target] = states[source]
 
 
-class NewTokens:
+class StepAttention:
     """Attention of one new token per row to the tokens in its buffer and to itself."""
 
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
+    def __init__(self, buffers: Sequence[KeyValueBuffer]) -> None:
         self.buffers = buffers
         self.positions = torch.cat([buffer.lengths for buffer in buffers])
         self.used = [int(buffer.lengths.max()) + 1 for buffer in buffers]

@@ -9,9 +9,9 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.evaluation.key_values import check_places
 from slzo.models.attention import KeyValues
+from slzo.models.key_value_capture import run_with_key_values
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.models.recorded import recorded
 
 
 class PromptStates:
@@ -49,7 +49,7 @@ class PromptStates:
         return wide[:, :start], states
 
     def _run(self, batch: TokenBatch) -> Tensor:
-        hidden, states = recorded(self.parts, batch, 0, self.cache.start, None)
+        hidden, states = run_with_key_values(self.parts, batch, 0, self.cache.start, None)
         pieces = [state.transpose(0, 1).flatten(1) for layer, _, _ in self._columns for state in states[layer]]
         return torch.cat([hidden, *pieces], dim=1)
 
@@ -59,7 +59,7 @@ class PromptStates:
         check_places(self.parts)
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
         with torch.no_grad():
-            _, states = recorded(self.parts, probe, 0, self.cache.start, None)
+            _, states = run_with_key_values(self.parts, probe, 0, self.cache.start, None)
         return [
             (layer, key.shape[0], (key.shape[0] * key.shape[2], value.shape[0] * value.shape[2]))
             for layer, (key, value) in states.items()

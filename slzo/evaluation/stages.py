@@ -10,13 +10,13 @@ from torch import Tensor
 
 from slzo.batches.layout import NO_SEQUENCES
 from slzo.batches.packing import TokenBatch
-from slzo.evaluation.key_values import Buffer, NewTokens
+from slzo.evaluation.key_values import KeyValueBuffer, StepAttention
 from slzo.models.attention import KeyValues
+from slzo.models.key_value_capture import run_with_key_values
 from slzo.models.parts import ModelParts
-from slzo.models.recorded import recorded
 
 
-class Stage:
+class LayerStage:
     """A range of layers, with the keys and values of the rows that run through them.
 
     Args:
@@ -29,7 +29,7 @@ class Stage:
 
     def __init__(self, parts: ModelParts, start: int, stop: int, lengths: Mapping[int, int], num_new: int) -> None:
         self.parts, self.start, self.stop = parts, start, stop
-        self.buffers = Buffer.of(lengths, num_new, parts.model.device)
+        self.buffers = KeyValueBuffer.of(lengths, num_new, parts.model.device)
 
     @property
     def rows(self) -> list[int]:
@@ -38,7 +38,7 @@ class Stage:
 
     def prefill(self, batch: TokenBatch, hidden: Tensor | None, positions: Mapping[int, Tensor]) -> Tensor:
         """Run packed prompts, store the keys and values of each row's prompt, and return the states after the last layer."""
-        output, states = recorded(self.parts, batch, self.start, self.stop, hidden)
+        output, states = run_with_key_values(self.parts, batch, self.start, self.stop, hidden)
         self.fill(states, positions)
         return output
 
@@ -59,7 +59,7 @@ class Stage:
 
     def advance(self, newest: Mapping[int, int], hidden: Tensor | None) -> Tensor:
         """Run one more token of each row; return its states, shape (rows, hidden), in the order of the rows."""
-        new = NewTokens(self.buffers)
+        new = StepAttention(self.buffers)
         ids = torch.tensor([newest[row] for row in self.rows], device=new.positions.device)
         tokens = TokenBatch(ids, new.positions, NO_SEQUENCES)
         output = self.parts.run(tokens, self.start, self.stop, hidden, attend=new.attend)
@@ -68,7 +68,7 @@ class Stage:
         return output
 
 
-class Histories:
+class AnswerBranches:
     """Histories of answers; a prompt's first history has the number of the prompt, see :mod:`slzo.evaluation.decoder`.
 
     Args:
@@ -76,7 +76,7 @@ class Histories:
         prompt_of: Number of each answer's prompt.
     """
 
-    def __init__(self, stage: Stage, prompt_of: Sequence[int]) -> None:
+    def __init__(self, stage: LayerStage, prompt_of: Sequence[int]) -> None:
         self.stage = stage
         self._history_of = dict(enumerate(prompt_of))
         self._next = max(prompt_of) + 1

@@ -23,7 +23,7 @@ from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
 from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.training.timing import measure_times, spaced_batches
-from slzo.zo.auto_step import HALF, AutoRate, AutoStep
+from slzo.zo.auto_step import HALF_DTYPES, AutoRate, AutoStep
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.stepper import Stepper
 from slzo.zo.trial import Score, StepCost, Trial, Trials
@@ -62,7 +62,9 @@ class LayerTrials(Trials):
     ) -> None:
         self.parts, self.options, self.rows, self.steps, self.time = parts, options, rows, steps, time
         self.measures_rate = (
-            options.optimizer.automatic and options.estimator.perturbs == "weights" and parts.model.dtype not in HALF
+            options.optimizer.automatic
+            and options.estimator.perturbs == "weights"
+            and parts.model.dtype not in HALF_DTYPES
         )
         self.generates = rows.objective.generates
         self.num_train, self.num_dev = len(rows.rows("train")), len(rows.rows("dev"))

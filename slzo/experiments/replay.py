@@ -13,11 +13,11 @@ from slzo.task_rows import TaskRows
 from slzo.training.build import load_parts, restore, restored_rate
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import logged_options
-from slzo.utils.console import say
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import output_file
+from slzo.utils.pluralize import pluralize
 from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE
 from slzo.utils.settings import differences
 from slzo.zo.stepper import Stepper
@@ -90,10 +90,10 @@ def replay_run(
     _take_steps(stepper, options, log, number)
     metadata, masters = {**start.metadata, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
     write_checkpoint({**start.content, "global_step": number, "slzo": metadata, "state_dict": masters}, path)
-    say(f"Checkpoint {path}, the tuned weights after {counted(number, 'step')}")
+    rank_zero_print(f"Checkpoint {path}, the tuned weights after {pluralize(number, 'step')}")
     config = folder / CONFIG_FILE
     if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():
-        say(
+        rank_zero_print(
             f"It is outside of the run's folder: for test and predict, give {shlex.join(['--config', str(config)])} too"
         )
 
@@ -107,7 +107,9 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
             "run that it continues is incomplete; replay that one"
         )
     if requested is not None and not 0 <= requested <= available:
-        raise SlzoError(f"step {requested}: the log of {run!r} has {counted(available, 'step')}; give 0 to {available}")
+        raise SlzoError(
+            f"step {requested}: the log of {run!r} has {pluralize(available, 'step')}; give 0 to {available}"
+        )
     return available if requested is None else requested
 
 

@@ -13,7 +13,7 @@ from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
 from slzo.report.profile_files import format_profile
 from slzo.training.profiling import ProfileOptions, choose, profile_model
-from slzo.utils.console import is_worker, say
+from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.scopes.base import check_layer
@@ -43,7 +43,7 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
     finished = _finished(store, plan, trials.parts.num_layers)
     result = SweepResult.of(store, finished, profile.layers, choice, trials.rows.selection_metric.loss_name)
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
-    say(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
+    rank_zero_print(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
 
 
 def _profile(trials: LayerTrials, profiler: ProfileOptions) -> tuple[OutlierProfile, Choice | None]:
@@ -62,9 +62,9 @@ def _profile(trials: LayerTrials, profiler: ProfileOptions) -> tuple[OutlierProf
         try:
             chosen = choose(profiler.rule, context, rows)
         except SlzoError as error:
-            say(f"{format_profile(profile, None)}\n{error}")
+            rank_zero_print(f"{format_profile(profile, None)}\n{error}")
             return profile, None
-    say(format_profile(profile, chosen))
+    rank_zero_print(format_profile(profile, chosen))
     return profile, chosen
 
 

@@ -11,7 +11,7 @@ from slzo.experiments.store import CellStore
 from slzo.models.fingerprint import Fingerprint
 from slzo.task_rows import TaskRows
 from slzo.training.options import TrainingOptions
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.duration import duration
 
 _HASHES = {
@@ -83,6 +83,6 @@ def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], los
             found = f"{result['mean']:.4g} ± {result['standard_error']:.2g}, {result['directions']} directions"
         left = num_left()
         seconds = left * (time.monotonic() - started) / max(1, at_start - left)
-        say(f"{name}: {found} ({f'{left} left, about {duration(seconds)}' if left else 'done'})")
+        rank_zero_print(f"{name}: {found} ({f'{left} left, about {duration(seconds)}' if left else 'done'})")
 
     store.complete(cells, report)

@@ -14,7 +14,7 @@ from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.task_rows import TaskRows
 from slzo.training.options import TrainingOptions
-from slzo.utils.console import is_worker, say
+from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
@@ -90,11 +90,11 @@ def sweep_rates(
         "tried": [vars(pair) | ({"loss": None, "metric": None} if pair.diverged else {}) for pair in tried],
     }
     write_json(store.folder / "rates.json", content)
-    say(f"\n{words}")
+    rank_zero_print(f"\n{words}")
     if best is not None:  # the optimizer's other options stay as they are configured
         eps_option = "" if best.eps is None else f"--model.eps {best.eps:.6g} "
-        say(f"\nOptions    {eps_option}--model.optimizer.lr {best.lr:.6g}")
-    say(f"Files      {store.folder}")
+        rank_zero_print(f"\nOptions    {eps_option}--model.optimizer.lr {best.lr:.6g}")
+    rank_zero_print(f"Files      {store.folder}")
 
 
 def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple[float, float | None]:
@@ -164,7 +164,7 @@ def _results(
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)
         found.append(RateResult(lr, eps, loss, metric, diverged))
         result = f"diverged: {diverged}" if diverged else f"{what} {loss:.4f}, metric {metric:.4f}"
-        say(f"lr {lr:.3g}{'' if eps is None else f', eps {eps:.3g}'}: {result}")
+        rank_zero_print(f"lr {lr:.3g}{'' if eps is None else f', eps {eps:.3g}'}: {result}")
     return found, done[0].scores[0].loss
 
 

@@ -15,8 +15,8 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.plots.style import save
 from slzo.plots.sweep import sweep_curves_plot, sweep_plot
-from slzo.utils.counted import counted
 from slzo.utils.files import replacing, write_json
+from slzo.utils.pluralize import pluralize
 from slzo.utils.sampling_error import standard_error
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection.base import CLEAR, Choice, in_errors
@@ -216,9 +216,9 @@ class SweepResult:
             "curves": curves,
         }
         write_json(folder / "sweep.json", content)
-        seeds = f"{counted(len(plan.seeds), 'seed')}, bars: standard errors"
+        seeds = f"{pluralize(len(plan.seeds), 'seed')}, bars: standard errors"
         below = (
-            f"{counted(plan.steps, 'step')}, {seeds}" if plan.trainings else "before training, bars: standard errors"
+            f"{pluralize(plan.steps, 'step')}, {seeds}" if plan.trainings else "before training, bars: standard errors"
         )
         save(sweep_plot(rows, title, below, self.loss), folder, "sweep")
         if plan.seconds is not None and curves:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from slzo.utils.console import WORKER, is_worker, warn
+from slzo.utils.console import WORKER, is_worker, rank_zero_warn
 from slzo.utils.errors import SlzoError
 
 
@@ -62,7 +62,7 @@ def workers(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
         for worker, process in enumerate(started, start=1):
             if finished and process.poll() not in (None, 0):
-                warn(f"worker {worker} ended early with status {process.returncode}; the others did its work")
+                rank_zero_warn(f"worker {worker} ended early with status {process.returncode}; the others did its work")
             process.terminate()
         for process in started:
             process.wait()

@@ -14,7 +14,7 @@ from slzo.export.base import CHAT_TEMPLATE, ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
 from slzo.tasks.base import HubSource
-from slzo.utils.counted import counted
+from slzo.utils.pluralize import pluralize
 from slzo.version import __version__
 
 _SPECIAL = re.compile(r"[\\`*<>\[\]|~]|(?<!\w)_|_(?!\w)|^#")
@@ -122,13 +122,13 @@ def _training(facts: Facts) -> str:
     lines = [f"- Method: {_text(facts.scope)}"]
     if summary:
         method = _text(f"{summary['estimator']}, {summary['optimizer']}")
-        lines[0] += f", {method}; {counted(facts.step, 'step')}, seed {_text(summary['seed'])}"
+        lines[0] += f", {method}; {pluralize(facts.step, 'step')}, seed {_text(summary['seed'])}"
     if metadata["layer"] is not None:
         lines.append(
             f"- Layer: {metadata['layer']} of {facts.num_layers} (counted from 0): {_text(metadata['layer_reason'])}"
         )
     names = {"train": "training", "dev": "dev", "test": "held-out"}
-    rows = "".join(f", {counted(facts.num_rows(split), f'{name} row')}" for split, name in names.items())
+    rows = "".join(f", {pluralize(facts.num_rows(split), f'{name} row')}" for split, name in names.items())
     size = f", batches of {metadata['settings']['data.batch_size']}"
     lines.append(f"- Data: task {_text(facts.task)}{_text(rows)}{_text(size)}{_source(facts.data_set)}")
     if summary.get("command"):
@@ -158,7 +158,7 @@ def _scores(facts: Facts) -> str:
     change = "" if error is None else f" (change {summary['score_change']:+.4f}, standard error {error:.4f})"
     own, share = summary.get("score_standard_error"), summary.get("majority_share")
     lines = [
-        f"| {_text(summary['metric'])} on {counted(summary['num_rows'], 'held-out row')} | |",
+        f"| {_text(summary['metric'])} on {pluralize(summary['num_rows'], 'held-out row')} | |",
         "|---|---|",
         f"| before | {'not scored' if before is None else f'{before:.4f}'} |",
         f"| after | {summary['score_after']:.4f}{'' if own is None else f' ± {own:.4f} (standard error)'}{change} |",

@@ -11,7 +11,7 @@ from slzo.checkpoints.metadata import base_model
 from slzo.data.fingerprint import hash_tokenizer
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
-from slzo.utils.console import warn
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
@@ -57,7 +57,7 @@ def tokenizer_of(metadata: Mapping[str, Any], trust_remote_code: bool) -> PreTra
     """Load the tokenizer of a checkpoint's base model, with the chat template of the run; warn if the run had another one."""
     tokenizer = load_tokenizer(base_model(metadata), trust_remote_code, metadata.get("chat_template"))
     if hash_tokenizer(tokenizer) != metadata["data"]["tokenizer"]:
-        warn(
+        rank_zero_warn(
             "the run used another tokenizer than that of its model (data.tokenizer); use that one with the tuned model"
         )
     return tokenizer

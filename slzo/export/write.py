@@ -15,7 +15,7 @@ from slzo.export.push import check_repository, push
 from slzo.export.restore import base_of, load_tuned
 from slzo.models.origin import origin_of
 from slzo.models.quantization import method_of
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_writable, replacing, write_json
 from slzo.zo.tuned_model import TunedModel
@@ -75,9 +75,9 @@ def export_checkpoint(
         write_licences(origin, partial)
         write_json(partial / FACTS_FILE, facts.to_dict())
         write_card(facts, writer, partial, target.resolve().name)
-    say(f"Wrote {target}, {writer.base_words} {_base(tuned_model, facts)}")
+    rank_zero_print(f"Wrote {target}, {writer.base_words} {_base(tuned_model, facts)}")
     if push_to_hub is not None:
-        say(f"Uploaded to {push(target, push_to_hub, private)}")
+        rank_zero_print(f"Uploaded to {push(target, push_to_hub, private)}")
     return target
 
 

@@ -33,7 +33,7 @@ from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training.resume import checkpoint_of_job
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import check_local
@@ -137,7 +137,7 @@ class ZOTrainer(Trainer):
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
             self._set_known(None)
-            say(
+            rank_zero_print(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); {more} with "
                 "slzo test"
             )
@@ -261,7 +261,7 @@ class ZOTrainer(Trainer):
         with self._running():
             checkpoint = self._find(ckpt_path)
             if checkpoint is None and scored is not None and not scored.is_tuned:
-                say("No ckpt_path given: scoring the untuned model.")
+                rank_zero_print("No ckpt_path given: scoring the untuned model.")
             yield None if checkpoint is None else checkpoint.path
 
 

@@ -39,11 +39,11 @@ def check_trainer(trainer: Trainer, num_batches: int) -> None:
     check_interval(trainer, num_batches)
 
 
-def check_share(stage: str, share: float, count: Callable[[], int]) -> None:
-    """Refuse a share of the batches, of those that ``count`` returns, which is less than one batch.
+def check_limit_batches(stage: str, share: float, count: Callable[[], int]) -> None:
+    """Check that a fraction given as ``trainer.limit_STAGE_batches`` keeps at least one of the ``count()`` batches.
 
     Raises:
-        SlzoError: ``trainer.limit_STAGE_batches`` is such a share.
+        SlzoError: It does not.
     """
     if isinstance(share, float) and 0 < share < 1 and 0 < (batches := count()) < 1 / share:
         raise SlzoError(

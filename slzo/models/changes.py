@@ -41,7 +41,7 @@ class ModelChanges:
         ``layers_to_change`` is called only if layers are elsewhere or quantized.
         """
         model, placement = self.parts.model, self.parts.placement
-        if not placement.is_here:
+        if not placement.is_on_main_device:
             layers = layers_to_change()
             placement.load_layers(layers)
             self._undo.callback(placement.return_layers, layers)

@@ -35,7 +35,7 @@ _USABLE = 0.9
 
 
 @dataclass(frozen=True)
-class LayerPlaces:
+class LayerDevices:
     """The device of each decoder layer.
 
     Attributes:
@@ -165,7 +165,7 @@ class DeviceMapOptions:
                 "another folder"
             ) from error
 
-    def places(self, skeleton: PreTrainedModel, main: torch.device) -> LayerPlaces:
+    def places(self, skeleton: PreTrainedModel, main: torch.device) -> LayerDevices:
         """Choose the device of each layer.
 
         Args:
@@ -184,7 +184,9 @@ class DeviceMapOptions:
         else:
             named = {name: self._place(value, main) for name, value in self.device_map.items()}
             self._check_names(named, skeleton, path, home)
-        return LayerPlaces(path, home, tuple(_lookup(f"{path}.{number}", named, home) for number in range(len(layers))))
+        return LayerDevices(
+            path, home, tuple(_lookup(f"{path}.{number}", named, home) for number in range(len(layers)))
+        )
 
     def _place(self, value: int | str, main: torch.device) -> str:
         device_type = main.type if main.type != "cpu" else "cuda"

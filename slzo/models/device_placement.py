@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from slzo.models.attention import VIRTUAL_ARGUMENT
 from slzo.models.decoder_layers import layer_of
-from slzo.models.device_map import DISK, DeviceMapOptions, LayerPlaces
+from slzo.models.device_map import DISK, DeviceMapOptions, LayerDevices
 from slzo.models.engine import DType
 from slzo.models.load import load_config, load_model
-from slzo.models.placement import HERE, Placement
+from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.shape import skeleton_of
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
@@ -40,7 +40,7 @@ class DevicePlacement(Placement):
         stored: Weights of the layers on disk, by their names in the model; read on access.
     """
 
-    def __init__(self, model: PreTrainedModel, places: LayerPlaces, stored: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, places: LayerDevices, stored: Mapping[str, Tensor]) -> None:
         self.places = places
         self.offloads, self.elsewhere = bool(places.offloaded), places.describe() if places.elsewhere else ""
         self._layers = model.get_submodule(places.path)
@@ -183,7 +183,7 @@ def load_with_device_map(
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward  # left by the hooks; a copy of the module would run the original
-    return model, DevicePlacement(model, places, stored) if places.away else HERE
+    return model, DevicePlacement(model, places, stored) if places.away else ON_MAIN_DEVICE
 
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from slzo.utils.argument_checks import ArgumentTypes, check_types
 from slzo.utils.errors import SlzoError, check_at_least
-from slzo.utils.kinds import Kinds, check_kinds
 
 DType = Literal["float32", "bfloat16", "float16"]
 
-_KINDS: Kinds = {
+_TYPES: ArgumentTypes = {
     **dict.fromkeys(("packed", "share_prefix"), (bool, "true or false")),
     **dict.fromkeys(("paired", "onednn"), (bool | None, "true or false, or leave it out")),
     "queries_at_once": (int, "a whole number"),
@@ -48,7 +48,7 @@ class Engine:
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
-        check_kinds("model.engine", _KINDS, vars(self))
+        check_types("model.engine", _TYPES, vars(self))
         check_at_least("model.engine.queries_at_once", self.queries_at_once)
         if not 0 <= self.cache_gb < math.inf:
             raise SlzoError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from slzo.models.placement import HERE, Placement
+from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
@@ -59,7 +59,7 @@ class Fingerprint:
     tuned: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, placement: Placement = HERE) -> Self:
+    def of(cls, model: PreTrainedModel, placement: Placement = ON_MAIN_DEVICE) -> Self:
         """Compute the fingerprint of a model, whose layers are as ``placement`` says; ``tuned`` is empty."""
         method = method_of(model)
         if method is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slzo.utils.assets import build_once, cache_dir
-from slzo.utils.console import progress
+from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def gguf_to_folder(gguf: Path) -> Path:
     key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
 
     def build(staging: Path) -> Path:
-        progress(f"converting {gguf.name} to safetensors, once")
+        print_status(f"converting {gguf.name} to safetensors, once")
         return convert(gguf, staging / "model", str(gguf))
 
     return build_once(cache_dir() / "gguf" / f"{gguf.stem}-{key}", build, is_model_folder)

@@ -16,9 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from slzo.models.decoder_layers import find_decoder_layers
-from slzo.utils.console import warn
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.pluralize import pluralize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,12 +108,12 @@ def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) ->
             f"model.model {name!r}: its files hold decoder layers that its config.json does not have: {_list(beyond)}; correct "
             "the number of layers there"
         )
-    warn(f"model.model {name!r}: its files hold weights that the model does not use: {_list(unexpected)}")
+    rank_zero_warn(f"model.model {name!r}: its files hold weights that the model does not use: {_list(unexpected)}")
 
 
 def _list(names: Collection[str]) -> str:
     shown = ", ".join(sorted(names)[:_NAMED])
-    return f"{shown} and {counted(len(names) - _NAMED, 'more tensor')}" if len(names) > _NAMED else shown
+    return f"{shown} and {pluralize(len(names) - _NAMED, 'more tensor')}" if len(names) > _NAMED else shown
 
 
 def _beyond_the_last_layer(model: PreTrainedModel, names: Collection[str]) -> list[str]:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
+from slzo.models.key_value_capture import can_run_last_tokens, compute_key_values
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.parts import ModelParts
-from slzo.models.recorded import can_run_last_tokens, keys_and_values
 
 # Queries, keys and values of the last tokens are computed twice. One layer of SmolLM2-135M takes 0.84 of the time with a share of
 # 0.65, and 1.05 to 1.12 with 0.8 (one thread, rows of 32 and 128 tokens).
@@ -76,7 +76,7 @@ def states_at_needed(
     """
     last = batch.last_tokens
     chosen = last.repeat(num_points, batch.num_tokens)
-    states = keys_and_values(parts, batch.repeat(num_points), start, stop, hidden)
+    states = compute_key_values(parts, batch.repeat(num_points), start, stop, hidden)
     attend, own = LastTokensAttention(chosen, states).attend, batch.tokens_at(last.positions, num_points)
     after = parts.run(own, start, stop, hidden.index_select(0, chosen.positions), norm=norm, attend=attend)
     return after.unflatten(0, (num_points, -1)).index_select(1, torch.searchsorted(last.positions, batch.needed))

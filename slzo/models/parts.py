@@ -13,7 +13,7 @@ from slzo.batches.packing import TokenBatch
 from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, Attend, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.linear import onednn_is_faster
-from slzo.models.placement import HERE, Placement
+from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.quantization import is_plain
 from slzo.models.views import Decoder, Views
 from slzo.utils.errors import SlzoError
@@ -60,7 +60,7 @@ class ModelParts:
         model: PreTrainedModel,
         packed: bool = True,
         onednn: bool | None = None,
-        placement: Placement = HERE,
+        placement: Placement = ON_MAIN_DEVICE,
     ) -> None:
         self.model = model
         self.placement = placement

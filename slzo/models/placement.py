@@ -25,7 +25,7 @@ class Placement:
     elsewhere: str = ""
 
     @property
-    def is_here(self) -> bool:
+    def is_on_main_device(self) -> bool:
         """Whether the weights of all layers are on the main device."""
         return not (self.offloads or self.elsewhere)
 
@@ -37,7 +37,7 @@ class Placement:
         """
 
     def return_layers(self, numbers: Collection[int]) -> None:
-        """Put layers back to their own places, except for those whose values have changed."""
+        """Move layers back to their original devices, except for those whose values have changed."""
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the values of each parameter of the model, wherever they are stored; copy what you keep."""
@@ -58,5 +58,5 @@ class Placement:
         """
 
 
-HERE = Placement()
+ON_MAIN_DEVICE = Placement()
 """Placement of a model whose layers are all on its main device."""

@@ -17,7 +17,7 @@ from slzo.models.load import load_model
 from slzo.models.placement import Placement
 from slzo.models.quantization import is_plain
 from slzo.models.shard_group import MOST_IDLE, ShardGroup
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ def load_sharded(
     """
     model = load_model(name, dtype, trust_remote_code)
     placement = ShardedLayers(model, group, main)
-    say(f"Layers     divided over {group.world_size} processes, {placement.share:.0%} of their weights here")
+    rank_zero_print(
+        f"Layers     divided over {group.world_size} processes, {placement.share:.0%} of their weights here"
+    )
     return model, placement
 
 

@@ -20,7 +20,7 @@ from slzo.models.attention import packed_attention_forward
 from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.logits import final_states
 from slzo.models.parts import Limits, ModelParts
-from slzo.models.placement import HERE, Placement
+from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.quantization import method_of
 from slzo.models.twin import rope_entries, tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
@@ -51,7 +51,7 @@ _CHANGED = 1
 
 
 def split_and_verify(
-    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, placement: Placement = HERE
+    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, placement: Placement = ON_MAIN_DEVICE
 ) -> ModelParts:
     """Split a model into parts and check that they compute the same as the whole model.
 

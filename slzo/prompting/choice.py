@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slzo.data.encoding import Encoder
 from slzo.models.load import max_positions
 from slzo.tasks.base import Example
-from slzo.utils.console import warn
+from slzo.utils.console import rank_zero_warn
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def probabilities(
     encoded = encoder.encode(example, 0)
     if encoded.cut:
         limit = "that the model takes" if encoder.max_length == positions else "of its run (data.max_length)"
-        warn(f"the prompt is longer than the {encoder.max_length} tokens {limit}, and is cut on the left")
+        rank_zero_warn(f"the prompt is longer than the {encoder.max_length} tokens {limit}, and is cut on the left")
     for sequence in encoded.sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
         answer = sequence.num_answer

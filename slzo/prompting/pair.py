@@ -20,9 +20,9 @@ from slzo.export.restore import load_base, tokenizer_of
 from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.console import warn
-from slzo.utils.counted import counted
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError
+from slzo.utils.pluralize import pluralize
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Function that returns a context in which the model can be used; only one context may be open at a time."""
@@ -66,7 +66,7 @@ class Pair:
             prompt = replace(prompt, messages=self.chat.with_system(turns))
         encoded = self._encoder.encode_prompt(prompt, max_new_tokens=0)
         if encoded.cut:
-            warn(
+            rank_zero_warn(
                 f"the prompt is longer than the {self.prompt_length} tokens that data.max_length of the run leaves for prompts, "
                 "and is cut as in slzo predict"
             )
@@ -111,8 +111,8 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
         metadata = checkpoint.metadata
         tokenizer, models = _of_checkpoint(checkpoint, trust_remote_code)
     if number := metadata.get("num_demonstrations"):
-        warn(
-            f"the run puts {counted(number, 'solved row')} before each prompt (data.num_demonstrations); here prompts have none"
+        rank_zero_warn(
+            f"the run puts {pluralize(number, 'solved row')} before each prompt (data.num_demonstrations); here prompts have none"
         )
     found = metadata.get("candidates")
     return Pair(

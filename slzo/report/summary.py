@@ -13,7 +13,7 @@ from slzo.evaluation.held_out import HeldOutScores
 from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import dev_loss, is_doubtful, score_change, score_error, verdict
-from slzo.utils.counted import counted
+from slzo.utils.pluralize import pluralize
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
         f"Score      {_score(summary)}",
         *([f"Compare    {references}"] if (references := _references(summary)) else []),
-        f"Time       {summary['seconds']:.0f} s in all, {counted(summary['steps'], 'step')} in {summary['train_seconds']:.0f} s",
+        f"Time       {summary['seconds']:.0f} s in all, {pluralize(summary['steps'], 'step')} in "
+        f"{summary['train_seconds']:.0f} s",
     ]
     if summary["planned_memory_gb"] is not None:
         lines.append(
@@ -118,7 +119,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             f"Rollback   {summary['rollbacks']} times, after dev-loss spikes; the learning rate was halved each time"
         )
     if summary["skipped_steps"]:
-        lines.append(f"Skipped    {counted(summary['skipped_steps'], 'step')} without a finite loss")
+        lines.append(f"Skipped    {pluralize(summary['skipped_steps'], 'step')} without a finite loss")
     if summary["run_dir"]:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:
@@ -136,7 +137,7 @@ def _score(summary: Mapping[str, Any]) -> str:
     before, change = summary["score_before"], summary["score_change"]
     text = "" if before is None else f"{before:.4f} -> "
     text += f"{summary['score_after']:.4f}{_error(summary['score_standard_error'])} "
-    text += f"on {counted(summary['num_rows'], 'held-out row')}"
+    text += f"on {pluralize(summary['num_rows'], 'held-out row')}"
     if summary["unscored_rows"]:
         text += f" ({summary['unscored_rows']} without a reward are left out)"
     if change is not None:

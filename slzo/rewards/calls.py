@@ -13,7 +13,7 @@ from typing import Any
 
 from slzo.rewards.registry import REWARDS, RewardFunction
 from slzo.utils.class_paths import format_error, format_place, raised, required_arguments
-from slzo.utils.errors import Interrupted, shown
+from slzo.utils.errors import Interrupted, short_repr
 
 MAX_REWARD = 1e30
 """The largest weighted reward; sums of these still fit into float32."""
@@ -155,7 +155,9 @@ def call(spec: RewardSpec, function: RewardFunction, answers: AnswerBatch) -> li
     except Exception as error:  # the user's function may raise anything
         raise RewardFailure(spec.function, raised(error)) from error
     if values is None:
-        raise RewardFailure(spec.function, f"returned {shown(returned)}; return a list with a number for each answer")
+        raise RewardFailure(
+            spec.function, f"returned {short_repr(returned)}; return a list with a number for each answer"
+        )
     if len(values) != len(answers.ids):
         raise RewardFailure(
             spec.function,

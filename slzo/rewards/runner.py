@@ -22,7 +22,7 @@ from slzo.rewards.calls import (
 )
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, RewardFunction, check_package
-from slzo.utils.console import progress
+from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError
 
 # Answers of a batch at which a function may fail, before all are left out.
@@ -118,9 +118,9 @@ class RewardRunner:
                 problems.append(_message(failure, part, place))
                 if all_or_none or place is None or len(problems) > _MOST_LEFT_OUT:
                     outcome = "the step is not taken" if all_or_none else "no row of this batch is counted"
-                    progress(f"warning: {problems[-1]}; {outcome}")
+                    print_status(f"warning: {problems[-1]}; {outcome}")
                     break
-                progress(f"warning: {problems[-1]}; the row is not counted")
+                print_status(f"warning: {problems[-1]}; the row is not counted")
                 del places[place]
             else:
                 for place, *row in zip(places, *found, strict=True):

@@ -13,7 +13,7 @@ from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.class_paths import raised
-from slzo.utils.errors import SlzoError, broken_contract, shown
+from slzo.utils.errors import SlzoError, broken_contract, short_repr
 
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""
@@ -191,7 +191,7 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
     wrong = next((row for row in found or () if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise broken_contract(
-            "data.task", task, f"rows({split!r}) returned the row {shown(wrong)}", "mappings of fields"
+            "data.task", task, f"rows({split!r}) returned the row {short_repr(wrong)}", "mappings of fields"
         )
     return None if found is None else [_plain(row) for row in found]
 
@@ -229,24 +229,24 @@ def example_of(task: Task, row: Fields, id: str) -> Example:
 def _problem(example: object) -> str | None:
     """Return what is wrong in an example, in a few words; ``None`` if nothing is."""
     if not isinstance(example, Example):
-        return shown(example)
+        return short_repr(example)
     for name in ("id", "prompt"):
         if not isinstance(getattr(example, name), str):
-            return f"{name} {shown(getattr(example, name))}, which is not text"
+            return f"{name} {short_repr(getattr(example, name))}, which is not text"
     candidates, gold = example.candidates, example.gold
     if not isinstance(candidates, tuple | list) or not all(isinstance(text, str) for text in candidates):
-        return f"candidates {shown(candidates)}, which are not a tuple of texts"
+        return f"candidates {short_repr(candidates)}, which are not a tuple of texts"
     if len(set(candidates)) < len(candidates):
-        return f"candidates {shown(candidates)}, two of which are equal"
+        return f"candidates {short_repr(candidates)}, two of which are equal"
     references, group = example.references, example.group
     if not isinstance(references, tuple | list) or not all(isinstance(text, str) for text in references):
-        return f"references {shown(references)}, which are not a tuple of texts"
+        return f"references {short_repr(references)}, which are not a tuple of texts"
     if not isinstance(group, str | int | None):
-        return f"group {shown(group)}, which is neither text nor a number"
+        return f"group {short_repr(group)}, which is neither text nor a number"
     if not isinstance(gold, tuple | list) or not all(
         isinstance(index, SupportsIndex) and 0 <= int(index) < len(candidates) for index in gold
     ):
-        return f"gold {shown(gold)} for {len(candidates)} candidates; for a row without a label, gold is ()"
+        return f"gold {short_repr(gold)} for {len(candidates)} candidates; for a row without a label, gold is ()"
     return None
 
 

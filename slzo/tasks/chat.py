@@ -10,7 +10,7 @@ from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError, check_at_least, check_choice, shown
+from slzo.utils.errors import SlzoError, check_at_least, check_choice, short_repr
 
 
 class ChatTask(Task):
@@ -121,5 +121,5 @@ def _split_off_answer(turns: tuple[Message, ...]) -> tuple[tuple[Message, ...], 
 def _text(row: Fields, name: str) -> str:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {shown(value)}; it must be text")
+        raise ValueError(f"field {name!r} is {short_repr(value)}; it must be text")
     return value or ""

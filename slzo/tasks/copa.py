@@ -8,7 +8,7 @@ Metric: accuracy.
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, label_field, text_field
-from slzo.utils.errors import shown
+from slzo.utils.errors import short_repr
 
 
 class Copa(Task):
@@ -21,7 +21,7 @@ class Copa(Task):
     def example(self, row: Fields, id: str) -> Example:
         conjunction = {"effect": "so", "cause": "because"}.get(str(row.get("question")))
         if conjunction is None:
-            raise ValueError(f"field 'question' is {shown(row.get('question'))}; it must be 'effect' or 'cause'")
+            raise ValueError(f"field 'question' is {short_repr(row.get('question'))}; it must be 'effect' or 'cause'")
         premise = text_field(row, "premise").strip().removesuffix(".")
         choices = tuple(f" {_lower_first_word(text_field(row, name))}" for name in ("choice1", "choice2"))
         return Example(id, f"{premise} {conjunction}", choices, label_field(row, 2))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slzo.utils.errors import shown
+from slzo.utils.errors import short_repr
 
 Fields = Mapping[str, Any]
 """The fields of a row by name, as the Hub calls them."""
@@ -23,7 +23,7 @@ def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {shown(value)}; it must be text")
+        raise ValueError(f"field {name!r} is {short_repr(value)}; it must be text")
     if not value.strip() and not allow_empty:
         raise ValueError(f"field {name!r} is empty; it must hold some text")
     return value
@@ -41,9 +41,9 @@ def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ..
         where = f"{name!r}[{key!r}]"
         value = value.get(key) if isinstance(value, Mapping) else None
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"field {where} is {shown(value)}; it must be a list of texts")
+        raise ValueError(f"field {where} is {short_repr(value)}; it must be a list of texts")
     if not all(text.strip() for text in value):
-        raise ValueError(f"field {where} is {shown(list(value))}; an answer must not be empty")
+        raise ValueError(f"field {where} is {short_repr(list(value))}; an answer must not be empty")
     return tuple(value)
 
 
@@ -56,5 +56,7 @@ def label_field(row: Fields, num_labels: int) -> tuple[int, ...]:
     value = row.get("label")
     if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < num_labels:
         allowed = ", ".join(map(str, range(num_labels)))
-        raise ValueError(f"field 'label' is {shown(value)}; it must be one of the numbers {allowed} (-1: no label)")
+        raise ValueError(
+            f"field 'label' is {short_repr(value)}; it must be one of the numbers {allowed} (-1: no label)"
+        )
     return () if value == -1 else (value,)

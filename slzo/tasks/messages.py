@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slzo.utils.errors import shown
+from slzo.utils.errors import short_repr
 
 Turns = Literal["all", "last"]
 
@@ -64,7 +64,7 @@ def read_messages(value: object, name: str) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         wanted = "a list of turns with role and content"
         raise ValueError(
-            f"field {name!r} is {shown(value)}; it must be {wanted if name == 'messages' else f'text, or {wanted}'}"
+            f"field {name!r} is {short_repr(value)}; it must be {wanted if name == 'messages' else f'text, or {wanted}'}"
         )
     return tuple(_message(turn, f"{name!r}, turn {number}") for number, turn in enumerate(value, start=1))
 
@@ -74,11 +74,11 @@ def _message(turn: object, where: str) -> Message:
     for name, value in turn.items() if isinstance(turn, Mapping) else ():
         if (name in _UNSUPPORTED and value) or (name == "weight" and value not in (1, None)):
             raise ValueError(
-                f"field {where} has {name} {shown(value)}, which is not supported; leave out the row or this part"
+                f"field {where} has {name} {short_repr(value)}, which is not supported; leave out the row or this part"
             )
     if isinstance(content, Sequence) and not isinstance(content, str):
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
     if not isinstance(role, str) or not role.strip() or not isinstance(content, str):
-        raise ValueError(f"field {where} is {shown(turn)}; it must have a role and a content, both text")
+        raise ValueError(f"field {where} is {short_repr(turn)}; it must have a role and a content, both text")
     return Message(role, content)

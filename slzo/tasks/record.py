@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, text_field, texts_field
-from slzo.utils.errors import shown
+from slzo.utils.errors import short_repr
 
 
 class Record(Task):
@@ -25,7 +25,7 @@ class Record(Task):
         passage = text_field(row, "passage").replace("@highlight\n", "- ")
         query = text_field(row, "query")
         if "@placeholder" not in query:
-            raise ValueError(f"field 'query' is {shown(query)}; it must contain @placeholder")
+            raise ValueError(f"field 'query' is {short_repr(query)}; it must contain @placeholder")
         # the Hub and the official files list the entities in different orders
         entities = sorted(set(texts_field(row, "entities")))
         if not entities:
@@ -33,6 +33,6 @@ class Record(Task):
         answers = set(texts_field(row, "answers"))
         gold = tuple(i for i, entity in enumerate(entities) if entity in answers)
         if answers and not gold:
-            raise ValueError(f"field 'answers' is {shown(sorted(answers))}; one of the entities must be an answer")
+            raise ValueError(f"field 'answers' is {short_repr(sorted(answers))}; one of the entities must be an answer")
         candidates = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
         return Example(id, f"{passage}\n-".strip(" "), candidates, gold)

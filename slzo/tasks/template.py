@@ -12,8 +12,8 @@ from string import Formatter
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
-from slzo.utils.console import warn
-from slzo.utils.errors import SlzoError, check_at_least, shown
+from slzo.utils.console import rank_zero_warn
+from slzo.utils.errors import SlzoError, check_at_least, short_repr
 
 
 class TemplateTask(Task):
@@ -151,7 +151,7 @@ class TemplateTask(Task):
         hint = '; name true and false in data.task.labels, as in ["false", "true"]' if isinstance(label, bool) else ""
         allowed = ", ".join(self._index_of)
         raise ValueError(
-            f"field {self.label_field!r} is {shown(label)}; it must be one of {allowed} (data.task.labels){hint}"
+            f"field {self.label_field!r} is {short_repr(label)}; it must be one of {allowed} (data.task.labels){hint}"
         )
 
 
@@ -186,7 +186,9 @@ def _check_spaces(prompt: str, candidates: Sequence[str]) -> None:
         )
     last = prompt[-1:]
     if last.isascii() and (last.isalnum() or last in ".,:;?!") and glued[0].isascii() and glued[0].isalnum():
-        warn(f"data.task.candidates {list(candidates)}: {glued!r} follows {prompt[-10:]!r} without a space; {advice}")
+        rank_zero_warn(
+            f"data.task.candidates {list(candidates)}: {glued!r} follows {prompt[-10:]!r} without a space; {advice}"
+        )
 
 
 def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] | None) -> dict[str, int]:
@@ -222,12 +224,12 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] 
 def _as_text(value: object, field: str) -> str:
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    raise ValueError(f"field {field!r} is {shown(value)}; it must be text or a number")
+    raise ValueError(f"field {field!r} is {short_repr(value)}; it must be text or a number")
 
 
 def _answer_texts(value: object, field: str) -> tuple[str, ...]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     answers = tuple(_as_text(item, field) for item in values)
     if not all(answer.strip() for answer in answers):
-        raise ValueError(f"field {field!r} is {shown(value)}; an answer must not be empty")
+        raise ValueError(f"field {field!r} is {short_repr(value)}; an answer must not be empty")
     return answers

@@ -15,7 +15,7 @@ from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.loaded import check_no_adapter
 from slzo.models.parts import ModelParts
-from slzo.models.placement import HERE, Placement
+from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
@@ -25,7 +25,7 @@ from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import shared_prefix
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
-from slzo.zo.auto_step import HALF, AutoRate, AutoStep
+from slzo.zo.auto_step import HALF_DTYPES, AutoRate, AutoStep
 from slzo.zo.loss import LossReport
 from slzo.zo.processes import identity
 from slzo.zo.relative_rate import RelativeRate
@@ -54,7 +54,7 @@ def load_parts(
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
-    placement: Placement = HERE
+    placement: Placement = ON_MAIN_DEVICE
     if loaded is not None:
         if shard_group is not None:
             raise SlzoError(
@@ -197,7 +197,7 @@ def measure_step(model: TunedModel, options: TrainingOptions, rows: TaskRows, se
     batch = next(rows.training_batches(seed)).to(model.parts.model.device)
     reports = [LossReport()]  # the last one counts
     loss = make_stepper(model, options, rows).loss(batch, report=reports.append)
-    half = model.parts.model.dtype in HALF
+    half = model.parts.model.dtype in HALF_DTYPES
     try:
         return AutoStep.measure(
             model.tensors,

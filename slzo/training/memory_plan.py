@@ -32,7 +32,7 @@ _CLOSE = 1.1
 
 
 def with_reserved(options: TrainingOptions, inputs: MemoryInputs) -> TrainingOptions:
-    """Return the options with the memory besides the weights set in the device map, if there is one."""
+    """Return the options, whose device map, if there is one, now reserves memory for all but the weights."""
     if options.device_map is None:
         return options
     return replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))

@@ -12,8 +12,8 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
-from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.pluralize import pluralize
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 
@@ -92,8 +92,8 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
     if len(sequences) < MIN_SEQUENCES:
         longer = " of two tokens or more" if len(sequences) < num_given else ""
         raise SlzoError(
-            f"profiler: only {counted(len(sequences), 'sequence')}{longer} to profile, at least {MIN_SEQUENCES} are needed; use "
-            "more rows, or give text with --profiler.text_file"
+            f"profiler: only {pluralize(len(sequences), 'sequence')}{longer} to profile, at least {MIN_SEQUENCES} are needed; "
+            "use more rows, or give text with --profiler.text_file"
         )
     layers = profile_layers(parts, batches)
     layers = [replace(layer, token=str(rows.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]

@@ -21,7 +21,7 @@ from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
 from slzo.training.run import Prepared, RunContext
-from slzo.utils.console import say, warn
+from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file, read_json
@@ -145,7 +145,7 @@ def apply_changed_settings(checkpoint: Mapping[str, Any], own: Mapping[str, Any]
             group["lr"] = own[_RATE]
     if changes := changed_settings(saved, own):
         rate = f"; {_RATE} is the new one" if new_rate else ""
-        warn(
+        rank_zero_warn(
             f"these options differ from the checkpoint's: {changes}; the new values are used, except those of model.seed, "
             f"model.optimizer and model.lr_scheduler, which continue from the checkpoint{rate}"
         )
@@ -157,7 +157,7 @@ def check_environment(metadata: Mapping[str, Any], device: torch.device, process
     if changes := differences(old, new):
         is_same = old["device"] == new["device"]
         effect = "results are equal up to rounding" if is_same else "random directions differ between devices"
-        warn(f"the environment differs from the checkpoint's: {changes}; {effect}")
+        rank_zero_warn(f"the environment differs from the checkpoint's: {changes}; {effect}")
 
 
 def logged_options(options: TrainingOptions, layer: int | None, seed: int) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def open_step_log(
     step = 0 if run.checkpoint is None else run.checkpoint.step
     known = {} if before is None else _steps_to_repeat(before, step)
     if known:
-        say(f"Steps {step} to {max(known)} are in the log of the run and are repeated from it.")
+        rank_zero_print(f"Steps {step} to {max(known)} are in the log of the run and are repeated from it.")
     if run.folder is None or not first:
         return None, known
     if run.checkpoint is None:
@@ -227,10 +227,10 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
     try:
         log = read_step_log(path)
     except SlzoError as error:
-        warn(f"{error}; its steps are not used")
+        rank_zero_warn(f"{error}; its steps are not used")
         return None
     if changes := differences(log.settings, settings):
-        warn(
+        rank_zero_warn(
             f"options that steps depend on have changed ({changes}); the log of the run is not used: steps after the checkpoint "
             "are taken again, and slzo replay can rebuild the run that it continues, but not this one"
         )
@@ -258,7 +258,7 @@ def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
     if not found:
         return None
     checkpoint = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
-    say(f"SLURM job {job} was restarted and continues {checkpoint.path}")
+    rank_zero_print(f"SLURM job {job} was restarted and continues {checkpoint.path}")
     return checkpoint
 
 

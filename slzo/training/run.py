@@ -64,7 +64,7 @@ class Prepared:
         memory_plan: Estimate of the memory; ``None`` if none was made.
         resumed: Whether a checkpoint is continued.
         time_plan: Planned steps and validations; ``None`` if the time is not limited.
-        tuned_before: Whether the first masters are not those of the base model.
+        tuned_before: Whether the training started from tuned weights, not from those of the base model.
     """
 
     options: TrainingOptions

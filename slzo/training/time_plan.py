@@ -1,4 +1,4 @@
-"""Plans how many steps and validations fit into the time of a run, from measured times. Numbers in, a plan out."""
+"""Plans how many steps and validations fit into the time of a run, from measured times."""
 
 import math
 import time
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Self
 
-from slzo.utils.counted import counted
 from slzo.utils.duration import duration
+from slzo.utils.pluralize import pluralize
 
 _MOST_VALIDATIONS = 8
 # Validations that are added to the given ones take at most this share of the time.
@@ -103,7 +103,7 @@ class TimePlan:
     """Steps and validations of a run.
 
     Attributes:
-        steps: Steps of the run, with those of a continued run; no more than those if not even one step fits.
+        steps: Steps of the run, with those already taken; only these if no further step fits.
         new_steps: Steps that are still to be taken.
         every: Steps between two validations; ``None`` to keep the given interval.
         validations: Number of validations.
@@ -169,7 +169,7 @@ class TimePlan:
         if number:
             often = "after each step" if self.every == 1 else f"one every {self.every} steps"
             every = f", {often}" if number > 1 and self.every is not None else ""
-            parts.append(f"{counted(number, 'validation')} of {times.validation:.2g} s{every}")
+            parts.append(f"{pluralize(number, 'validation')} of {times.validation:.2g} s{every}")
         if passes.test_before + passes.test_after:
             parts.append(f"other scores {times.before + times.after:.2g} s")
         return (

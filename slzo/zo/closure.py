@@ -47,8 +47,8 @@ class ClosureLoss(Loss):
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Gradient]:
-        loss, pull_back = vjp(self.tuned, self.closure)
-        gradient = pull_back(torch.ones_like(loss))
+        loss, vjp_fn = vjp(self.tuned, self.closure)
+        gradient = vjp_fn(torch.ones_like(loss))
         if not gradient:
             raise SlzoError(
                 "the loss depends on no tuned tensor, so there is no gradient; tune tensors that the closure uses"

@@ -32,10 +32,12 @@ def vjp(tuned: TunedTensors, function: Callable[[], Tensor]) -> tuple[Tensor, Ca
         for tensor, requires_grad in zip(live.values(), before, strict=True):
             tensor.requires_grad_(requires_grad)
 
-    def pull_back(gradient: Tensor) -> dict[str, Tensor]:
+    def vjp_fn(gradient: Tensor) -> dict[str, Tensor]:
         if not output.requires_grad:  # it depends on no live tensor
             return {}
         gradients = torch.autograd.grad(output, edges, gradient, allow_unused=True)
-        return tuned.pull_back({name: own for name, own in zip(live, gradients, strict=True) if own is not None})
+        return tuned.to_master_gradient(
+            {name: own for name, own in zip(live, gradients, strict=True) if own is not None}
+        )
 
-    return output.detach(), pull_back
+    return output.detach(), vjp_fn

@@ -86,7 +86,7 @@ class FactoredGradient:
         self.whole = dict(zip(names, received, strict=False))
         for name, both in zip(sent, received[len(names) :], strict=True):
             outputs, inputs = both.tensor_split([self._tensors[name].live.shape[0]], dim=1)
-            self.whole[name] = self._tensors[name].pull_back(Factors(outputs, inputs).product())
+            self.whole[name] = self._tensors[name].to_master_gradient(Factors(outputs, inputs).product())
         return sums, self.tuned.with_zeros(self.whole)
 
     def _exchange_sizes(
@@ -124,7 +124,7 @@ class FactoredGradient:
     def _multiply(self, name: str) -> None:
         """Multiply the factors of a tensor."""
         for each in self.factors.pop(name, []):
-            self._add_whole(name, self._tensors[name].pull_back(each.product()))
+            self._add_whole(name, self._tensors[name].to_master_gradient(each.product()))
 
     def _add_whole(self, name: str, own: Tensor) -> None:
         self.whole[name] = self.whole[name].add_(own) if name in self.whole else own
@@ -148,8 +148,8 @@ def factored_vjp(
         with kept:
             return function()
 
-    output, pull_back = vjp(tuned, keeping)
-    return output, lambda gradient: FactoredGradient(tuned, pull_back(gradient), kept.factors)
+    output, vjp_fn = vjp(tuned, keeping)
+    return output, lambda gradient: FactoredGradient(tuned, vjp_fn(gradient), kept.factors)
 
 
 class _KeptFactors(TorchFunctionMode):

@@ -11,11 +11,11 @@ from torch import Tensor
 from slzo.batches.losses import LogitLoss, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
+from slzo.models.key_value_capture import can_run_last_tokens
 from slzo.models.logits import final_states
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, run_in_pieces
 from slzo.models.quantization import is_plain
-from slzo.models.recorded import can_run_last_tokens
 from slzo.zo.tuned import Point, TunedTensors
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
+from slzo.models.key_value_capture import can_run_last_tokens, compute_key_values, run_with_key_values
 from slzo.models.last_tokens_attention import LastTokensAttention
 from slzo.models.logits import states_at_needed
 from slzo.models.parts import ModelParts
-from slzo.models.recorded import can_run_last_tokens, keys_and_values, recorded
 from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.tuned import TunedTensors
 
@@ -58,10 +58,10 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
     last, final = batch.last_tokens, None
     # one more pass would read or gather all weights once more, unless they stay
     if parts.placement.offloads and stop - start > parts.placement.num_kept:
-        states_after, states = recorded(parts, batch, start, stop, hidden)
+        states_after, states = run_with_key_values(parts, batch, start, stop, hidden)
         final = states_after[last.positions]
     else:
-        states = keys_and_values(parts, batch, start, stop, hidden)
+        states = compute_key_values(parts, batch, start, stop, hidden)
     attend = LastTokensAttention(last, states).attend
 
     def over_last_tokens(entering: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ def layers_vjp(
     """
     run = partial(parts.run, batch, start, stop, entering, norm=False)
     if not can_run_last_tokens(parts):
-        output, pull_back = factored_vjp(tuned, run)
-        return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
+        output, vjp_fn = factored_vjp(tuned, run)
+        return output, lambda gradient: vjp_fn(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
         return states_at_needed(parts, batch, start, stop, entering, norm=False)[0]
 
     if stop == parts.num_layers:  # only the head reads the output, at the needed positions
-        found, pull_back = factored_vjp(tuned, at_needed)
-        return torch.zeros_like(entering).index_copy_(0, batch.needed, found), pull_back
+        found, vjp_fn = factored_vjp(tuned, at_needed)
+        return torch.zeros_like(entering).index_copy_(0, batch.needed, found), vjp_fn
     return run(), lambda gradient: factored_vjp(tuned, at_needed)[1](gradient)

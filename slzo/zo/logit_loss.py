@@ -45,9 +45,9 @@ class BatchLogitLoss(SummedLoss):
         gradient: dict[str, Tensor] = {}
         for piece, states in self._pieces():
             run = partial(forward.loss, piece, states, self.objective)
-            found, pull_back = vjp(context.tuned, run)
+            found, vjp_fn = vjp(context.tuned, run)
             sums += found
-            for name, own in context.tuned.with_zeros(pull_back(of_total)).items():
+            for name, own in context.tuned.with_zeros(vjp_fn(of_total)).items():
                 gradient[name] = gradient[name].add_(own) if name in gradient else own
         sums, *summed = sum_tensors(context.sum_rows, [sums, *gradient.values()])
         return _mean(sums, dict(zip(gradient, summed, strict=True)))
@@ -61,10 +61,10 @@ class BatchLogitLoss(SummedLoss):
         evaluations = 0.0
         for piece, states in self._pieces():
             entering = forward.parts.run(piece, 0, 0) if states is None else states
-            hidden, pull_back = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
+            hidden, vjp_fn = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
             at_output, num_points = estimate(output)
-            gradient.add(pull_back(at_output.to(hidden.dtype)))
+            gradient.add(vjp_fn(at_output.to(hidden.dtype)))
             sums += output.sums
             evaluations += output.evaluations(num_points) * piece.num_tokens / self.batch.packed.num_tokens
         loss, mean = _mean(*gradient.total(sums, context.rows, context.sum_rows))

@@ -51,7 +51,7 @@ class Loss(ABC):
         """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters.
 
         Raises:
-            SlzoError: The loss has only values. By default always.
+            SlzoError: The loss has no gradient. The base class always raises this.
         """
         raise SlzoError(f"model.estimator: {type(self).__name__} has no gradient; use SPSA")
 
@@ -66,7 +66,7 @@ class Loss(ABC):
                 pass.
 
         Raises:
-            SlzoError: The loss is not a sum over rows. By default always.
+            SlzoError: The loss is not a sum over rows. The base class always raises this.
         """
         raise SlzoError(
             f"model.estimator: {type(self).__name__} is not a sum over rows of a loss of logits, so a layer's output cannot be "

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from slzo.private.modules import nested_schedulers
-from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.pluralize import pluralize
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeScheduler = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -196,7 +196,7 @@ class OptimizerOptions:
             way = _CORRECT
             if state is not None:
                 way = "a resumed run keeps the schedule of its checkpoint; take fewer steps, or start without a checkpoint"
-            raise _schedule_error(error, f"the run takes {counted(num_steps, 'step')}", way) from error
+            raise _schedule_error(error, f"the run takes {pluralize(num_steps, 'step')}", way) from error
 
 
 def step_scheduler(scheduler: Any, step: int) -> None:

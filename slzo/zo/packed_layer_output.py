@@ -163,7 +163,7 @@ class _Unshifted(NamedTuple):
         logits: Logits at these positions, shape (U, K or vocabulary), float32.
         losses: Losses of the rows.
         selected: Whether only logits of the candidates' tokens are computed.
-        likely: Tokens whose logits are computed at each point; ``None`` if they are others.
+        likely: Likely tokens, whose logits are computed at each point; ``None`` for the candidates or the whole vocabulary.
     """
 
     parts: ModelParts

@@ -138,7 +138,7 @@ class CountedSum:
         return self.sum(tensor)
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 """The only process of a run."""
 
 

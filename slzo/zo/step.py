@@ -6,13 +6,13 @@ import torch
 from torch.optim import Optimizer
 
 from slzo.zo.auto_step import AutoRate
-from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_of
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, estimate_of
 from slzo.zo.optim import set_rate
 
 
 @torch.no_grad()
 def take_step(
-    request: Request,
+    context: EstimatorContext,
     estimator: Estimator,
     optimizer: Optimizer,
     *,
@@ -25,7 +25,7 @@ def take_step(
     which count its steps count this one too.
 
     Args:
-        request: Tuned tensors, loss and random seed of the step.
+        context: Tuned tensors, loss and random seed of the step.
         estimator: Estimates the gradient.
         optimizer: Updates the masters.
         auto: Clips the gradient and sets the learning rate.
@@ -35,20 +35,20 @@ def take_step(
         The estimate without its gradient, which is as large as the tuned tensors, and the norm of the update. The norm is
         ``None`` if it was not measured or the loss was not finite.
     """
-    tuned = request.tuned
+    tuned = context.tuned
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
-        estimate = estimate_of(estimator, request)
+        estimate = estimate_of(estimator, context)
         if auto is not None:
             factor = auto.add(estimate) if estimate.finite else 1.0
             if not estimator.normalizes:  # otherwise a large slope makes no large step
                 estimate.scale_gradient(factor)
-            set_rate(optimizer, auto.rate(optimizer, estimator, request.num_queries))
+            set_rate(optimizer, auto.rate(optimizer, estimator, context.num_queries))
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:
         tuned.zero_grad()
-        tuned.restore(tuned.names_of_step(request.seed, request.step))
+        tuned.restore(tuned.names_of_step(context.seed, context.step))
     norm = None
     if before is not None and estimate.finite:
         moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]

@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 from slzo.checkpoints.step_log import Rollback, StepLogWriter, StepRecord
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
-from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError
+from slzo.utils.pluralize import pluralize
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.batch_loss import LossContext
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, step_scheduler
 from slzo.zo.packed_layer_output import check_layer_output
-from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
+from slzo.zo.processes import SINGLE_PROCESS, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
 from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.step import take_step
@@ -137,7 +137,7 @@ class Stepper:
         *,
         seed: int = 0,
         evaluator: Evaluator | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
         shared_prefix: SharedPrefix | None = None,
         auto: AutoRate | None = None,
         sets_rate: bool = False,
@@ -165,7 +165,7 @@ class Stepper:
         self.problem = ""
 
     def use_log(self, log: StepLogWriter | None, known: Mapping[int, StepRecord]) -> None:
-        """Write later steps and rollbacks to ``log``, and repeat the steps that are ``known``, by number, from their losses."""
+        """Append later steps and rollbacks to ``log``. Steps whose number is in ``known`` are replayed from their losses."""
         self._log = log
         self._known = dict(known)
 
@@ -229,9 +229,9 @@ class Stepper:
         else:
             loss = ReplayedLoss(known)
         at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
-        request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
+        context = EstimatorContext(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and tensors.may_be_copied
-        estimate, norm = take_step(request, self.estimator, optimizer, auto=self.rate, measure_update=measure_update)
+        estimate, norm = take_step(context, self.estimator, optimizer, auto=self.rate, measure_update=measure_update)
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             step_scheduler(scheduler, step)
@@ -316,7 +316,7 @@ class Stepper:
             return
         if self.problem:
             raise SlzoError(
-                f"{self.problem}; no step was taken {counted(self.nonfinite_in_row, 'time')} in a row (model.max_nonfinite)"
+                f"{self.problem}; no step was taken {pluralize(self.nonfinite_in_row, 'time')} in a row (model.max_nonfinite)"
             )
         advice = "lower the learning rate (model.optimizer.lr)"
         if self.estimator.perturbs == "weights":
@@ -324,7 +324,7 @@ class Stepper:
         if self.model.parts.model.dtype == torch.float16:
             advice += ", or use model.dtype bfloat16 or float32"
         raise SlzoError(
-            f"training diverged: the loss was infinite or NaN {counted(self.nonfinite_in_row, 'step')} in a row, the last at "
+            f"training diverged: the loss was infinite or NaN {pluralize(self.nonfinite_in_row, 'step')} in a row, the last at "
             f"step {step + 1}; {advice}"
         )
 

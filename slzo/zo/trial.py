@@ -87,7 +87,7 @@ class Trial:
     Attributes:
         scores: Dev scores before and after training; with a curve also those at steps 10, 20, 40 and so on.
         losses: Training loss of each step.
-        mean_abs_slope: Mean magnitude of all projected gradients, or mean norm of the gradients without points.
+        mean_abs_slope: Mean magnitude of all projected gradients; mean norm of the gradients if no weights are perturbed.
         diverged: How the training diverged; empty if it did not.
     """
 

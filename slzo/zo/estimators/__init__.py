@@ -1,7 +1,7 @@
 """Estimators of the gradient. Each is one file, imported and listed here."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
 from slzo.zo.estimators.fzoo import FZOO
 from slzo.zo.estimators.layer_output import LayerOutputPerturbation
@@ -33,12 +33,12 @@ __all__ = [
     "Backprop",
     "Estimate",
     "Estimator",
+    "EstimatorContext",
     "EvolutionStrategy",
     "LayerOutputPerturbation",
     "Loss",
     "LossReport",
     "OneSided",
     "Point",
-    "Request",
     "default_estimator",
 ]

@@ -1,6 +1,6 @@
 """The gradient by back-propagation, as a first-order reference."""
 
-from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_from_gradient
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, estimate_from_gradient
 
 
 class Backprop(Estimator):
@@ -12,9 +12,9 @@ class Backprop(Estimator):
 
     perturbs = None
 
-    def estimate(self, request: Request) -> Estimate:
-        loss, gradient = request.loss.gradient()
-        names = request.tuned.names_of_step(request.seed, request.step)
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        loss, gradient = context.loss.gradient()
+        names = context.tuned.names_of_step(context.seed, context.step)
         gradient = {name: tensor for name, tensor in gradient.items() if name in names}
         return estimate_from_gradient(loss, gradient, 3)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from slzo.utils.errors import SlzoError, broken_contract, check_at_least, shown
+from slzo.utils.errors import SlzoError, broken_contract, check_at_least, short_repr
 from slzo.zo.loss import Loss
 from slzo.zo.tuned import Gradient, TunedTensors
 
 
 @dataclass(frozen=True)
-class Request:
+class EstimatorContext:
     """What an estimator needs for one step.
 
     Attributes:
@@ -45,7 +45,7 @@ class Request:
         check_at_least("num_queries", self.num_queries)
         check_at_least("queries_at_once", self.queries_at_once)
 
-    def queries_in_turn(self) -> Iterator[range]:
+    def query_batches(self) -> Iterator[range]:
         """Iterate over the queries in groups that are evaluated together.
 
         Raises:
@@ -114,11 +114,13 @@ class Estimator(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.perturbs not in ("weights", "output", None):
-            raise TypeError(f"{cls.__qualname__}.perturbs is {shown(cls.perturbs)}; choose 'weights', 'output' or None")
+            raise TypeError(
+                f"{cls.__qualname__}.perturbs is {short_repr(cls.perturbs)}; choose 'weights', 'output' or None"
+            )
 
     @abstractmethod
-    def estimate(self, request: Request) -> Estimate:
-        """Estimate the gradient. Neither the estimator nor the masters keep any state of it."""
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        """Estimate the gradient, without changing the estimator or the masters."""
 
     def check(self, num_queries: int) -> None:
         """Check that the estimator can work with a number of directions.
@@ -150,19 +152,19 @@ def estimate_from_gradient(loss: float, gradient: Gradient, evaluations: float) 
     return Estimate(loss, loss, loss, (), evaluations, gradient, grad_norm=float(get_total_norm(gradient.values())))
 
 
-def estimate_of(estimator: Estimator, request: Request) -> Estimate:
+def estimate_of(estimator: Estimator, context: EstimatorContext) -> Estimate:
     """Return the estimate of a step.
 
     Raises:
         SlzoError: The estimator cannot work with this number of directions or with the tuned tensors, or does not return an
             estimate for them.
     """
-    estimator.check(request.num_queries)
-    estimator.check_tuned(request.tuned)
-    estimate, masters = estimator.estimate(request), request.tuned.named_masters()
+    estimator.check(context.num_queries)
+    estimator.check_tuned(context.tuned)
+    estimate, masters = estimator.estimate(context), context.tuned.named_masters()
     wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
     if not isinstance(estimate, Estimate):
-        raise broken_contract("model.estimator", estimator, f"estimate() returned {shown(estimate)}", wanted)
+        raise broken_contract("model.estimator", estimator, f"estimate() returned {short_repr(estimate)}", wanted)
     if estimator.perturbs == "weights" and not estimate.projected_grad:
         raise broken_contract("model.estimator", estimator, "estimate() returned no projected_grad", wanted)
     if estimator.perturbs != "weights" and estimate.grad_norm is None:
@@ -175,7 +177,7 @@ def estimate_of(estimator: Estimator, request: Request) -> Estimate:
         else:
             continue
         raise broken_contract("model.estimator", estimator, f"estimate() returned {problem}", wanted)
-    if estimate.finite and not estimate.gradient and request.tuned.names_of_step(request.seed, request.step):
+    if estimate.finite and not estimate.gradient and context.tuned.names_of_step(context.seed, context.step):
         raise broken_contract("model.estimator", estimator, "estimate() returned no gradient for finite losses", wanted)
     return estimate
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError, check_at_least, check_choice
-from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction, Point, TunedTensors
 
@@ -71,23 +71,23 @@ class EvolutionStrategy(Estimator):
         if self.direction_rank is not None:
             check_has_matrices(tuned, "EvolutionStrategy.direction_rank")
 
-    def estimate(self, request: Request) -> Estimate:
+    def estimate(self, context: EstimatorContext) -> Estimate:
         signs = (1, -1) if self.antithetic else (1,)
         losses: list[float] = []
         held: dict[int, Direction] = {}
-        for queries in request.queries_in_turn():
+        for queries in context.query_batches():
             held.clear()  # freed before the next ones are drawn
-            held.update((query, self._draw(request, query)) for query in queries)
-            losses += request.loss.at([Point(z, sign * request.eps) for z in held.values() for sign in signs]).tolist()
-        if len(held) < request.num_queries:
+            held.update((query, self._draw(context, query)) for query in queries)
+            losses += context.loss.at([Point(z, sign * context.eps) for z in held.values() for sign in signs]).tolist()
+        if len(held) < context.num_queries:
             held.clear()
-        slopes = self._slopes(losses, request.eps)
+        slopes = self._slopes(losses, context.eps)
         gradient: dict[str, Tensor] = {}
         if all(map(math.isfinite, losses)):
-            ends = (request.eps, -request.eps if self.antithetic else 0.0)
+            ends = (context.eps, -context.eps if self.antithetic else 0.0)
             for query, weight in enumerate(self._weights(losses)):
-                z = held.pop(query) if query in held else self._draw(request, query)
-                request.tuned.accumulate(gradient, z, weight, ends)
+                z = held.pop(query) if query in held else self._draw(context, query)
+                context.tuned.accumulate(gradient, z, weight, ends)
                 del z
         mean = sum(losses) / len(losses)
         plus, minus = (losses[:: len(signs)], losses[len(signs) - 1 :: len(signs)])
@@ -100,8 +100,8 @@ class EvolutionStrategy(Estimator):
             gradient=gradient,
         )
 
-    def _draw(self, request: Request, query: int) -> Direction:
-        return request.tuned.draw(request.seed, request.step, query, self._noise)
+    def _draw(self, context: EstimatorContext, query: int) -> Direction:
+        return context.tuned.draw(context.seed, context.step, query, self._noise)
 
     def _slopes(self, losses: Sequence[float], eps: float) -> list[float]:
         """Slope of the loss along each direction."""

@@ -3,7 +3,7 @@
 import statistics
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import rademacher
 
@@ -27,12 +27,12 @@ class FZOO(Estimator):
                 f"model.num_queries {num_queries}: FZOO divides by the spread of several losses; give at least 2 (8 is usual)"
             )
 
-    def estimate(self, request: Request) -> Estimate:
-        estimate, losses = finite_differences(request, rademacher, two_sided=False)
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        estimate, losses = finite_differences(context, rademacher, two_sided=False)
         if estimate.finite:
             spread = statistics.stdev(losses)
             # take no step if all losses are equal, as with a metric that no direction changes
-            estimate.scale_gradient(request.eps / spread if spread > 0 else 0.0)
+            estimate.scale_gradient(context.eps / spread if spread > 0 else 0.0)
         return estimate
 
     def evaluations(self, num_queries: int) -> float:

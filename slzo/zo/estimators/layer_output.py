@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from slzo.utils.errors import SlzoError, check_at_least
-from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_from_gradient
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, estimate_from_gradient
 from slzo.zo.layer_output import LayerOutput, rms
 from slzo.zo.noise import row_noise
 
@@ -91,9 +91,9 @@ class LayerOutputPerturbation(Estimator):
                 "model.estimator.queries, or use model.estimator SPSA"
             )
 
-    def estimate(self, request: Request) -> Estimate:
-        at_output = partial(self._at_output, seed=request.seed, step=request.step)
-        loss, gradient, evaluations = request.loss.gradient_from_output(at_output)
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        at_output = partial(self._at_output, seed=context.seed, step=context.step)
+        loss, gradient, evaluations = context.loss.gradient_from_output(at_output)
         return estimate_from_gradient(loss, gradient, evaluations)
 
     def _at_output(self, output: LayerOutput, seed: int, step: int) -> tuple[Tensor, int]:
@@ -133,9 +133,9 @@ class LayerOutputPerturbation(Estimator):
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return half of the difference between shifts, shape (N, P, width), and their opposites.
+        """Return central differences: half of the change from ``-shifts`` to ``shifts``, shape (N, P, width).
 
-        That of the loss term that measures each position, shape (N, P), and that of the output, shape (N, P, width).
+        Those of the loss term that measures each position, shape (N, P), and of the output, shape (N, P, width).
         """
         points = torch.cat([shifts, -shifts])
         losses = torch.cat([output.losses(some) for some in points.split(output.points_at_once)])

@@ -1,7 +1,7 @@
 """Two-point estimates along directions of low rank."""
 
 from slzo.utils.errors import check_at_least
-from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, check_has_matrices
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import low_rank
 from slzo.zo.tuned import TunedTensors
@@ -28,8 +28,8 @@ class LOZO(Estimator):
     def check_tuned(self, tuned: TunedTensors) -> None:
         check_has_matrices(tuned, "LOZO")
 
-    def estimate(self, request: Request) -> Estimate:
-        return finite_differences(request, low_rank(self.rank, self.interval), two_sided=True)[0]
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        return finite_differences(context, low_rank(self.rank, self.interval), two_sided=True)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 2 * num_queries

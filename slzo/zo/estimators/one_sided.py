@@ -1,6 +1,6 @@
 """One-sided estimates with one base evaluation for all queries."""
 
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import gaussian
 
@@ -14,8 +14,8 @@ class OneSided(Estimator):
     curvature adds an error of :math:`\epsilon z^T H z / 2` to each slope, a variance that two-point slopes do not have.
     """
 
-    def estimate(self, request: Request) -> Estimate:
-        return finite_differences(request, gaussian, two_sided=False)[0]
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        return finite_differences(context, gaussian, two_sided=False)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 1 + num_queries

@@ -1,6 +1,6 @@
 """Two-point estimates along Gaussian directions."""
 
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import gaussian
 
@@ -14,8 +14,8 @@ class SPSA(Estimator):
     pair. The entries of the directions are standard normal, as in MeZO.
     """
 
-    def estimate(self, request: Request) -> Estimate:
-        return finite_differences(request, gaussian, two_sided=True)[0]
+    def estimate(self, context: EstimatorContext) -> Estimate:
+        return finite_differences(context, gaussian, two_sided=True)[0]
 
     def evaluations(self, num_queries: int) -> float:
         return 2 * num_queries

@@ -10,7 +10,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
-from slzo.utils.errors import broken_contract, shown
+from slzo.utils.errors import broken_contract, short_repr
 from slzo.zo.answer_loss import BatchAnswerLoss
 from slzo.zo.batch_loss import LossContext
 from slzo.zo.logit_loss import BatchLogitLoss
@@ -65,7 +65,7 @@ def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Lo
     """
     loss = objective.loss(batch, context)
     if not isinstance(loss, Loss):
-        raise broken_contract("data.objective", objective, f"loss() returned {shown(loss)}", "a Loss")
+        raise broken_contract("data.objective", objective, f"loss() returned {short_repr(loss)}", "a Loss")
     return loss
 
 
@@ -135,5 +135,5 @@ class AnswerObjective(GenerationObjective):
             numbers = []
         if len(numbers) != len(answers):
             wanted = f"a number for each of the {len(answers)} answers"
-            raise broken_contract("data.objective", self, f"answer_losses() returned {shown(losses)}", wanted)
+            raise broken_contract("data.objective", self, f"answer_losses() returned {short_repr(losses)}", wanted)
         return numbers, LossReport()

@@ -11,9 +11,9 @@ from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
-from slzo.utils.counted import counted
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.pluralize import pluralize
 from slzo.zo.loss import LossReport
 from slzo.zo.objectives.base import GenerationObjective
 from slzo.zo.policy_gradient import AnswerSampling
@@ -106,7 +106,7 @@ class Reward(GenerationObjective):
         return [-rewarded.totals[number] for number in numbers], report
 
     def describe(self) -> str:
-        how = [] if self.samples is None else [counted(self.samples, "sample")]
+        how = [] if self.samples is None else [pluralize(self.samples, "sample")]
         how += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
         return f"Reward ({', '.join([*self.runner.names, *how])})"
 

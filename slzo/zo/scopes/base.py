@@ -8,7 +8,7 @@ from typing import Any, Literal
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
-from slzo.utils.errors import SlzoError, broken_contract, check_whole, shown
+from slzo.utils.errors import SlzoError, broken_contract, check_integer, short_repr
 from slzo.zo.scopes.linear_maps import check_own_tensors
 from slzo.zo.tuned import Subset, TunedTensors
 
@@ -40,7 +40,7 @@ def check_layers(layers: Layers) -> Layers:
 
 
 def no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
-    """Raise that prompts are needed."""
+    """Raise an error: the scope needs prompts, and none were given."""
     raise SlzoError("model.scope: needs prompts, and none were given; pass prompts")
 
 
@@ -120,7 +120,7 @@ def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
     tensors = scope.tensors(context)
     wanted = "TunedTensors of at least one of the model's parameters, by its name in the model"
     if not isinstance(tensors, TunedTensors):
-        raise broken_contract("model.scope", scope, f"tensors() returned {shown(tensors)}", wanted)
+        raise broken_contract("model.scope", scope, f"tensors() returned {short_repr(tensors)}", wanted)
     known = dict(context.parts.model.named_parameters())
     returned = "" if tensors.names else "no tensors"
     for name, tensor in tensors.items():
@@ -139,7 +139,7 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_o
     Raises:
         SlzoError: The model has no such layer, or it is not a whole number.
     """
-    check_whole(option, layer)
+    check_integer(option, layer)
     if not 0 <= layer < num_layers:
         raise SlzoError(
             f"{option} {layer}: the model has {num_layers} decoder layers; choose 0 to {num_layers - 1} "

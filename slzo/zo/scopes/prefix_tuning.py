@@ -1,8 +1,8 @@
 """Prefix tuning: learned keys and values before every sequence, through peft."""
 
 from slzo.models.adapters.virtual_tokens import PrefixTokens, virtual_token_parameters
-from slzo.utils.counted import counted
 from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.pluralize import pluralize
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import TunedTensors
 
@@ -45,4 +45,4 @@ class PrefixTuning(Scope):
         return TunedTensors(virtual_token_parameters(context.parts.model))
 
     def describe(self) -> str:
-        return f"prefix tuning with {counted(self.num_tokens, 'virtual token')} in all layers"
+        return f"prefix tuning with {pluralize(self.num_tokens, 'virtual token')} in all layers"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection.base import CLEAR, Choice, SelectionContext, SelectionRule
@@ -46,7 +46,7 @@ class Auto(SelectionRule):
         race = self._race(context.layers, trials, choice)
         if race is None or not (doubt := self._doubt(choice, trials)):
             return choice
-        say(
+        rank_zero_print(
             f"Layer {choice.layer} ({choice.reason}): {doubt}. A race will decide; --model.layer {choice.layer} skips it."
         )
         winner = race.select(context)

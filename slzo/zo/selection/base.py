@@ -8,7 +8,7 @@ from operator import attrgetter, index
 from typing import SupportsIndex
 
 from slzo.models.prefix_cache import PrefixCache
-from slzo.utils.errors import broken_contract, shown
+from slzo.utils.errors import broken_contract, short_repr
 from slzo.zo.profile import LayerStatistics, format_figure
 from slzo.zo.trial import Trial, Trials
 
@@ -88,9 +88,9 @@ def choice_of(rule: SelectionRule, context: SelectionContext) -> Choice:
     choice, last = rule.select(context), len(context.layers) - 1
     wanted = f"a Choice of a layer from 0 to {last}"
     if not isinstance(choice, Choice):
-        raise broken_contract("profiler.rule", rule, f"select() returned {shown(choice)}", wanted)
+        raise broken_contract("profiler.rule", rule, f"select() returned {short_repr(choice)}", wanted)
     if not isinstance(choice.layer, SupportsIndex) or not 0 <= index(choice.layer) <= last:
-        raise broken_contract("profiler.rule", rule, f"select() returned layer {shown(choice.layer)}", wanted)
+        raise broken_contract("profiler.rule", rule, f"select() returned layer {short_repr(choice.layer)}", wanted)
     return replace(choice, layer=index(choice.layer))
 
 

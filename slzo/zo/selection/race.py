@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from slzo.models.prefix_cache import PrefixCache
-from slzo.utils.console import say
+from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes.base import check_layer
@@ -85,7 +85,7 @@ class Race(SelectionRule):
                 f"{steps} steps leave no room for a race of layers {candidates} at profiler.rule.share {self.share:g}"
             )
             return _fallback(context, reason)
-        say(plan.describe(self.share))
+        rank_zero_print(plan.describe(self.share))
         outcomes: dict[int, Trial] = {}
         early_losses: list[float] = []
         best, states = -1, None
@@ -103,9 +103,9 @@ class Race(SelectionRule):
                     layer, steps, dev_rows=_NUM_DEV_ROWS, num_batches=_NUM_BATCHES, checks=checks
                 )
             except SlzoError as error:  # other layers may still be trainable
-                say(f"layer {layer:3d}: left out of the race, {error}")
+                rank_zero_print(f"layer {layer:3d}: left out of the race, {error}")
                 continue
-            say(_line(layer, outcomes[layer], steps))
+            rank_zero_print(_line(layer, outcomes[layer], steps))
             if best < 0 or outcomes[layer].gain > outcomes[best].gain:
                 best, states = layer, cache
         before = next(iter(outcomes.values())).scores[0].loss if outcomes else 0.0

@@ -15,7 +15,7 @@ def can_run_last_tokens(parts: ModelParts) -> bool:
     return parts.packed and parts.virtual_tokens is None and not parts.placement.elsewhere
 
 
-def recorded(
+def run_with_key_values(
     parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None
 ) -> tuple[Tensor, KeyValues]:
     """Run layers, see :meth:`ModelParts.run`; return the states after them, and their keys and values."""
@@ -30,23 +30,23 @@ def recorded(
     return parts.run(batch, start, stop, hidden, attend=attend), states
 
 
-class _Recorded(Exception):  # noqa: N818 - no error
+class _StopForward(Exception):  # noqa: N818 - no error
     """Ends the forward pass of a layer as soon as its keys and values are known."""
 
 
-def keys_and_values(parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor) -> KeyValues:
+def compute_key_values(parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor) -> KeyValues:
     """Return the keys and values of layers, see :meth:`ModelParts.run`. For the last layer, only keys and values are computed."""
     if start == stop:
         return {}
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     if start < stop - 1:
-        hidden, below = recorded(parts, batch, start, stop - 1, hidden)
+        hidden, below = run_with_key_values(parts, batch, start, stop - 1, hidden)
         states.update(below)
 
     def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> NoReturn:
         states[layer] = (key[0], value[0])
-        raise _Recorded
+        raise _StopForward
 
-    with suppress(_Recorded):
+    with suppress(_StopForward):
         parts.run(batch, stop - 1, stop, hidden, attend=attend)
     return states

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from slzo.utils.errors import SlzoError, shown
+from slzo.utils.errors import SlzoError, short_repr
 
-Kinds = Mapping[str, tuple[Any, str]]
+ArgumentTypes = Mapping[str, tuple[Any, str]]
 """The type of each argument, as for ``isinstance``, and what to give, in words."""
 
 
-def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:
+def check_types(prefix: str, kinds: ArgumentTypes, given: Mapping[str, Any]) -> None:
     """Check the types of arguments; ``True`` and ``False`` are not numbers.
 
     Args:
@@ -23,4 +23,4 @@ def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:
     for name, (kind, wanted) in kinds.items():
         value = given[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind, *get_args(kind))):
-            raise SlzoError(f"{prefix}.{name} {shown(value)}: is a {type(value).__name__}; give {wanted}")
+            raise SlzoError(f"{prefix}.{name} {short_repr(value)}: is a {type(value).__name__}; give {wanted}")
