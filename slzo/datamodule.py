@@ -1,4 +1,4 @@
-"""Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
+"""Lightning's hooks around :class:`slzo.task_data.TaskData`."""
 
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -9,14 +9,14 @@ from torch import distributed
 
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.loader import BatchLoader
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.options import TrainingOptions
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import SINGLE_PROCESS, Parallel, Processes, num_directions
 
 
-class TaskDataModule(TaskRows, LightningDataModule):
-    """The training, dev and held-out rows of one task; see :class:`slzo.task_rows.TaskRows` for the arguments.
+class TaskDataModule(TaskData, LightningDataModule):
+    """The training, dev and held-out rows of one task; see :class:`slzo.task_data.TaskData` for the arguments.
 
     :mod:`slzo` has a complete example.
     """
@@ -56,7 +56,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
             _ = self.encoder
 
     def setup(self, stage: str) -> None:
-        """Read and split the rows, see :meth:`slzo.task_rows.TaskRows.setup`."""
+        """Read and split the rows, see :meth:`slzo.task_data.TaskData.setup`."""
         self._follow_module()
         _ = self.encoder
         super().setup(stage)

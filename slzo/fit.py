@@ -29,7 +29,7 @@ from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import code_of
 from slzo.report.summary import format_summary, sample_row, summarize
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Kind
 from slzo.training.build import (
     adapt_rows,
@@ -80,7 +80,7 @@ _NUM_SAMPLES = 8
 
 def prepare(
     options: TrainingOptions,
-    rows: TaskRows,
+    data: TaskData,
     run: RunContext,
     loaded: ModelParts | None = None,
     tuned: TunedModel | None = None,
@@ -92,14 +92,14 @@ def prepare(
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
-    options.check_objective(rows.objective)
-    settings = agreed_settings(options, rows)
+    options.check_objective(data.objective)
+    settings = agreed_settings(options, data)
     if run.checkpoint is None:
-        prepared = _start(options, settings, rows, run, loaded, tuned)
+        prepared = _start(options, settings, data, run, loaded, tuned)
     else:
-        prepared = _resume(options, settings, rows, run, run.checkpoint, loaded, tuned)
+        prepared = _resume(options, settings, data, run, run.checkpoint, loaded, tuned)
     with _undone_on_error(prepared.model, is_new=tuned is None):
-        prepared.stepper.use_log(*open_step_log(prepared, rows, run))
+        prepared.stepper.use_log(*open_step_log(prepared, data, run))
     if not prepared.resumed:
         _announce(prepared)
     return prepared
@@ -123,7 +123,7 @@ def _undone_on_error(model: TunedModel, is_new: bool) -> Iterator[None]:
 def _start(
     options: TrainingOptions,
     settings: Mapping[str, Any],
-    rows: TaskRows,
+    data: TaskData,
     run: RunContext,
     loaded: ModelParts | None,
     tuned: TunedModel | None,
@@ -131,20 +131,20 @@ def _start(
     """Prepare a new training, of the untuned model or of the model of an earlier ``fit``."""
     if run.time_budget is None:  # otherwise the time plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, None)
-    parts, options, memory_plan = _load(options, rows, run, loaded)
-    fingerprint = rows.fingerprint(None)
+    parts, options, memory_plan = _load(options, data, run, loaded)
+    fingerprint = data.fingerprint(None)
     if tuned is None:
-        chosen = choose_layer(parts, options, rows, run)
-        model = tune(parts, options, rows, chosen.layer, chosen.states)
+        chosen = choose_layer(parts, options, data, run)
+        model = tune(parts, options, data, chosen.layer, chosen.states)
     else:
         chosen = ChosenLayer.named(tuned.layer, "tuned before")
         model = tuned
         model.clear_prefix()  # its keys belong to one data module
         # with the directions of the earlier training it would search the same subspace again
         seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
-        options = replace(options, seed=rows.processes.broadcast(seed))
+        options = replace(options, seed=data.processes.broadcast(seed))
     with _undone_on_error(model, is_new=tuned is None):
-        stepper, time_plan = _stepper(model, options, rows, run)
+        stepper, time_plan = _stepper(model, options, data, run)
     return Prepared(
         options=options,
         settings=settings,
@@ -163,7 +163,7 @@ def _start(
 def _resume(
     options: TrainingOptions,
     settings: Mapping[str, Any],
-    rows: TaskRows,
+    data: TaskData,
     run: RunContext,
     checkpoint: Checkpoint,
     loaded: ModelParts | None,
@@ -179,9 +179,9 @@ def _resume(
     settings = continued_settings(metadata["settings"], settings)
     if run.time_budget is None:  # otherwise the time plan decides the steps
         options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
-    parts, options, memory_plan = _load(options, rows, run, loaded)
-    fingerprint = rows.fingerprint(metadata["data"])
-    check_environment(metadata, run.device, rows.processes.world_size)
+    parts, options, memory_plan = _load(options, data, run, loaded)
+    fingerprint = data.fingerprint(metadata["data"])
+    check_environment(metadata, run.device, data.processes.world_size)
     if tuned is None:
         model = restore(parts, checkpoint, options, for_training=True)
     else:
@@ -191,7 +191,7 @@ def _resume(
         model.clear_prefix()  # its keys belong to one data module
     auto = restored_rate(metadata["auto_step"], options)
     with _undone_on_error(model, is_new=tuned is None):
-        stepper, time_plan = _stepper(model, options, rows, run, auto, checkpoint.scheduler_state)
+        stepper, time_plan = _stepper(model, options, data, run, auto, checkpoint.scheduler_state)
     measured = stepper.num_evaluations if auto is None else 0
     stepper.load_state_dict(metadata)
     stepper.num_evaluations += measured
@@ -211,7 +211,7 @@ def _resume(
 
 
 def _load(
-    options: TrainingOptions, rows: TaskRows, run: RunContext, loaded: ModelParts | None
+    options: TrainingOptions, data: TaskData, run: RunContext, loaded: ModelParts | None
 ) -> tuple[ModelParts, TrainingOptions, MemoryPlan | None]:
     """Load the model, unless it is ``loaded``, and adapt the rows to it.
 
@@ -224,23 +224,23 @@ def _load(
         num_shards = 1 if run.shard_group is None else run.shard_group.world_size
         inputs = None
         with suppress(SlzoError):  # of model or rows: it is raised where they are used
-            inputs = memory_inputs(options, rows, run.max_steps, run.device, num_shards)
+            inputs = memory_inputs(options, data, run.max_steps, run.device, num_shards)
         if inputs is not None:
             plan = inputs.plan()
             free = free_bytes(run.device)
             options = with_reserved(options, inputs)
             rank_zero_print(format_memory(inputs, free))
             check_memory(inputs, free, options.model)
-        loaded = load_parts(options, run.device, run.shard_group, rows.processes.broadcast)
-    adapt_rows(rows, loaded, options)
-    check_time(rows, run.time_budget, "loading took")
+        loaded = load_parts(options, run.device, run.shard_group, data.processes.broadcast)
+    adapt_rows(data, loaded, options)
+    check_time(data, run.time_budget, "loading took")
     return loaded, options, plan
 
 
 def _stepper(
     model: TunedModel,
     options: TrainingOptions,
-    rows: TaskRows,
+    data: TaskData,
     run: RunContext,
     auto: AutoRate | None = None,
     scheduler_state: Mapping[str, Any] | None = None,
@@ -250,16 +250,16 @@ def _stepper(
     Returns:
         The stepper at its first step, and the time plan, ``None`` if the time is not limited.
     """
-    plan_prefix(model, rows, held_out=True)
+    plan_prefix(model, data, held_out=True)
     if auto is None and options.uses_auto:
-        auto = auto_rate(model, options, rows)
+        auto = auto_rate(model, options, data)
         rank_zero_print(auto.describe(options.optimizer.automatic))
-    check_time(rows, run.time_budget, "loading, profile and measurements took")
-    time_plan = plan_time(model, options, rows, run.time_budget, scheduler_state)
-    return make_stepper(model, options, rows, auto=auto), time_plan
+    check_time(data, run.time_budget, "loading, profile and measurements took")
+    time_plan = plan_time(model, options, data, run.time_budget, scheduler_state)
+    return make_stepper(model, options, data, auto=auto), time_plan
 
 
-def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:
+def choose_layer(parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext) -> ChosenLayer:
     """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
 
     A rule may run short trainings; see :func:`_selection_context`. A scope without a layer gets none.
@@ -274,27 +274,27 @@ def choose_layer(parts: ModelParts, options: TrainingOptions, rows: TaskRows, ru
             raise SlzoError(
                 "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
             )
-        return profile_and_choose(parts, options, rows, run)
+        return profile_and_choose(parts, options, data, run)
     given = Choice(options.layer, "set by model.layer")
     # tune() reports a layer that does not exist
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
-            return ChosenLayer(given, profile_model(parts, rows, run.profiler))
+            return ChosenLayer(given, profile_model(parts, data, run.profiler))
         except SlzoError as error:
             rank_zero_warn(f"no outlier profile: {error}")
     return ChosenLayer(given)
 
 
-def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> ChosenLayer:
+def profile_and_choose(parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext) -> ChosenLayer:
     """Profile the layers, choose one by the profiler's rule, and print the profile.
 
     Raises:
         SlzoError: The rule finds no layer.
     """
     assert run.profiler is not None
-    profile = profile_model(parts, rows, run.profiler)
+    profile = profile_model(parts, data, run.profiler)
     try:
-        choice = choose(run.profiler.rule, _selection_context(profile, parts, options, rows, run), rows)
+        choice = choose(run.profiler.rule, _selection_context(profile, parts, options, data, run), data)
     except SlzoError:
         rank_zero_print(format_profile(profile, None))  # it helps to choose thresholds
         raise
@@ -303,21 +303,21 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, rows: TaskRo
 
 
 def _selection_context(
-    profile: OutlierProfile, parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
+    profile: OutlierProfile, parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext
 ) -> SelectionContext:
     """Return what a rule can use to choose a layer: the profile, and short trainings if they can run."""
-    reason = _no_trials(options, rows, run)
-    trials = None if reason else LayerTrials(parts, options, rows, run.planned_steps, run.time_budget)
+    reason = _no_trials(options, data, run)
+    trials = None if reason else LayerTrials(parts, options, data, run.planned_steps, run.time_budget)
     return SelectionContext(profile.layers, trials, reason)
 
 
-def _no_trials(options: TrainingOptions, rows: TaskRows, run: RunContext) -> str:
+def _no_trials(options: TrainingOptions, data: TaskData, run: RunContext) -> str:
     """Return why short trainings cannot run; empty if they can."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
-    if rows.processes.world_size > 1:
+    if data.processes.world_size > 1:
         return (
-            f"this run has {rows.processes.world_size} processes (trainer.devices); find the layer with slzo profile on one "
+            f"this run has {data.processes.world_size} processes (trainer.devices); find the layer with slzo profile on one "
             "device, and set model.layer"
         )
     if run.quick:
@@ -351,7 +351,7 @@ def _announce(prepared: Prepared) -> None:
 
 
 def score_test_rows(
-    prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False
+    prepared: Prepared, data: TaskData, when: str, keep_prefix: bool = False
 ) -> tuple[HeldOutScores, dict[int, dict[str, Any]]]:
     """Score the held-out rows with the live weights, see :func:`slzo.evaluation.held_out.score_held_out`.
 
@@ -359,19 +359,19 @@ def score_test_rows(
     known then. ``when`` is part of the printed line. With ``keep_prefix`` the states that enter the tuned layer are cached, as
     the rows are scored again.
     """
-    rank_zero_print(f"Scoring {pluralize(len(rows.rows('test')), 'held-out row')} {when} ...")
-    has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
+    rank_zero_print(f"Scoring {pluralize(len(data.rows('test')), 'held-out row')} {when} ...")
+    has_predictions = data.task.kind is not Kind.GENERATION or data.generates("test")
     return score_held_out(
-        rows.evaluator(prepared.model),
-        rows.eval_batches("test"),
-        rows.running_score(prepared.model.parts.model.device),
-        rows.selection_metric.metric,
+        data.evaluator(prepared.model),
+        data.eval_batches("test"),
+        data.running_score(prepared.model.parts.model.device),
+        data.selection_metric.metric,
         _NUM_SAMPLES if has_predictions else 0,
         keep_prefix,
     )
 
 
-def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> dict[str, Any]:
+def finish(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: Path | None) -> dict[str, Any]:
     """Do everything after the last step: score the best checkpoint, print the summary, write the run's files.
 
     Afterwards the model has its last weights again. Without a ``folder`` nothing is written. Returns the summary.
@@ -383,12 +383,12 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     if skipped and skipped >= outcome.steps:
         reason = prepared.stepper.problem or "the loss was infinite or NaN"
         raise SlzoError(f"{reason}; no step was taken, so nothing was trained")
-    first = rows.processes.rank == 0
-    best = best_state(outcome.best, rows.processes)
+    first = data.processes.rank == 0
+    best = best_state(outcome.best, data.processes)
     name = "last weights" if best is None else Path(str(outcome.best)).name
     with _weights(prepared.model, best):
-        after, samples = score_test_rows(prepared, rows, f"after training, {name}")
-    summary = summarize(_run_facts(prepared, rows, outcome, folder), outcome.history.before, after)
+        after, samples = score_test_rows(prepared, data, f"after training, {name}")
+    summary = summarize(_run_facts(prepared, data, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
         if samples:
@@ -432,28 +432,28 @@ def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[
         model.tensors.load(last)
 
 
-def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
+def _run_facts(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: Path | None) -> RunFacts:
     """Collect the facts for the summary and its advice."""
     options = prepared.options
     model = prepared.model
-    metric = rows.selection_metric
+    metric = data.selection_metric
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     # not those of the splits: rows that cannot be encoded may have been left out
-    train, test = ([row.example for row in rows.rows(split)] for split in ("train", "test"))
+    train, test = ([row.example for row in data.rows(split)] for split in ("train", "test"))
     is_classified = metric.metric == "accuracy"
     stepper = prepared.stepper
     device = model.parts.model.device
     # before the reference, which loads another library
     peak = max(outcome.history.peak_memory_gb, peak_memory_gb(device))
     words = first = None
-    writes = rows.processes.rank == 0  # only this process prints and writes
+    writes = data.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(train, test)
     if writes and prepared.model.parts.placement.is_on_main_device:
-        first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
+        first = first_order_bytes(replace(options, layer=model.layer), data, outcome.steps, device)
     figures = {
         "model": options.model,
-        "task": rows.task.name,
+        "task": data.task.name,
         "layer_reason": prepared.chosen.reason,
         "num_layers": model.parts.num_layers,
         "scope": options.scope.describe(),
@@ -477,12 +477,12 @@ def _run_facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: 
     return RunFacts(
         outcome=outcome,
         figures=figures,
-        processes=rows.processes.world_size,
+        processes=data.processes.world_size,
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,
         num_rows=len(test) if metric.metric == "reward" else sum(example.is_labelled for example in test),
-        requested_rows=rows.num_test,
+        requested_rows=data.num_test,
         config=None if config is None else str(config),
         own_code=config is not None and bool(code_of(config)),
         trusts_code=options.trust_remote_code,

@@ -41,7 +41,7 @@ from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
@@ -243,7 +243,7 @@ class ZOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
         trainer = self.trainer
-        rows = self.rows
+        data = self.datamodule
         if self.options.device_map is not None:
             self.options.device_map.check_processes(trainer.world_size)
         if shard_group_of(trainer) is not None:
@@ -257,9 +257,9 @@ class ZOModule(LightningModule):
                     "model.lr_scheduler; do not override the method, and pass them to ZOModule"
                 )
             # Lightning refuses it only after the model is loaded and profiled
-            check_limit_batches("train", trainer.limit_train_batches, lambda: len(rows.sampler()))
-            check_limit_batches("val", trainer.limit_val_batches, lambda: len(rows.eval_plan("dev").batches))
-            check_trainer(trainer, steps_per_epoch(trainer, rows))
+            check_limit_batches("train", trainer.limit_train_batches, lambda: len(data.sampler()))
+            check_limit_batches("val", trainer.limit_val_batches, lambda: len(data.eval_plan("dev").batches))
+            check_trainer(trainer, steps_per_epoch(trainer, data))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             # a checkpoint has the weights after the step, as it should
@@ -269,7 +269,7 @@ class ZOModule(LightningModule):
             self._start_training(resumes=checkpoint is not None)
             self._prepare(checkpoint)
             return
-        adapt_rows(rows, self.parts, self.options)
+        adapt_rows(data, self.parts, self.options)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -281,15 +281,15 @@ class ZOModule(LightningModule):
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
         trainer = self.trainer
-        rows = self.rows
+        data = self.datamodule
         folder = folder_of(trainer)  # a collective call: every process must make it
-        run = run_context(trainer, rows, folder if trainer.checkpoint_callbacks else None, checkpoint)
+        run = run_context(trainer, data, folder if trainer.checkpoint_callbacks else None, checkpoint)
         limits = {"max_steps": run.max_steps, "val_check_interval": interval_of(trainer)}
-        start = {**versions(), **agreed_settings(self.options, rows), **limits}
+        start = {**versions(), **agreed_settings(self.options, data), **limits}
         check_agreement(start, "start all with the same command and in the same environment")
         try:
             loaded = self._untuned if self._given is None else self._load_parts()
-            prepared = prepare(self.options, rows, run, loaded, self.tuned_model)
+            prepared = prepare(self.options, data, run, loaded, self.tuned_model)
         except BaseException:
             if self.tuned_model is None:
                 self._drop_parts()  # their weights and modules may have changed
@@ -337,7 +337,7 @@ class ZOModule(LightningModule):
 
     def _check_scored(self, metadata: Mapping[str, Any]) -> None:
         """Check that the rows have the tokenizer of a checkpoint that is scored; warn of other types, and of trained dev rows."""
-        rows = self.rows
+        data = self.datamodule
         types = ("dtype", "quantization")
         saved = {f"model.{name}": metadata[name] for name in types}
         own = {f"model.{name}": getattr(self.options, name) for name in types}
@@ -345,12 +345,12 @@ class ZOModule(LightningModule):
             rank_zero_warn(
                 f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run"
             )
-        if rows.allow_changed_rows:
+        if data.allow_changed_rows:
             return
-        check_tokenizer(hash_tokenizer(rows.encoder.tokenizer), metadata["data"])
-        same_task = rows.task.name == metadata["settings"]["data.task"]
+        check_tokenizer(hash_tokenizer(data.encoder.tokenizer), metadata["data"])
+        same_task = data.task.name == metadata["settings"]["data.task"]
         validates = self.trainer.state.fn == "validate"
-        if validates and same_task and not are_trained_rows(rows.rows("train"), metadata["data"]):
+        if validates and same_task and not are_trained_rows(data.rows("train"), metadata["data"]):
             rank_zero_warn(
                 "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
                 "rows that it was trained on; use its options, or slzo test"
@@ -399,7 +399,7 @@ class ZOModule(LightningModule):
         return self._load_parts() if self.tuned_model is None else self.tuned_model.parts
 
     @property
-    def rows(self) -> TaskDataModule:
+    def datamodule(self) -> TaskDataModule:
         """The rows that the trainer was given."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(datamodule, TaskDataModule):
@@ -501,7 +501,7 @@ class ZOModule(LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
-        return self.rows.evaluator(self.tuned_model or self.parts)
+        return self.datamodule.evaluator(self.tuned_model or self.parts)
 
     def on_validation_start(self) -> None:
         """Check that the rows fit the checkpoint that the module was made from, unless another one was just loaded."""
@@ -512,7 +512,7 @@ class ZOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""
-        self._score = self.rows.running_score(self.device)
+        self._score = self.datamodule.running_score(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -563,12 +563,12 @@ class ZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the tensors elsewhere."""
-        checkpoint["slzo"] = make_metadata(self.prepared, self.rows)
+        checkpoint["slzo"] = make_metadata(self.prepared, self.datamodule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
         metadata = checkpoint_metadata(checkpoint)
-        rows = self.rows
+        data = self.datamodule
         trainer = self.trainer
         in_fit = trainer.state.fn == "fit"
         if in_fit and self._prepared is not None and not self._prepared.resumed:
@@ -584,11 +584,11 @@ class ZOModule(LightningModule):
             self._start = Checkpoint(str(trainer.ckpt_path), {"slzo": metadata})  # its tensors are in the masters
         if not in_fit:
             if self.parts.virtual_tokens is not None:
-                adapt_rows(rows, self.parts, self.options)
+                adapt_rows(data, self.parts, self.options)
             self._check_scored(metadata)
             return
         # before Lightning restores the optimizer
-        apply_changed_settings(checkpoint, agreed_settings(self.options, rows))
+        apply_changed_settings(checkpoint, agreed_settings(self.options, data))
 
     def _release(self) -> None:
         """Drop the tuned tensors, and the model, whose weights they have changed."""
@@ -614,7 +614,7 @@ def zo_module(module: LightningModule) -> ZOModule:
 
 
 def run_context(
-    trainer: Trainer, rows: TaskRows, folder: Path | None = None, checkpoint: Checkpoint | None = None
+    trainer: Trainer, data: TaskData, folder: Path | None = None, checkpoint: Checkpoint | None = None
 ) -> RunContext:
     """Return where and how long a trainer trains, with rows that are set up for ``fit``."""
     profiler = callback_of(trainer, OutlierProfiler)
@@ -623,13 +623,13 @@ def run_context(
     return RunContext(
         device=trainer.strategy.root_device,
         max_steps=trainer.max_steps,
-        planned_steps=planned_steps(trainer, rows),
+        planned_steps=planned_steps(trainer, data),
         folder=folder,
         checkpoint=checkpoint,
         profiler=None if profiler is None else profiler.options,
         steps_before=trainer.global_step if done is None else 0,
         quick=is_quick(trainer),
-        time_budget=None if limit is None or is_quick(trainer) else limit.budget(trainer, rows, done),
+        time_budget=None if limit is None or is_quick(trainer) else limit.budget(trainer, data, done),
         shard_group=shard_group_of(trainer),
     )
 

@@ -17,7 +17,7 @@ from slzo.data.splits import draw_splits, split_off_test
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import load_pair
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
@@ -275,7 +275,7 @@ def test_a_system_prompt_may_be_the_developers():
 def test_rows_without_an_answer_name_the_role(tmp_path, model_dir):
     talks = ([{"role": "human", "content": f"Film {n}?"}, {"role": "gpt", "content": "great"}] for n in range(8))
     path = write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
-    rows = TaskRows(ChatTask(train_file=str(path)), tokenizer=str(model_dir), max_length=256, seed=0)
+    rows = TaskData(ChatTask(train_file=str(path)), tokenizer=str(model_dir), max_length=256, seed=0)
     rows.setup("fit")
     assert rows.rows("test")  # no answers are generated, which would need 256 tokens
     with pytest.raises(

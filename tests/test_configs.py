@@ -17,7 +17,7 @@ from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.models.builtin import BUILTIN_MODELS
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.registry import TASKS
 from slzo.zo import estimators, objectives, scopes, selection
 
@@ -79,7 +79,7 @@ def test_ci_runs_the_main_job_with_the_wheel_alone():
 KINDS = {
     "scope": (scopes, scopes.Scope, ZOModule),
     "estimator": (estimators, estimators.Estimator, ZOModule),
-    "objective": (objectives, objectives.Objective, TaskRows),
+    "objective": (objectives, objectives.Objective, TaskData),
     "rule": (selection, selection.SelectionRule, OutlierProfiler),
 }
 
@@ -107,7 +107,7 @@ def test_tables_of_methods_have_a_row_for_each_and_no_other(kind):
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == registered(kind)
 
 
-@pytest.mark.parametrize(("page", "owner", "names"), [("tasks", TaskRows, TASKS), ("models", ZOModule, BUILTIN_MODELS)])
+@pytest.mark.parametrize(("page", "owner", "names"), [("tasks", TaskData, TASKS), ("models", ZOModule, BUILTIN_MODELS)])
 def test_help_and_page_name_every_task_and_builtin_model(page, owner, names):
     for text in (inspect.getdoc(owner), (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")):
         assert not {name for name in names if not re.search(rf"\b{name}\b", text)}

@@ -26,7 +26,7 @@ from slzo.cli.class_defaults import class_defaults
 from slzo.cli.parser import read_given
 from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.training.build import auto_rate, make_stepper
 from slzo.zo.estimators import SPSA, Backprop, EstimatorContext, LayerOutputPerturbation
@@ -216,19 +216,19 @@ class Short(AnswerObjective):
 
 
 def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
-    metric = TaskRows("squad", objective=Short()).selection_metric
+    metric = TaskData("squad", objective=Short()).selection_metric
     assert (metric.name, metric.metric, metric.best) == ("f1", "f1", 1.0)
     by_reward = Short()
     by_reward.selected_by = "reward"
-    metric = TaskRows("squad", objective=by_reward, reward="json_valid").selection_metric
+    metric = TaskData("squad", objective=by_reward, reward="json_valid").selection_metric
     assert (metric.name, metric.metric, metric.best) == ("reward", "reward", 1.0)
-    error = slzo_error(lambda: TaskRows("squad", objective=by_reward))
+    error = slzo_error(lambda: TaskData("squad", objective=by_reward))
     assert error == "data.objective Short: selects checkpoints by a reward, and there is none; give a data.reward"
-    assert TaskRows("sst2", objective=Short()).selection_metric.name == "loss"  # it has no F1
+    assert TaskData("sst2", objective=Short()).selection_metric.name == "loss"  # it has no F1
 
 
 def test_an_objective_of_candidates_needs_candidates():
-    error = slzo_error(lambda: TaskRows("squad", objective=CandidateErrors()))
+    error = slzo_error(lambda: TaskData("squad", objective=CandidateErrors()))
     assert error.startswith("data.objective CandidateErrors: compares candidates, and task 'squad' has free answers")
 
 

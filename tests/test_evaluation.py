@@ -27,7 +27,7 @@ from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.answers import token_f1
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy, CandidateErrors
@@ -71,7 +71,7 @@ def scored(model_dir, data_dir, task, folder):
 
 
 def set_up(task, model_dir, data_dir, stage="fit", **options):
-    rows = TaskRows(task, str(model_dir), data_dir=str(data_dir), **{"num_train": 20, "num_dev": 8, **options})
+    rows = TaskData(task, str(model_dir), data_dir=str(data_dir), **{"num_train": 20, "num_dev": 8, **options})
     rows.setup(stage)
     return rows
 
@@ -370,10 +370,10 @@ def test_missing_f1_is_that_of_the_generated_answers():
 @pytest.mark.slow
 def test_a_run_that_trains_f1_is_selected_by_it(squad_options):
     """Not by the loss of the gold answers, which it does not see."""
-    metric = TaskRows("squad", objective="metric").selection_metric
+    metric = TaskData("squad", objective="metric").selection_metric
     assert (metric.name, metric.mode, metric.distance({"f1": 0.75, "loss": 9.0})) == ("f1", "max", 0.25)
-    assert TaskRows("squad", objective="loss").selection_metric.name == "loss"
-    assert TaskRows("sst2", objective="metric").selection_metric.name == "loss"
+    assert TaskData("squad", objective="loss").selection_metric.name == "loss"
+    assert TaskData("sst2", objective="metric").selection_metric.name == "loss"
     options = ["--data.objective=metric", "--model.eps=0.3", "--model.optimizer=SGD", "--model.optimizer.lr=1"]
     assert main(["fit", *squad_options, *options, "--trainer.max_steps=2", "--trainer.val_check_interval=1"]) == 0
     state = read_checkpoint(last_checkpoint()).content["callbacks"]
@@ -383,7 +383,7 @@ def test_a_run_that_trains_f1_is_selected_by_it(squad_options):
 
 def test_the_objective_must_be_known():
     with pytest.raises(SlzoError, match=r"data\.objective 'accuracy': choose loss, metric"):
-        TaskRows("sst2", objective="accuracy")
+        TaskData("sst2", objective="accuracy")
 
 
 def test_class_weights_are_those_of_torch(options, capsys, monkeypatch):

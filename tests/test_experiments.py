@@ -205,8 +205,8 @@ def test_sensitivity_is_the_mean_slope(options):
     """Compared with a plain loop over the whole model, with the same directions."""
     trials = trials_of(options)
     found = measure_sensitivity(trials, 2, directions=20, seed=5)
-    rows = next(trials.rows.training_batches(5, 16)).packed
-    tuned, eps = tune(trials.parts, trials.options, trials.rows, 2).tensors, 1e-3
+    rows = next(trials.data.training_batches(5, 16)).packed
+    tuned, eps = tune(trials.parts, trials.options, trials.data, 2).tensors, 1e-3
     slopes = []
     with torch.no_grad():
         for query in range(found.directions):
@@ -243,11 +243,11 @@ def test_divergence_is_reported(options):
 
 def test_trials_train_on_the_objective_of_fit(options):
     trials = trials_of(options, "--data.objective=metric")
-    batch = next(trials.rows.training_batches(0, 4))
-    model = tune(trials.parts, trials.options, trials.rows, 1)
+    batch = next(trials.data.training_batches(0, 4))
+    model = tune(trials.parts, trials.options, trials.data, 1)
     with torch.no_grad():
-        found = trials.rows.evaluator(model)(eval_batch(batch.rows)).predictions
-        (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([UNPERTURBED]).tolist()
+        found = trials.data.evaluator(model)(eval_batch(batch.rows)).predictions
+        (loss,) = make_stepper(model, trials.options, trials.data).loss(batch).at([UNPERTURBED]).tolist()
     right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
     assert loss == pytest.approx(1 - sum(right) / 4)
 

@@ -17,7 +17,7 @@ FLOORS = [
     ["datamodule", "fit", "prompting"],
     ["experiments", "export"],
     ["training", "report"],
-    ["task_rows"],
+    ["task_data"],
     ["zo"],
     ["evaluation"],
     ["data"],

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.fields import label_field
@@ -29,7 +29,7 @@ from tiny import make_tokenizer
 
 @pytest.fixture(autouse=True)
 def _tiny_tokenizer(monkeypatch):
-    monkeypatch.setattr("slzo.task_rows.load_tokenizer", lambda *args: make_tokenizer())
+    monkeypatch.setattr("slzo.task_data.load_tokenizer", lambda *args: make_tokenizer())
 
 
 def write(path, rows):
@@ -71,7 +71,7 @@ def template(**options):
 
 def set_up(task, **options):
     """The rows of a task, for a fit."""
-    rows = TaskRows(task, **{"seed": 0, **options})
+    rows = TaskData(task, **{"seed": 0, **options})
     rows.setup("fit")
     return rows
 
@@ -99,7 +99,7 @@ def test_one_file_makes_three_splits_down_to_four_rows(tmp_path, make, rows):
             SlzoError, match=rf"^data.task.train_file: .* at least 4 rows .* and it has {count}; add rows"
         ):
             set_up(make(train_file=path))
-        TaskRows(make(train_file=path), seed=0).setup("test")
+        TaskData(make(train_file=path), seed=0).setup("test")
 
 
 def test_two_rows_are_enough_without_dev_rows(tmp_path):
@@ -387,7 +387,7 @@ def test_rows_without_a_label_are_told(tmp_path, capsys):
     data.setup("test")
     assert told not in capsys.readouterr().err
     # rows to predict need no label, but the same rows may be scored afterwards
-    data = TaskRows(template(train_file=train, test_file=test), seed=0)
+    data = TaskData(template(train_file=train, test_file=test), seed=0)
     data.setup("predict")
     assert told not in capsys.readouterr().err
     data.setup("test")
@@ -466,15 +466,15 @@ def test_a_setup_that_failed_is_tried_again(tmp_path):
     task = {"answer_field": "label", "train_file": path}
     for rows, message in (
         (
-            TaskRows(template(train_file=path), num_demonstrations=99, seed=0),
+            TaskData(template(train_file=path), num_demonstrations=99, seed=0),
             "data.num_demonstrations 99: only",
         ),
-        (TaskRows(TemplateTask("{text} is", **task), reward=needs, seed=0), "judged"),
+        (TaskData(TemplateTask("{text} is", **task), reward=needs, seed=0), "judged"),
     ):
         for _ in range(2):
             with pytest.raises(SlzoError, match=message):
                 rows.setup("fit")
-    rows = TaskRows(template(train_file=path), predict_file="nothing.jsonl", seed=0)
+    rows = TaskData(template(train_file=path), predict_file="nothing.jsonl", seed=0)
     with pytest.raises(SlzoError, match=r"nothing\.jsonl"):
         rows.setup("predict")
     rows.predict_file = path
@@ -522,7 +522,7 @@ def test_a_task_without_name_or_kind_is_named(attribute):
 
     setattr(Incomplete, "kind" if attribute == "name" else "name", "x")
     with pytest.raises(SlzoError, match=f"^data.task .*Incomplete: it has no attribute {attribute}; it must"):
-        TaskRows(Incomplete())
+        TaskData(Incomplete())
 
 
 def test_rows_may_hold_values_of_numpy():

@@ -8,7 +8,7 @@ from helpers import error_line, page_code, read_lines, write_lines
 
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
@@ -151,7 +151,7 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
 def test_another_file_needs_another_data_module(tmp_path, model_dir):
     for name in ("a", "b"):
         write_lines(tmp_path / f"{name}.jsonl", [{"sentence": name}])
-    rows = TaskRows("sst2", tokenizer=str(model_dir), predict_file=str(tmp_path / "a.jsonl"))
+    rows = TaskData("sst2", tokenizer=str(model_dir), predict_file=str(tmp_path / "a.jsonl"))
     rows.setup("predict")
     (row,) = rows.rows("predict")
     assert row.example.prompt == "a It was"

@@ -11,7 +11,7 @@ from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statis
 from slzo import fit
 from slzo.__main__ import main
 from slzo.lightning.trainer_state import planned_steps
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.selection import Race
@@ -224,7 +224,7 @@ def test_a_scope_without_a_layer_has_no_race(options, capsys):
 
 def planned_rows(processes=SINGLE_PROCESS):
     """200 training rows, 16 per batch."""
-    rows = type("Rows", (TaskRows,), {"processes": processes})("sst2", batch_size=16)
+    rows = type("Rows", (TaskData,), {"processes": processes})("sst2", batch_size=16)
     rows._rows["train"] = [SimpleNamespace(encoded=SimpleNamespace(num_tokens=1 + number % 7)) for number in range(200)]
     return rows
 

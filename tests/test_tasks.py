@@ -2,7 +2,7 @@
 
 import pytest
 
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks import base
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import TASKS, get_task
@@ -237,7 +237,7 @@ class TestTemplate:
         assert (task.kind, task.fields, task.metric) == (Kind.GENERATION, ("q",), "reward")
         assert task.example({"q": "x"}, "3").candidates == ()
         with pytest.raises(SlzoError, match=r"^data.reward: task 'custom' has no answers"):
-            TaskRows(task)
+            TaskData(task)
 
     @pytest.mark.parametrize(
         ("row", "message"),
@@ -314,7 +314,7 @@ def test_a_metric_that_a_task_does_not_have_is_refused():
         kind = Kind.GENERATION
 
     with pytest.raises(SlzoError, match="metric 'accuracy' is not one of its metrics, f1, exact_match; set metric"):
-        TaskRows(Answers())
+        TaskData(Answers())
 
 
 def test_spaces_between_a_prompt_and_its_candidates(capsys):

@@ -23,7 +23,7 @@ from slzo.evaluation.generation import answer_text, stop_tokens
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import MAX_NEW_TOKENS
 from slzo.utils.files import write_json
 
@@ -91,7 +91,7 @@ def plain_answer(model: PreTrainedModel, row: Row, stops: set[int]) -> list[int]
 
 def compare(task: str, num_rows: int, options: Options, parts: ModelParts, plain: PreTrainedModel) -> Comparison:
     """Measure one task."""
-    data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None, eval_batch_size=128)
+    data = TaskData(task, options.model, data_dir=options.data_dir, num_test=None, eval_batch_size=128)
     data.setup("test")
     rows = data.rows("test")[:num_rows]
     generates = bool(rows[0].prompt)

@@ -29,7 +29,7 @@ from measuring import in_new_process, prepare_process
 from options import command, option, parse
 from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, auto_rate, load_parts, make_stepper, tune
 from slzo.training.prefix_plan import plan_prefix
 from slzo.utils.files import write_json
@@ -83,7 +83,7 @@ class TimedSum:
         return tensor
 
 
-class _Rows(TaskRows):
+class _Rows(TaskData):
     """Rows that are divided over processes."""
 
     division: Processes = Processes()

@@ -91,23 +91,23 @@ def train_to(
 
 def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
     """Train the layer of a rule with an estimator of slzo, with the automatic learning rate or a constant one."""
-    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
+    data = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
     training = ZOModule(options.model, estimator=estimator, seed=options.seed).options
-    parts = load(training, rows, torch.device("cpu"))
+    parts = load(training, data, torch.device("cpu"))
     started = time.process_time()
-    (layer,) = chosen_layers(parts, rows, rule)
-    model = tune(parts, training, rows, layer)
-    plan_prefix(model, rows)
+    (layer,) = chosen_layers(parts, data, rule)
+    model = tune(parts, training, data, layer)
+    plan_prefix(model, data)
     optimizer = training.optimizer.make(model.tensors.masters)
-    auto = auto_rate(model, training, rows)
-    stepper = make_stepper(model, training, rows, auto=auto, sets_rate=lr is None)
+    auto = auto_rate(model, training, data)
+    stepper = make_stepper(model, training, data, auto=auto, sets_rate=lr is None)
     if lr is not None:
         set_rate(optimizer, lr)
     used = time.process_time() - started
-    batches = rows.training_batches()
+    batches = data.training_batches()
 
     def score() -> float:
-        return rows.score(rows.evaluator(model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
+        return data.score(data.evaluator(model), data.eval_batches("dev"), keep_prefix=True)["loss"]
 
     def step(number: int) -> int:
         stepper.step(next(batches), number, optimizer)
@@ -118,19 +118,19 @@ def slzo(options: Options, estimator: Estimator, rule: SelectionRule, lr: float 
 
 def published(options: Options, lr: float) -> dict[str, Any]:
     """Train all weights with the published step and a constant learning rate."""
-    rows = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
-    rows.setup("fit")
+    data = task_rows(options.model, options.task, options.data_dir, ROWS, options.seed)
+    data.setup("fit")
     training = ZOModule(options.model).options
     model: Any = load_model(options.model, "float32")
     unmap(model)
-    adapt_rows(rows, ModelParts(model), training)
-    trained, only_gold = list(model.parameters()), rows.objective.only_gold
-    batches = _batches([row.encoded for row in rows.rows("train")], rows.batch_size, random.Random(options.seed))
+    adapt_rows(data, ModelParts(model), training)
+    trained, only_gold = list(model.parameters()), data.objective.only_gold
+    batches = _batches([row.encoded for row in data.rows("train")], data.batch_size, random.Random(options.seed))
 
     def score() -> float:  # as for slzo, which is faster than with the published loss
-        tuned = tune(ModelParts(model, onednn=False), training, rows, 0)
+        tuned = tune(ModelParts(model, onednn=False), training, data, 0)
         try:
-            return rows.score(rows.evaluator(tuned), rows.eval_batches("dev"))["loss"]
+            return data.score(data.evaluator(tuned), data.eval_batches("dev"))["loss"]
         finally:
             tuned.release()
 

@@ -15,7 +15,7 @@ from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
 from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.private.progress import count_epoch_as_started, count_step_as_open
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least
@@ -61,9 +61,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")
-        rows = getattr(trainer, "datamodule", None)
-        if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
-            metric = rows.selection_metric
+        data = getattr(trainer, "datamodule", None)
+        if self.monitor == AUTO_MONITOR and isinstance(data, TaskData):
+            metric = data.selection_metric
             self.monitor = f"val/{metric.name}"
             self.mode = metric.mode
             self.kth_value = torch.tensor(math.inf if metric.mode == "min" else -math.inf)

@@ -63,10 +63,10 @@ class LossGuard(Callback):
             )
         if not module.prepared.resumed:
             self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
-            rows = module.rows
-            if trainer.enable_validation and rows.rows("dev"):
-                found = rows.score(module.evaluator, dev_batches(trainer, rows), keep_prefix=True)
-                self._note(trainer, module, rows.selection_metric.distance(found))
+            data = module.datamodule
+            if trainer.enable_validation and data.rows("dev"):
+                found = data.score(module.evaluator, dev_batches(trainer, data), keep_prefix=True)
+                self._note(trainer, module, data.selection_metric.distance(found))
         elif self._good is None:
             self._keep(trainer, module)
 
@@ -74,11 +74,11 @@ class LossGuard(Callback):
         if self.factor is None or not validation_due(trainer):
             return
         module = zo_module(pl_module)
-        metric = module.rows.selection_metric
+        metric = module.datamodule.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
         if (factor := self.factor) == "auto":
             noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
-            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, module.rows)))
+            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, module.datamodule)))
         if self._lowest == math.inf or loss <= metric.upper_bound(self._lowest, factor, self._first):
             self._note(trainer, module, loss)
         else:
@@ -104,7 +104,7 @@ class LossGuard(Callback):
         module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
         rank_zero_print(
-            f"\nThe {module.rows.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
+            f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
         )
 

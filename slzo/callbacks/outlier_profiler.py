@@ -45,8 +45,8 @@ class OutlierProfiler(Callback):
             self.profile = None if profile is None or choice is None else profile_content(profile, choice)
         if self.profile is None or folder is None or not trainer.is_global_zero:
             return
-        rows = trainer.datamodule  # type: ignore[attr-defined]
-        write_profile(folder, self.profile, choice, prepared.options.model, rows.task.name)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        write_profile(folder, self.profile, choice, prepared.options.model, data.task.name)
         log_plot(trainer, PLOT, folder / f"{PLOT}.png")
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import ZOModule, zo_module
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
 from slzo.training.time_plan import Passes
@@ -65,7 +65,7 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = zo_module(pl_module)
         prepared = module.prepared
-        folder, rows, self._device = folder_of(trainer), module.rows, module.device
+        folder, data, self._device = folder_of(trainer), module.datamodule, module.device
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
                 logger.log_hyperparams(_options(trainer, module))
@@ -77,7 +77,7 @@ class RunRecord(Callback):
             kept = self._history if trainer.global_step > 0 else History()  # of an earlier fit of this trainer
             self._history = History(before=kept.before, samples=kept.samples)
             if self.test_before and self._history.before is None and not is_quick(trainer):
-                self._score_before(trainer, prepared, rows)
+                self._score_before(trainer, prepared, data)
         self._write(trainer)
         self._train_started = time.monotonic()
 
@@ -86,7 +86,7 @@ class RunRecord(Callback):
             return
         module = zo_module(pl_module)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        distance = module.rows.selection_metric.distance(found, "val/")
+        distance = module.datamodule.selection_metric.distance(found, "val/")
         loss = found.pop("val/loss", math.nan)
         record = self._so_far()
         self._history.points.append(
@@ -106,7 +106,7 @@ class RunRecord(Callback):
         if is_quick(trainer) or trainer.interrupted:
             return
         module = zo_module(pl_module)
-        summary = finish(module.prepared, module.rows, self._outcome(trainer), folder_of(trainer))
+        summary = finish(module.prepared, module.datamodule, self._outcome(trainer), folder_of(trainer))
         _log_scores(trainer, summary["scores_after"], {**module.hparams, **_options(trainer, module)})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -118,9 +118,9 @@ class RunRecord(Callback):
         """Begin to count the seconds of another ``fit`` of the same trainer."""
         self._started = time.monotonic()
 
-    def _score_before(self, trainer: Trainer, prepared: Prepared, rows: TaskRows) -> None:
+    def _score_before(self, trainer: Trainer, prepared: Prepared, data: TaskData) -> None:
         """Score the held-out rows with the untuned model, and keep some predictions."""
-        scores, samples = score_test_rows(prepared, rows, "before training", keep_prefix=True)
+        scores, samples = score_test_rows(prepared, data, "before training", keep_prefix=True)
         self._history.before = scores
         self._history.samples = {place: record["prediction_text"] for place, record in samples.items()}
         _log_scores(trainer, scores.metrics)
@@ -185,7 +185,7 @@ def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     """Return the options to log besides those of the model, which Lightning logs itself."""
     return {
-        **module.rows.step_settings(),
+        **module.datamodule.step_settings(),
         "trainer.max_steps": trainer.max_steps,
         "dominant_layer": module.stepper.model.layer,
         "noise_seed": module.stepper.seed,
@@ -193,17 +193,17 @@ def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
 
 
 def _environment_facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, Any]:
-    rows, base, parts = module.rows, prepared.model.base, prepared.model.parts
+    data, base, parts = module.datamodule, prepared.model.base, prepared.model.parts
     return {
         "processes": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,
         "device": str(module.device),
-        "seeds": {"noise": prepared.stepper.seed, "rows": rows.seed},
+        "seeds": {"noise": prepared.stepper.seed, "rows": data.seed},
         "layer": prepared.model.layer,
         "onednn": parts.onednn,
         "packed": parts.packed,
         "base": {"sample": dict(base.sample), "tuned": dict(base.tuned)},
-        "rows": {split: len(rows.rows(split)) for split in ("train", "dev")},
-        "hub": loaded_from_hub(prepared, rows),
+        "rows": {split: len(data.rows(split)) for split in ("train", "dev")},
+        "hub": loaded_from_hub(prepared, data),
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }

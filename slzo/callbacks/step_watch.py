@@ -52,13 +52,18 @@ class StepWatch(Callback):
             self._warned_of_rate = True
             rank_zero_warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
-                f"{module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
+                f"{module.datamodule.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a "
+                "number"
             )
         if any(estimate.slopes):
             self._zeros = 0
             return
         self._zeros += 1
-        if module.rows.objective.generates or not module.rows.objective.differentiable or estimate.loss == 0:
+        if (
+            module.datamodule.objective.generates
+            or not module.datamodule.objective.differentiable
+            or estimate.loss == 0
+        ):
             steps = trainer.max_steps if trainer.max_steps > 0 else self.max_zero_steps
             if self._zeros == min(steps, self.max_zero_steps):  # a short run has fewer
                 rank_zero_warn(_no_difference(module, estimate.loss, self._zeros))
@@ -90,7 +95,7 @@ def _size(module: ZOModule) -> float:
 
 def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
-    objective = module.rows.objective
+    objective = module.datamodule.objective
     if not isinstance(objective, GenerationObjective) or module.stepper.estimator.perturbs == "weights":
         return f"the loss, {loss:.4g}, did not change along any direction for {pluralize(steps, 'step')}"
     answers = f"all {objective.sampling.samples} answers to each row"

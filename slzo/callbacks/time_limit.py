@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.lightning.trainer_state import interval_of, scored_rows, step_limit, steps_per_epoch, validation_due
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.time_plan import Passes, TimeBudget, TimePlan
 from slzo.utils.console import rank_zero_print
 
@@ -52,10 +52,10 @@ class TimeLimit(Callback):
         interval = interval_of(trainer)
         return trainer.max_steps, 1.0 if interval is None else interval
 
-    def budget(self, trainer: Trainer, rows: TaskRows, done: int | None) -> TimeBudget:
+    def budget(self, trainer: Trainer, data: TaskData, done: int | None) -> TimeBudget:
         """Return the time of a run and its other limits. ``done`` is the step of the checkpoint that it continues, if any."""
         max_steps, interval = self.given(trainer)
-        every = interval if isinstance(interval, int) else max(1.0, interval * steps_per_epoch(trainer, rows))
+        every = interval if isinstance(interval, int) else max(1.0, interval * steps_per_epoch(trainer, data))
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         passes = sum((own for each in callbacks if isinstance(own := getattr(each, "passes", None), Passes)), Passes())
         if done is not None:  # a continued run has the scores before training
@@ -63,12 +63,12 @@ class TimeLimit(Callback):
         return TimeBudget(
             self.seconds,
             time.monotonic() + self.seconds if self._ends is None else self._ends,
-            max_steps=step_limit(trainer, rows, max_steps),
+            max_steps=step_limit(trainer, data, max_steps),
             done=trainer.global_step if done is None else done,
             every=every * (trainer.check_val_every_n_epoch or 1),
             every_seconds=self.every_seconds,
             sets_interval=trainer.check_val_every_n_epoch is None,
-            dev_batches=len(scored_rows(trainer, rows)),
+            dev_batches=len(scored_rows(trainer, data)),
             passes=passes,
         )
 

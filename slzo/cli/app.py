@@ -47,32 +47,32 @@ class App:
     Attributes:
         trainer: Runs fit, validate, test and predict.
         model: The options of the model.
-        rows: The rows of the task.
+        datamodule: The rows of the task.
     """
 
     trainer: ZOTrainer
     model: ZOModule
-    rows: TaskDataModule
+    datamodule: TaskDataModule
 
     @property
     def device(self) -> torch.device:
         """The device of this process."""
         return self.trainer.strategy.root_device
 
-    def set_up_rows(self) -> TaskDataModule:
+    def set_up_data(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
-        self.rows.trainer = self.trainer
-        self.rows.follow_model(self.model.options.model, self.model.options.trust_remote_code)
-        self.rows.prepare_data()
-        self.rows.setup("fit")
-        return self.rows
+        self.datamodule.trainer = self.trainer
+        self.datamodule.follow_model(self.model.options.model, self.model.options.trust_remote_code)
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        return self.datamodule
 
     def load(self) -> tuple[ModelParts, TaskDataModule]:
         """Read the rows, load the model and adapt them to each other."""
-        rows = self.set_up_rows()
+        data = self.set_up_data()
         parts = load_parts(self.model.options, self.device)
-        adapt_rows(rows, parts, self.model.options)
-        return parts, rows
+        adapt_rows(data, parts, self.model.options)
+        return parts, data
 
     def load_if_exported(self, ckpt_path: str | None) -> str | None:
         """Load an exported folder into the model, and return ``None``; any other path is returned for the trainer to load."""

@@ -10,4 +10,4 @@ def fit(app: App, ckpt_path: str | None = None) -> None:
         app: Trainer, model and rows.
         ckpt_path: Checkpoint or folder of a run to continue from, or ``last`` or ``best`` of the newest run.
     """
-    app.trainer.fit(app.model, datamodule=app.rows, ckpt_path=ckpt_path)
+    app.trainer.fit(app.model, datamodule=app.datamodule, ckpt_path=ckpt_path)

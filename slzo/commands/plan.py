@@ -15,10 +15,10 @@ def plan(app: App) -> None:
     Args:
         app: Trainer, model and rows.
     """
-    rows, device = app.set_up_rows(), app.device
+    data, device = app.set_up_data(), app.device
     options, steps, free = app.model.options, app.trainer.max_steps, free_bytes(device)
-    options.check_objective(rows.objective)
+    options.check_objective(data.objective)
     shards = app.trainer.world_size if isinstance(app.trainer.strategy, ShardedStrategy) else 1
-    rank_zero_print(format_plan(memory_inputs(options, rows, steps, device, shards), free))
-    if shards == 1 and (compared := format_first_order(options, rows, steps, device, free)):
+    rank_zero_print(format_plan(memory_inputs(options, data, steps, device, shards), free))
+    if shards == 1 and (compared := format_first_order(options, data, steps, device, free)):
         rank_zero_print(compared)

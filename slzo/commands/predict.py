@@ -15,4 +15,4 @@ def predict(app: App, ckpt_path: str | None = None, output: str | None = None) -
     """
     app.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
     path = app.load_if_exported(ckpt_path)
-    app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=path)
+    app.trainer.predict(app.model, datamodule=app.datamodule, return_predictions=False, ckpt_path=path)

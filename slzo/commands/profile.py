@@ -22,14 +22,14 @@ def profile(app: App) -> None:
             f"model.layer {app.model.options.layer}: is not used, because slzo profile chooses a layer by profiler.rule"
         )
     with run_folder(app.trainer, set()):
-        parts, rows = app.load()
-        options, run = app.model.options, run_context(app.trainer, app.rows)
-        chosen = profile_and_choose(parts, options, rows, run)
+        parts, data = app.load()
+        options, run = app.model.options, run_context(app.trainer, app.datamodule)
+        chosen = profile_and_choose(parts, options, data, run)
         assert chosen.profile is not None and chosen.choice is not None
         log_dir = app.trainer.log_dir
         if log_dir is not None:
             content = profile_content(chosen.profile, chosen.choice)
-            write_profile(Path(log_dir), content, chosen.choice, options.model, rows.task.name)
+            write_profile(Path(log_dir), content, chosen.choice, options.model, data.task.name)
             log_plot(app.trainer, PLOT, Path(log_dir) / f"{PLOT}.png")
             rank_zero_print(f"Files      {log_dir}")
         for logger in app.trainer.loggers:

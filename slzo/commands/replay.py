@@ -14,4 +14,4 @@ def replay(app: App, run: str, step: int | None = None, output: str | None = Non
         output: Checkpoint to write, for validate, test, predict and export; by default checkpoints/replay-step=STEP.ckpt in
             the run's folder.
     """
-    replay_run(app.model.options, app.rows, run, step, output, app.device)
+    replay_run(app.model.options, app.datamodule, run, step, output, app.device)

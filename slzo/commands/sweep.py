@@ -12,7 +12,7 @@ from slzo.experiments.sweep_rates import OF_CELLS, check_rates, rates_folder, sw
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.utils.errors import SlzoError
 
 
@@ -71,31 +71,31 @@ def sweep(
         most = MIN_DIRECTIONS if directions is None else directions
         plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
     options.optimizer.check_schedule(steps, None)
-    known, folder = option_settings(options, app.rows), str(sweep_folder(options, app.rows))
+    known, folder = option_settings(options, app.datamodule), str(sweep_folder(options, app.datamodule))
     if plan is None:
-        known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.rows)
+        known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.datamodule)
         if options.layer is not None and options.scope.needs_layer:
             known["model.layer"] = options.layer
     check_results(output or folder, known, changed_options)
     with worker_processes(workers):
-        parts, rows = app.load()
-        options.check_objective(rows.objective)
-        trials, run = LayerTrials(parts, options, rows), run_context(app.trainer, app.rows)
+        parts, data = app.load()
+        options.check_objective(data.objective)
+        trials, run = LayerTrials(parts, options, data), run_context(app.trainer, app.datamodule)
         if steps:
-            _check_dev_rows(rows)
+            _check_dev_rows(data)
         if plan is None:
             sweep_rates(
-                trials, lambda: choose_layer(parts, options, rows, run).layer, rates, eps, steps, own_seeds, output
+                trials, lambda: choose_layer(parts, options, data, run).layer, rates, eps, steps, own_seeds, output
             )
         else:
             assert run.profiler is not None
             sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, output)
 
 
-def _check_dev_rows(rows: TaskRows) -> None:
+def _check_dev_rows(data: TaskData) -> None:
     """Refuse a sweep without dev rows to compare by."""
-    if rows.reward is None and not any(row.example.is_labelled for row in rows.rows("dev")):
-        what = "none of the dev rows has a label" if rows.rows("dev") else "there are none"
+    if data.reward is None and not any(row.example.is_labelled for row in data.rows("dev")):
+        what = "none of the dev rows has a label" if data.rows("dev") else "there are none"
         raise SlzoError(
-            f"data.num_dev {rows.num_dev}: trainings are compared on dev rows, and {what}; give labelled ones"
+            f"data.num_dev {data.num_dev}: trainings are compared on dev rows, and {what}; give labelled ones"
         )

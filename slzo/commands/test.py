@@ -11,4 +11,4 @@ def test(app: App, ckpt_path: str | None = None) -> None:
         ckpt_path: Checkpoint whose tuned layer is scored, ``last`` or ``best``, the folder of a run, or an exported folder;
             without it the untuned model is scored.
     """
-    app.trainer.test(app.model, datamodule=app.rows, ckpt_path=app.load_if_exported(ckpt_path))
+    app.trainer.test(app.model, datamodule=app.datamodule, ckpt_path=app.load_if_exported(ckpt_path))

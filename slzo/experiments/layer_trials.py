@@ -17,7 +17,7 @@ from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import auto_rate, make_stepper, measure_step, tune
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix, prefix_blocks
@@ -47,7 +47,7 @@ class LayerTrials(Trials):
     Args:
         parts: The untuned model.
         options: Options of the trainings.
-        rows: Rows that are set up for ``fit`` and fitted to the model.
+        data: Rows that are set up for ``fit`` and adapted to the model.
         steps: Steps of the main training, which the trials prepare.
         time: The time of the run, which decides the steps instead; ``None`` if it is not limited.
     """
@@ -56,18 +56,18 @@ class LayerTrials(Trials):
         self,
         parts: ModelParts,
         options: TrainingOptions,
-        rows: TaskRows,
+        data: TaskData,
         steps: int = 0,
         time: TimeBudget | None = None,
     ) -> None:
-        self.parts, self.options, self.rows, self.steps, self.time = parts, options, rows, steps, time
+        self.parts, self.options, self.data, self.steps, self.time = parts, options, data, steps, time
         self.measures_rate = (
             options.optimizer.automatic
             and options.estimator.perturbs == "weights"
             and parts.model.dtype not in HALF_DTYPES
         )
-        self.generates = rows.objective.generates
-        self.num_train, self.num_dev = len(rows.rows("train")), len(rows.rows("dev"))
+        self.generates = data.objective.generates
+        self.num_train, self.num_dev = len(data.rows("train")), len(data.rows("dev"))
         self._before: dict[int | None, Score] = {}
         self._cache: PrefixCache | None = None
         self._measured: dict[int | None, AutoStep] = {}
@@ -81,15 +81,15 @@ class LayerTrials(Trials):
             return self.steps
         if layer not in self._times:
             with self.tuned(layer) as model:
-                self._times[layer] = measure_times(model, self.options, self.rows, self.time)
+                self._times[layer] = measure_times(model, self.options, self.data, self.time)
         return int(TimePlan.of(self._times[layer], self.time, self.time.left).new_steps / (1 + share))
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
-        options, batch = self.options, next(self.rows.training_batches(0)).packed
+        options, batch = self.options, next(self.data.training_batches(0)).packed
         return StepCost(
             num_layers=self.parts.num_layers,
-            batch_size=self.rows.batch_size,
+            batch_size=self.data.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
             measuring=_MEASURING if options.estimator.perturbs == "weights" and options.uses_auto else 0,
             dev_rows=min(dev_rows, self.num_dev),
@@ -103,7 +103,7 @@ class LayerTrials(Trials):
         """See :meth:`slzo.zo.trial.Trials.step_size`."""
         if layer not in self._measured:
             with self.tuned(layer) as model:
-                self._measured[layer] = measure_step(model, self.options, self.rows)
+                self._measured[layer] = measure_step(model, self.options, self.data)
         return self._measured[layer]
 
     def train(
@@ -164,7 +164,7 @@ class LayerTrials(Trials):
         scores: list[Score] = []
         with self.tuned(layer) as model:
             stepper, optimizer, scheduler, used = self._training(layer, model, seed, lr, eps)
-            batches: Iterator[TrainBatch] = self.rows.training_batches(self._row_seed(seed))
+            batches: Iterator[TrainBatch] = self.data.training_batches(self._row_seed(seed))
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
             if dev_rows not in self._before:  # the same for every trial
@@ -172,7 +172,7 @@ class LayerTrials(Trials):
             scores.append(self._before[dev_rows])
             continues = dict(checks or {})
             if seconds is not None:
-                fill_prefix(model, self.rows)
+                fill_prefix(model, self.data)
                 continues = {step: lambda _: True for step in (*_CURVE, steps)} | continues
             step = -1
             while (step := step + 1) < steps or (seconds is not None and used < seconds):
@@ -211,10 +211,10 @@ class LayerTrials(Trials):
     @contextmanager
     def tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope within the context; restore the untuned weights afterwards."""
-        model = tune(self.parts, self.options, self.rows, layer, self._cache)
+        model = tune(self.parts, self.options, self.data, layer, self._cache)
         initial = model.tensors.clone_masters()
         try:
-            plan_prefix(model, self.rows)
+            plan_prefix(model, self.data)
             self._cache = model.forward.cache
             yield model
         finally:
@@ -228,7 +228,7 @@ class LayerTrials(Trials):
             return
         moved = PrefixCache(layer, cache.budget / 2**30, cache.directory)
         with torch.no_grad():
-            for block in prefix_blocks(self.rows):  # in the same blocks as they were computed
+            for block in prefix_blocks(self.data):  # in the same blocks as they were computed
                 if not all(key in cache for key in block.keys):
                     continue
                 batch = block.pack()
@@ -258,34 +258,34 @@ class LayerTrials(Trials):
         if sets_rate or options.measures_eps:
             auto = self._rate(layer, model, options)
         used = 0.0 if auto is None else time.perf_counter() - started
-        stepper = make_stepper(model, options, self.rows, auto=auto, sets_rate=sets_rate)
+        stepper = make_stepper(model, options, self.data, auto=auto, sets_rate=sets_rate)
         optimizer, scheduler = options.optimizer.build(model.tensors.masters, lr)
         return stepper, optimizer, scheduler, used
 
     def _row_seed(self, seed: int) -> int:
         """Return the seed of the batches: with the noise seed of the options, the rows' own seed, as in ``fit``."""
-        return self.rows.seed or 0 if seed == self.options.noise_seed else seed
+        return self.data.seed or 0 if seed == self.options.noise_seed else seed
 
     def _rate(self, layer: int | None, model: TunedModel, options: TrainingOptions) -> AutoRate:
         """Return the rate of ``auto``; a step size that was measured in the layer with this eps and seed is used again."""
         own, seed = self.options, options.noise_seed
         if layer in self._measured and (options.step, seed) == (own.step, own.noise_seed):
             return replace(self._measured[layer], evaluations=0)
-        return auto_rate(model, options, self.rows, self._row_seed(seed))
+        return auto_rate(model, options, self.data, self._row_seed(seed))
 
     def _score(
         self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: float = 0, seconds: float = 0.0
     ) -> Score:
         """Score the dev rows with the live weights."""
-        rows, metric = self.rows, self.rows.selection_metric
-        batches: Iterable[EvalBatch] = rows.eval_batches("dev")
+        data, metric = self.data, self.data.selection_metric
+        batches: Iterable[EvalBatch] = data.eval_batches("dev")
         if dev_rows is not None:
             batches = spaced_batches(batches, dev_rows)
-        found = rows.score(rows.evaluator(model), batches, keep_prefix=True)
+        found = data.score(data.evaluator(model), batches, keep_prefix=True)
         return Score(step, round(evaluations), seconds, metric.distance(found), found.get(metric.metric, math.nan))
 
     def _divergence(self, before: float, after: float) -> str:
-        metric = self.rows.selection_metric
+        metric = self.data.selection_metric
         if not math.isfinite(after):
             return f"the {metric.loss_name} is not finite"
         risen = after > metric.upper_bound(before, _DIVERGED, before)
@@ -293,7 +293,7 @@ class LayerTrials(Trials):
 
     def _head_cost(self, batch: PackedBatch) -> float:
         """Return the cost of a batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
-        objective, parts = self.rows.objective, self.parts
+        objective, parts = self.data.objective, self.parts
         if not isinstance(objective, LogitObjective) or not objective.needs_vocabulary(batch):
             return 0.0
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]

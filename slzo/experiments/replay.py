@@ -9,7 +9,7 @@ import torch
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.find import REPLAYED
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import load_parts, restore, restored_rate
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import logged_options
@@ -25,7 +25,7 @@ from slzo.zo.stepper import Stepper
 
 def replay_run(
     options: TrainingOptions,
-    rows: TaskRows,
+    data: TaskData,
     run: str,
     steps: int | None,
     output: str | None,
@@ -37,7 +37,7 @@ def replay_run(
 
     Args:
         options: Options of the run.
-        rows: Rows of the run; only their objective is used, no row is read.
+        data: Rows of the run; only their objective is used, no row is read.
         run: Folder of the run.
         steps: Number of steps; ``None`` for all steps of the log.
         output: Checkpoint to write; ``None`` for a file in the run's folder.
@@ -52,7 +52,7 @@ def replay_run(
     # a run from Python has no config
     if not any((folder / name).exists() for name in (CONFIG_FILE, ENVIRONMENT_FILE, NAME)):
         raise SlzoError(f"run {run!r}: not the folder of a run; give one such as runs/version_0")
-    options.check_objective(rows.objective)
+    options.check_objective(data.objective)
     if options.estimator.perturbs != "weights":
         raise SlzoError(
             f"model.estimator {options.estimator.describe()}: uses a derivative, so there is no log of losses; use a checkpoint"
@@ -79,7 +79,7 @@ def replay_run(
     parts = load_parts(options, device)
     stepper = Stepper(
         restore(parts, start, options, for_training=True),
-        rows.objective,
+        data.objective,
         options.estimator,
         options.step,
         seed=start.metadata["noise_seed"],

@@ -52,13 +52,13 @@ def measure_sensitivity(trials: LayerTrials, layer: int, directions: int, seed: 
         SlzoError: The loss is not finite at this distance.
     """
     trials.carry_prefix(layer)
-    options, rows = trials.options, trials.rows
+    options, data = trials.options, trials.data
     eps = options.step.eps or _EPS
-    batch = next(rows.training_batches(seed, SENSITIVITY_ROWS)).to(trials.parts.model.device)
+    batch = next(data.training_batches(seed, SENSITIVITY_ROWS)).to(trials.parts.model.device)
     slopes: list[float] = []
     error = None
     with trials.tuned(layer) as model, torch.no_grad():
-        loss = make_stepper(model, options, rows).loss(batch)
+        loss = make_stepper(model, options, data).loss(batch)
         for query in range(directions):
             z = model.tensors.draw(seed, 0, query)
             high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()

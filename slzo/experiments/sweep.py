@@ -28,20 +28,20 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
     """
-    scope, task = trials.options.scope, trials.rows.task.name
+    scope, task = trials.options.scope, trials.data.task.name
     if not scope.needs_layer:
         raise SlzoError(
             f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
         )
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
     settings = sweep_settings(trials)
-    store = CellStore(output or sweep_folder(trials.options, trials.rows), settings, changed_options)
+    store = CellStore(output or sweep_folder(trials.options, trials.data), settings, changed_options)
     profile, choice = _profile(trials, profiler)
     run_cells(trials, store, plan)
     if is_worker():
         return
     finished = _finished(store, plan, trials.parts.num_layers)
-    result = SweepResult.of(store, finished, profile.layers, choice, trials.rows.selection_metric.loss_name)
+    result = SweepResult.of(store, finished, profile.layers, choice, trials.data.selection_metric.loss_name)
     result.write(store.folder, settings, f"{Path(trials.options.model).name} on {task}: {scope.describe()}")
     rank_zero_print(f"{result.table()}\n\n{result.verdict()}\nFiles      {store.folder}")
 
@@ -52,15 +52,15 @@ def _profile(trials: LayerTrials, profiler: ProfileOptions) -> tuple[OutlierProf
     Raises:
         SlzoError: The model does not have the layer of ``model.layer``.
     """
-    parts, options, rows = trials.parts, trials.options, trials.rows
+    parts, options, data = trials.parts, trials.options, trials.data
     chosen = None
     if options.layer is not None:
         chosen = Choice(check_layer(options.layer, parts.num_layers), "set by model.layer")
-    profile = profile_model(parts, rows, profiler)
+    profile = profile_model(parts, data, profiler)
     if chosen is None:
         context = SelectionContext(profile.layers, no_trials="a sweep trains all layers itself")
         try:
-            chosen = choose(profiler.rule, context, rows)
+            chosen = choose(profiler.rule, context, data)
         except SlzoError as error:
             rank_zero_print(f"{format_profile(profile, None)}\n{error}")
             return profile, None
@@ -88,7 +88,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
-    loss = trials.rows.selection_metric.loss_name
+    loss = trials.data.selection_metric.loss_name
     measured = range(trials.parts.num_layers if plan.directions else 0)
     complete_cells(store, {plan.sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}, loss)
     trials.clear_prefix()  # the sensitivities used few rows, and the trainings begin at a lower layer again

@@ -9,7 +9,7 @@ from slzo.data.fingerprint import DataFingerprint
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.models.fingerprint import Fingerprint
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.options import TrainingOptions
 from slzo.utils.console import rank_zero_print
 from slzo.utils.duration import duration
@@ -23,14 +23,14 @@ _HASHES = {
 }
 
 
-def sweep_folder(options: TrainingOptions, rows: TaskRows) -> Path:
+def sweep_folder(options: TrainingOptions, data: TaskData) -> Path:
     """Return the default folder of the results of a sweep."""
-    return Path("sweeps") / f"{Path(options.model).name}-{rows.task.name}"
+    return Path("sweeps") / f"{Path(options.model).name}-{data.task.name}"
 
 
-def option_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
+def option_settings(options: TrainingOptions, data: TaskData) -> dict[str, Any]:
     """Return the settings that the results depend on and that are known before rows and model are read, except the layer."""
-    settings = options.step_settings(None, options.noise_seed) | rows.step_settings()
+    settings = options.step_settings(None, options.noise_seed) | data.step_settings()
     # the rows are compared by their hash, so data.num_train may be larger than their number
     return {name: value for name, value in settings.items() if name not in ("model.layer", "data.num_train")}
 
@@ -40,13 +40,13 @@ def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
 
     Rows and weights are compared by their hashes, since files can change under the same name.
     """
-    rows = trials.rows
-    data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
-    reward = {} if rows.reward is None else {"reward code": rows.reward.runner.code_hash()}
+    data = trials.data
+    fingerprint = DataFingerprint.of(data.encoder.tokenizer, {split: data.rows(split) for split in ("train", "dev")})
+    reward = {} if data.reward is None else {"reward code": data.reward.runner.code_hash()}
     return {
-        **option_settings(trials.options, rows),
+        **option_settings(trials.options, data),
         **reward,
-        **data.hashes(),
+        **fingerprint.hashes(),
         "weights": Fingerprint.of(trials.parts.model, trials.parts.placement).short_hash(),
     }
 

@@ -12,7 +12,7 @@ from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore, check_results
 from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_folder, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.options import TrainingOptions
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import SlzoError, check_at_least
@@ -45,9 +45,9 @@ OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
-def rates_folder(options: TrainingOptions, rows: TaskRows) -> str:
+def rates_folder(options: TrainingOptions, data: TaskData) -> str:
     """Return the default folder of the results of a sweep of rates."""
-    return f"{sweep_folder(options, rows)}-rates"
+    return f"{sweep_folder(options, data)}-rates"
 
 
 def sweep_rates(
@@ -66,7 +66,7 @@ def sweep_rates(
     Raises:
         SlzoError: The folder holds other results.
     """
-    folder = output or rates_folder(trials.options, trials.rows)
+    folder = output or rates_folder(trials.options, trials.data)
     settings = sweep_settings(trials) | {"steps": steps}
     check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
     settings["model.layer"] = layer = choose_layer()
@@ -76,7 +76,7 @@ def sweep_rates(
         return asdict(trials.run(layer, steps=steps, seed=seed, lr=lr, eps=eps))
 
     rates, sizes = rates_to_try(lrs, eps, partial(_own_step, trials, store, layer))
-    loss = trials.rows.selection_metric.loss_name
+    loss = trials.data.selection_metric.loss_name
     cells = product(sizes, rates, dict.fromkeys(seeds))  # smallest eps and learning rate first
     complete_cells(store, {_cell_name(*cell): partial(train, *cell) for cell in cells}, loss)
     if is_worker():

@@ -31,7 +31,7 @@ from slzo.lightning.trainer_options import (
 )
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.resume import checkpoint_of_job
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
@@ -121,7 +121,7 @@ class ZOTrainer(Trainer):
                 clock.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        if isinstance(datamodule, TaskRows):
+        if isinstance(datamodule, TaskData):
             model.options.check_objective(datamodule.objective)
             check_callbacks(self.callbacks, datamodule.metric_names, logs_more=type(model) is not ZOModule)
         checkpoint = self._find(ckpt_path, to_continue=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from lightning.pytorch import Callback, Trainer
 
 from slzo.data.batch import EvalBatch, Row
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.utils.process_group import gather_from_processes
 
 _Kind = TypeVar("_Kind", bound=Callback)
@@ -63,38 +63,38 @@ def is_last_step(trainer: Trainer) -> bool:
     return epochs is not None and trainer.current_epoch + 1 == epochs and trainer.is_last_batch
 
 
-def dev_batches(trainer: Trainer, rows: TaskRows) -> Iterator[EvalBatch]:
+def dev_batches(trainer: Trainer, data: TaskData) -> Iterator[EvalBatch]:
     """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
-    return islice(rows.eval_batches("dev"), len(scored_rows(trainer, rows)))
+    return islice(data.eval_batches("dev"), len(scored_rows(trainer, data)))
 
 
-def num_dev_rows(trainer: Trainer, rows: TaskRows) -> int:
+def num_dev_rows(trainer: Trainer, data: TaskData) -> int:
     """Return how many dev rows a validation scores, with ``trainer.limit_val_batches``. A collective call."""
-    return sum(gather_from_processes([sum(map(len, scored_rows(trainer, rows)))]))
+    return sum(gather_from_processes([sum(map(len, scored_rows(trainer, data)))]))
 
 
-def scored_rows(trainer: Trainer, rows: TaskRows) -> list[list[Row]]:
+def scored_rows(trainer: Trainer, data: TaskData) -> list[list[Row]]:
     """Return the dev rows that a validation scores in this process, batch by batch."""
-    batches, limit = rows.eval_plan("dev").batches, trainer.limit_val_batches
+    batches, limit = data.eval_plan("dev").batches, trainer.limit_val_batches
     return batches[: limit if isinstance(limit, int) else int(len(batches) * limit)]
 
 
-def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
+def planned_steps(trainer: Trainer, data: TaskData) -> int:
     """Return the expected number of training steps; the steps of one epoch if no limit is set."""
-    limit = step_limit(trainer, rows, trainer.max_steps)
-    return limit if limit > 0 else steps_per_epoch(trainer, rows)
+    limit = step_limit(trainer, data, trainer.max_steps)
+    return limit if limit > 0 else steps_per_epoch(trainer, data)
 
 
-def step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
+def step_limit(trainer: Trainer, data: TaskData, max_steps: int) -> int:
     """Return the number of steps that ``max_steps`` and ``trainer.max_epochs`` allow; -1 for no limit."""
     epochs = trainer.max_epochs or -1
     limits = [max_steps] if max_steps > 0 else []
     if epochs > 0:
-        limits.append(epochs * steps_per_epoch(trainer, rows))
+        limits.append(epochs * steps_per_epoch(trainer, data))
     return min(limits, default=-1)
 
 
-def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
+def steps_per_epoch(trainer: Trainer, data: TaskData) -> int:
     """Return the steps of an epoch, with ``trainer.limit_train_batches``."""
-    limit, batches = trainer.limit_train_batches, len(rows.sampler())
+    limit, batches = trainer.limit_train_batches, len(data.sampler())
     return min(batches, limit if isinstance(limit, int) else int(batches * limit))

@@ -40,7 +40,7 @@ class Pair:
         candidates: The answers that all rows of the task have; ``None`` if it has none.
         chat: Format of the conversations that it was tuned on; ``None`` for other texts.
         stop: Texts that end an answer besides the EOS token.
-        prompt_length: Most tokens of a prompt, see :attr:`slzo.task_rows.TaskRows.prompt_length`; ``None`` for no limit.
+        prompt_length: Most tokens of a prompt, see :attr:`slzo.task_data.TaskData.prompt_length`; ``None`` for no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase

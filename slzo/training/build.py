@@ -20,7 +20,7 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import shared_prefix
 from slzo.utils.errors import SlzoError
@@ -77,20 +77,20 @@ def load_parts(
     return parts
 
 
-def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
+def adapt_rows(data: TaskData, parts: ModelParts, options: TrainingOptions) -> None:
     """Take the model's tokenizer or check that the given one is the model's, and limit prompts to its number of positions.
 
     Raises:
         SlzoError: The tokenizer has tokens that the model does not have.
     """
-    rows.follow_model(options.model, options.trust_remote_code)
+    data.follow_model(options.model, options.trust_remote_code)
     virtual = parts.virtual_tokens
     reserved = options.scope.num_positions if virtual is None else virtual.num_tokens
-    rows.adapt_to_model(parts.model, options.model, reserved, parts.limits.longest)
+    data.adapt_to_model(parts.model, options.model, reserved, parts.limits.longest)
 
 
 def tune(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, layer: int | None, cache: PrefixCache | None = None
+    parts: ModelParts, options: TrainingOptions, data: TaskData, layer: int | None, cache: PrefixCache | None = None
 ) -> TunedModel:
     """Make masters of the tensors of the scope from the model's current weights; see :meth:`TunedModel.from_scope`."""
     device = parts.model.device
@@ -98,7 +98,7 @@ def tune(
         parts,
         options.scope,
         layer,
-        prompts=lambda count: [batch.to(device) for batch in rows.profile_batches(count)],
+        prompts=lambda count: [batch.to(device) for batch in data.profile_batches(count)],
         seed=options.noise_seed,
         engine=options.engine,
         cache=cache,
@@ -148,7 +148,7 @@ def check_layer_option(options: TrainingOptions, metadata: Mapping[str, Any]) ->
 def make_stepper(
     model: TunedModel,
     options: TrainingOptions,
-    rows: TaskRows,
+    data: TaskData,
     *,
     auto: AutoRate | None = None,
     sets_rate: bool | None = None,
@@ -159,24 +159,24 @@ def make_stepper(
     """
     return Stepper(
         model,
-        rows.objective,
+        data.objective,
         options.estimator,
         options.step,
         seed=options.noise_seed,
-        evaluator=rows.evaluator(model),
-        processes=rows.processes,
-        shared_prefix=shared_prefix(model, rows),
+        evaluator=data.evaluator(model),
+        processes=data.processes,
+        shared_prefix=shared_prefix(model, data),
         auto=auto,
         sets_rate=options.optimizer.automatic if sets_rate is None else sets_rate,
         max_nonfinite=options.max_nonfinite,
     )
 
 
-def auto_rate(model: TunedModel, options: TrainingOptions, rows: TaskRows, seed: int | None = None) -> AutoRate:
+def auto_rate(model: TunedModel, options: TrainingOptions, data: TaskData, seed: int | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
     if options.estimator.perturbs != "weights":
         return RelativeRate.of(model.tensors, model.adapter is not None and model.adapter.multiplies)
-    return measure_step(model, options, rows, seed)
+    return measure_step(model, options, data, seed)
 
 
 def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:
@@ -185,7 +185,7 @@ def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> A
     return kind(**data) if data is not None and data.keys() == {field.name for field in fields(kind)} else None
 
 
-def measure_step(model: TunedModel, options: TrainingOptions, rows: TaskRows, seed: int | None = None) -> AutoStep:
+def measure_step(model: TunedModel, options: TrainingOptions, data: TaskData, seed: int | None = None) -> AutoStep:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
     ``seed`` is that of the batches, by default the rows' own. If the options have no ``eps``, one is found.
@@ -193,10 +193,10 @@ def measure_step(model: TunedModel, options: TrainingOptions, rows: TaskRows, se
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.
     """
-    objective = rows.objective
-    batch = next(rows.training_batches(seed)).to(model.parts.model.device)
+    objective = data.objective
+    batch = next(data.training_batches(seed)).to(model.parts.model.device)
     reports = [LossReport()]  # the last one counts
-    loss = make_stepper(model, options, rows).loss(batch, report=reports.append)
+    loss = make_stepper(model, options, data).loss(batch, report=reports.append)
     half = model.parts.model.dtype in HALF_DTYPES
     try:
         return AutoStep.measure(

@@ -12,7 +12,7 @@ import torch
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.memory_estimate import MemoryInputs, Workload, tuning_bytes
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import prefix_blocks, prompt_blocks, training_blocks
@@ -64,7 +64,7 @@ def check_memory(inputs: MemoryInputs, free: int | None, model: str) -> None:
     )
 
 
-def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | None:
+def first_order(options: TrainingOptions, data: TaskData) -> TrainingOptions | None:
     """Return the options with back-propagation and AdamW instead, with the same tuned tensors.
 
     ``None`` if the options differentiate already, or if they or the objective do not allow it.
@@ -79,20 +79,20 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
             optimizer=OptimizerOptions.of(default_optimizer(False)),
             step=StepOptions(),
         )
-        changed.check_objective(rows.objective)
+        changed.check_objective(data.objective)
     except SlzoError:
         return None
     return changed
 
 
-def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> int | None:
+def first_order_bytes(options: TrainingOptions, data: TaskData, max_steps: int, device: torch.device) -> int | None:
     """Return the peak memory that first order would take for the same tuned tensors, if that fits now; otherwise ``None``."""
-    changed = first_order(options, rows)
+    changed = first_order(options, data)
     free = free_bytes(device)
     if changed is None or free is None:
         return None
     try:
-        plan = memory_inputs(changed, rows, max_steps, device).plan()
+        plan = memory_inputs(changed, data, max_steps, device).plan()
     except SlzoError:
         return None
     held = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0  # free again when this run has ended
@@ -100,7 +100,7 @@ def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, 
 
 
 def memory_inputs(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
+    options: TrainingOptions, data: TaskData, max_steps: int, device: torch.device, num_shards: int = 1
 ) -> MemoryInputs:
     """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
 
@@ -110,7 +110,7 @@ def memory_inputs(
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
     """
-    inputs_of, num_layers = _inputs_by_layer(options, rows, max_steps, device, num_shards)
+    inputs_of, num_layers = _inputs_by_layer(options, data, max_steps, device, num_shards)
     layers = [options.layer]
     if options.layer is None and options.scope.needs_layer:
         layers = [num_layers // 2, max(0, num_layers - 2)]
@@ -118,7 +118,7 @@ def memory_inputs(
 
 
 def _inputs_by_layer(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
+    options: TrainingOptions, data: TaskData, max_steps: int, device: torch.device, num_shards: int = 1
 ) -> tuple[Callable[[int | None], MemoryInputs], int]:
     """Read the model's config and pack the rows; for the arguments see :func:`memory_inputs`.
 
@@ -128,12 +128,12 @@ def _inputs_by_layer(
     shape, skeleton = model_shape(options.model, options.trust_remote_code)
     skeleton.to(getattr(torch, options.dtype))
     parts = ModelParts(skeleton, packed=False, onednn=False)
-    work = _workload(options, rows, max_steps, shape.vocabulary)
+    work = _workload(options, data, max_steps, shape.vocabulary)
     engine = options.engine
     estimator = options.estimator
     queries = options.step.num_queries
     together = num_shards > 1 or options.device_map is not None  # see TunedModel.queries_at_once
-    at_once = queries if together else rows.processes.directions * engine.queries_at_once
+    at_once = queries if together else data.processes.directions * engine.queries_at_once
 
     def inputs_of(layer: int | None) -> MemoryInputs:
         context = ScopeContext(parts, layer)
@@ -177,43 +177,43 @@ def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTen
     return LayerScope(layers=layers or [0]).tensors(context)
 
 
-def _workload(options: TrainingOptions, rows: TaskRows, max_steps: int, vocabulary: int) -> Workload:
+def _workload(options: TrainingOptions, data: TaskData, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
-    training = [block for own in training_blocks(rows) for block in own[: max_steps if max_steps > 0 else None]]
+    training = [block for own in training_blocks(data) for block in own[: max_steps if max_steps > 0 else None]]
     largest = max(training, key=lambda block: block.num_tokens).pack()
-    batches = chain(rows.eval_batches("dev"), rows.eval_batches("test"))  # not packed if answers are generated
+    batches = chain(data.eval_batches("dev"), data.eval_batches("test"))  # not packed if answers are generated
     scoring = [batch.packed for batch in batches if batch.packed is not None]
-    logit_rows = 0 if rows.objective.generates else _vocabulary_rows(rows, largest)
+    logit_rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
     longest = max(largest.example_tokens)
-    tokens = min(largest.num_tokens, max(rows.tokens_per_pass or largest.num_tokens, longest))
+    tokens = min(largest.num_tokens, max(data.tokens_per_pass or largest.num_tokens, longest))
     logit_rows = logit_rows * tokens // largest.num_tokens
     answers = 2  # a step along a direction generates at two points
-    if isinstance(rows.objective, GenerationObjective) and options.estimator.perturbs != "weights":
-        answers = rows.objective.sampling.samples
-        new = answers * rows.task.max_new_tokens
-        most = max(len(row.prompt) for row in rows.rows("train")) + new
-        tokens = rows.batch_size * most
-        logit_rows = rows.batch_size * new
+    if isinstance(data.objective, GenerationObjective) and options.estimator.perturbs != "weights":
+        answers = data.objective.sampling.samples
+        new = answers * data.task.max_new_tokens
+        most = max(len(row.prompt) for row in data.rows("train")) + new
+        tokens = data.batch_size * most
+        logit_rows = data.batch_size * new
         limit = MOST_LOGITS // vocabulary  # the answers run in parts
         tokens = max(most, min(tokens, limit))
         logit_rows = max(new, min(logit_rows, limit))
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
-        vocabulary_rows=max([logit_rows, *(_vocabulary_rows(rows, p) for p in scoring)]),
-        cached_tokens=sum(block.num_tokens for block in prefix_blocks(rows, held_out=True)),
-        prompt_tokens=sum(block.num_tokens for block in prompt_blocks(rows)),
-        answer_tokens=_answer_tokens(rows, answers),
+        vocabulary_rows=max([logit_rows, *(_vocabulary_rows(data, p) for p in scoring)]),
+        cached_tokens=sum(block.num_tokens for block in prefix_blocks(data, held_out=True)),
+        prompt_tokens=sum(block.num_tokens for block in prompt_blocks(data)),
+        answer_tokens=_answer_tokens(data, answers),
         train_tokens=tokens,
     )
 
 
-def _answer_tokens(rows: TaskRows, answers: int) -> int:
+def _answer_tokens(data: TaskData, answers: int) -> int:
     """Return the most tokens of prompts and answers that are generated together; a step generates ``answers`` to each row."""
-    new = rows.task.max_new_tokens
-    batches = [(batch, 1) for split in ("dev", "test") for batch in rows.eval_plan(split).batches]
-    if rows.objective.generates:
-        longest = sorted(rows.rows("train"), key=lambda row: len(row.prompt))
-        batches.append((longest[-rows.batch_size :], answers))
+    new = data.task.max_new_tokens
+    batches = [(batch, 1) for split in ("dev", "test") for batch in data.eval_plan(split).batches]
+    if data.objective.generates:
+        longest = sorted(data.rows("train"), key=lambda row: len(row.prompt))
+        batches.append((longest[-data.batch_size :], answers))
     return max(
         (
             number * sum(len(row.prompt) + new for row in batch)
@@ -224,8 +224,8 @@ def _answer_tokens(rows: TaskRows, answers: int) -> int:
     )
 
 
-def _vocabulary_rows(rows: TaskRows, batch: PackedBatch) -> int:
-    return batch.needed.numel() if rows.loss.needs_vocabulary(batch) else 0
+def _vocabulary_rows(data: TaskData, batch: PackedBatch) -> int:
+    return batch.needed.numel() if data.loss.needs_vocabulary(batch) else 0
 
 
 def _gib(size: int) -> str:
@@ -233,7 +233,7 @@ def _gib(size: int) -> str:
 
 
 def format_first_order(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, free: int | None
+    options: TrainingOptions, data: TaskData, max_steps: int, device: torch.device, free: int | None
 ) -> str:
     """Compare the plans of the options and of first order, for the tuned layer, or for layers in three places of the model.
 
@@ -242,10 +242,10 @@ def format_first_order(
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
     """
-    changed = first_order(options, rows)
+    changed = first_order(options, data)
     if changed is None:
         return ""
-    (own_of, num_layers), (other_of, _) = (_inputs_by_layer(o, rows, max_steps, device) for o in (options, changed))
+    (own_of, num_layers), (other_of, _) = (_inputs_by_layer(o, data, max_steps, device) for o in (options, changed))
     layers: list[int | None] = [options.layer]
     if options.layer is None and options.scope.needs_layer:
         last = num_layers - 1

@@ -10,7 +10,7 @@ from slzo.data.encoding import Encoder
 from slzo.data.row_encoding import prompt_batches
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.pluralize import pluralize
@@ -77,7 +77,7 @@ class ChosenLayer:
         return None if self.choice is None else self.choice.states
 
 
-def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) -> OutlierProfile:
+def profile_model(parts: ModelParts, data: TaskData, options: ProfileOptions) -> OutlierProfile:
     """Measure every layer on prompts, of the rows or of a text file.
 
     All processes get the figures of the first one.
@@ -86,7 +86,7 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
         SlzoError: There are too few sequences, or the output of a layer is not finite.
     """
     device = parts.model.device
-    batches = [batch.to(device) for batch in _batches(rows, options)]
+    batches = [batch.to(device) for batch in _batches(data, options)]
     num_given = sum(batch.num_examples for batch in batches)
     sequences = usable_sequences(batches)
     if len(sequences) < MIN_SEQUENCES:
@@ -96,15 +96,15 @@ def profile_model(parts: ModelParts, rows: TaskRows, options: ProfileOptions) ->
             "use more rows, or give text with --profiler.text_file"
         )
     layers = profile_layers(parts, batches)
-    layers = [replace(layer, token=str(rows.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]
+    layers = [replace(layer, token=str(data.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]
     if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     notes = sequence_notes(options.num_sequences, num_given, sequences)
-    bos = rows.encoder.tokenizer.bos_token_id
-    return rows.processes.broadcast(OutlierProfile(tuple(layers), len(sequences), len(batches), tuple(notes), bos))
+    bos = data.encoder.tokenizer.bos_token_id
+    return data.processes.broadcast(OutlierProfile(tuple(layers), len(sequences), len(batches), tuple(notes), bos))
 
 
-def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Choice:
+def choose(rule: SelectionRule, context: SelectionContext, data: TaskData) -> Choice:
     """Let a rule choose a layer. All processes get the choice of the first one.
 
     Raises:
@@ -115,7 +115,7 @@ def choose(rule: SelectionRule, context: SelectionContext, rows: TaskRows) -> Ch
         found = choice_of(rule, context)
     except SlzoError as error:  # raised below, on all processes
         found = error
-    found = rows.processes.broadcast(found)
+    found = data.processes.broadcast(found)
     if isinstance(found, SlzoError):
         raise found
     return found
@@ -148,9 +148,9 @@ def has_too_few_distinct(sequences: Sequence[tuple[int, ...]]) -> bool:
     return len(set(sequences)) < MIN_SEQUENCES
 
 
-def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
+def _batches(data: TaskData, options: ProfileOptions) -> list[PackedBatch]:
     if options.text_file is None:
-        return rows.profile_batches(options.num_sequences)
+        return data.profile_batches(options.num_sequences)
     try:
         text = Path(options.text_file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -158,6 +158,6 @@ def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
-    encoder = Encoder(rows.encoder.tokenizer, rows.encoder.max_length)  # that of conversations needs turns
+    encoder = Encoder(data.encoder.tokenizer, data.encoder.max_length)  # that of conversations needs turns
     examples = [Example(str(number), line, ()) for number, line in enumerate(lines[: options.num_sequences])]
     return prompt_batches(encoder, examples)

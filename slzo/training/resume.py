@@ -17,7 +17,7 @@ from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
 from slzo.training.run import Prepared, RunContext
@@ -32,13 +32,13 @@ from slzo.utils.settings import differences, flat_settings
 _RATE = "model.optimizer.lr"
 
 
-def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
+def loaded_from_hub(prepared: Prepared, data: TaskData) -> dict[str, str | None]:
     """Return the Hub commit of the model, and name, configuration and commit of the data set.
 
     Entries are ``None`` for what is not from the Hub.
     """
-    assert rows.splits is not None
-    source = rows.splits.hub
+    assert data.splits is not None
+    source = data.splits.hub
     return {
         "model_commit": model_commit(prepared.options.model, prepared.untuned.model.name_or_path),
         "data_set": None if source is None else source.path,
@@ -47,12 +47,12 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
     }
 
 
-def make_metadata(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+def make_metadata(prepared: Prepared, data: TaskData) -> dict[str, Any]:
     """Return the metadata of a checkpoint, about its tensors and their model; only tensors and primitives."""
     options = prepared.options
     model = prepared.model
-    assert rows.splits is not None
-    candidates = common_candidates(rows.splits.train)
+    assert data.splits is not None
+    candidates = common_candidates(data.splits.train)
     return {
         "format": CHECKPOINT_FORMAT,
         **model.description(),
@@ -64,21 +64,21 @@ def make_metadata(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "trust_remote_code": options.trust_remote_code,
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,
-        "chat": rows.task.chat is not None,
-        "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
-        "chat_template": rows.chat_template,
+        "chat": data.task.chat is not None,
+        "system_prompt": None if data.task.chat is None else data.task.chat.system,
+        "chat_template": data.chat_template,
         "candidates": None if candidates is None else list(candidates),
-        "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
-        "prompt_length": rows.prompt_length,
-        "num_demonstrations": rows.num_demonstrations,
+        "stop": list(data.decoding.stop) if data.task.kind is Kind.GENERATION else [],
+        "prompt_length": data.prompt_length,
+        "num_demonstrations": data.num_demonstrations,
         "data": prepared.fingerprint.to_dict(),
         "settings": dict(prepared.settings),
-        "environment": numerics(model.parts.model.device, rows.processes.world_size),
-        "hub": loaded_from_hub(prepared, rows),
+        "environment": numerics(model.parts.model.device, data.processes.world_size),
+        "hub": loaded_from_hub(prepared, data),
     }
 
 
-def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
+def agreed_settings(options: TrainingOptions, data: TaskData) -> dict[str, Any]:
     """Return the options of model and rows that a checkpoint holds and in which all processes agree, by name, as primitives."""
     return {
         **options.step_settings(options.layer, options.noise_seed),
@@ -86,7 +86,7 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
         "model.max_nonfinite": options.max_nonfinite,
         "model.trust_remote_code": options.trust_remote_code,
         **flat_settings("model.engine", asdict(options.engine)),
-        **rows.step_settings(),
+        **data.step_settings(),
     }
 
 
@@ -170,21 +170,21 @@ def logged_options(options: TrainingOptions, layer: int | None, seed: int) -> di
     return dict(json.loads(json.dumps(own, default=str)))
 
 
-def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+def log_settings(prepared: Prepared, data: TaskData) -> dict[str, Any]:
     """Return the settings that steps depend on, as they are read back from JSON."""
-    data = rows.step_settings()
-    batch_size = data.pop("data.batch_size")  # of one process; their number may change
+    settings = data.step_settings()
+    batch_size = settings.pop("data.batch_size")  # of one process; their number may change
     return {
         **logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed),
-        **data,
-        "rows per step": batch_size * rows.processes.of_rows.total,
+        **settings,
+        "rows per step": batch_size * data.processes.of_rows.total,
         "train rows": prepared.fingerprint.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
 
 
 def open_step_log(
-    prepared: Prepared, rows: TaskRows, run: RunContext
+    prepared: Prepared, data: TaskData, run: RunContext
 ) -> tuple[StepLogWriter | None, dict[int, StepRecord]]:
     """Begin the log of losses in the run's folder, with the log of the continued run.
 
@@ -197,9 +197,9 @@ def open_step_log(
     """
     if run.quick or run.steps_before > 0 or prepared.options.estimator.perturbs != "weights":
         return None, {}
-    settings = log_settings(prepared, rows)
-    first = rows.processes.rank == 0
-    before = rows.processes.broadcast(_log_before(run, settings) if first else None)
+    settings = log_settings(prepared, data)
+    first = data.processes.rank == 0
+    before = data.processes.broadcast(_log_before(run, settings) if first else None)
     step = 0 if run.checkpoint is None else run.checkpoint.step
     known = {} if before is None else _steps_to_repeat(before, step)
     if known:
@@ -207,7 +207,7 @@ def open_step_log(
     if run.folder is None or not first:
         return None, known
     if run.checkpoint is None:
-        write_checkpoint(_start(prepared, rows), run.folder / START)
+        write_checkpoint(_start(prepared, data), run.folder / START)
     elif (start := run.checkpoint.run_folder / START).is_file():
         copy_file(start, run.folder / START)
     return StepLogWriter(run.folder / STEP_LOG, StepLog(settings, () if before is None else before.before(step))), known
@@ -238,7 +238,7 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
     return log
 
 
-def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+def _start(prepared: Prepared, data: TaskData) -> dict[str, Any]:
     """Return a checkpoint of the first masters, which are left out if they follow from the base model."""
     tensors = prepared.model.tensors
     is_needed = prepared.tuned_before or prepared.model.adapter is not None
@@ -246,7 +246,7 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": tensors.clone_masters() if is_needed else {},
-        "slzo": make_metadata(prepared, rows),
+        "slzo": make_metadata(prepared, data),
     }
 
 

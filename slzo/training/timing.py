@@ -12,7 +12,7 @@ import torch
 
 from slzo.data.batch import EvalBatch, Row
 from slzo.models.prefix_cache import PrefixCache
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import make_stepper
 from slzo.training.options import TrainingOptions
 from slzo.training.time_plan import RunTimes, TimeBudget, TimePlan
@@ -33,7 +33,7 @@ _HOOKS_SECONDS = 0.005
 _FILES_SECONDS = 2.0
 
 
-def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
+def check_time(data: TaskData, budget: TimeBudget | None, what: str) -> None:
     """Refuse a time that is over before training; otherwise a profile or a race would still run. A collective call.
 
     Raises:
@@ -41,7 +41,7 @@ def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
     """
     if budget is None:
         return
-    spent = rows.processes.broadcast(budget.seconds - budget.left)
+    spent = data.processes.broadcast(budget.seconds - budget.left)
     if spent >= budget.seconds:
         raise SlzoError(
             f"trainer.max_time {duration(budget.seconds)}: {what} {duration(spent)}; give at least {duration(2 * spent)}"
@@ -51,7 +51,7 @@ def check_time(rows: TaskRows, budget: TimeBudget | None, what: str) -> None:
 def plan_time(
     model: TunedModel,
     options: TrainingOptions,
-    rows: TaskRows,
+    data: TaskData,
     budget: TimeBudget | None,
     scheduler_state: Mapping[str, Any] | None,
 ) -> TimePlan | None:
@@ -60,7 +60,7 @@ def plan_time(
     Args:
         model: The model.
         options: Options of the training.
-        rows: Rows of the task.
+        data: Rows of the task.
         budget: The time; ``None`` if it is not limited.
         scheduler_state: State of the learning-rate scheduler of a run that is continued.
 
@@ -69,9 +69,9 @@ def plan_time(
     """
     if budget is None:
         return None
-    times = measure_times(model, options, rows, budget)
+    times = measure_times(model, options, data, budget)
     slowest = RunTimes.slowest(gather_from_processes([times]))
-    plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
+    plan = data.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
     if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
         raise SlzoError(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
@@ -82,7 +82,7 @@ def plan_time(
     return plan
 
 
-def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, budget: TimeBudget) -> RunTimes:
+def measure_times(model: TunedModel, options: TrainingOptions, data: TaskData, budget: TimeBudget) -> RunTimes:
     """Measure the parts of a run. A collective call; each process measures its own share of the rows.
 
     The steps are real ones with an optimizer that moves nothing, so that masters and optimizer need no second copy. The cached
@@ -91,66 +91,66 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     Args:
         model: The tuned model.
         options: Options of the training.
-        rows: Rows of the task.
+        data: Rows of the task.
         budget: The time of the run.
     """
     most = _SHARE * budget.left
-    step, new_row = _time_steps(model, options, rows, most)
-    dev, dev_new = _time_scores(model, rows, "dev", most, keep=True, number=budget.dev_batches)
+    step, new_row = _time_steps(model, options, data, most)
+    dev, dev_new = _time_scores(model, data, "dev", most, keep=True, number=budget.dev_batches)
     passes = budget.passes
-    kept = passes.test_before > 0 and not rows.generates("test")
-    test, test_new = _time_scores(model, rows, "test", most, keep=kept)
+    kept = passes.test_before > 0 and not data.generates("test")
+    test, test_new = _time_scores(model, data, "test", most, keep=kept)
     model.parts.placement.barrier()  # the processes did not run the layers equally often
     return RunTimes(
         step=step + _HOOKS_SECONDS,
         new_row=new_row,
-        new_rows=_uncached(rows.rows("train"), model.forward.cache),
-        rows_per_step=rows.batch_size,  # each process computes the states of its own rows
+        new_rows=_uncached(data.rows("train"), model.forward.cache),
+        rows_per_step=data.batch_size,  # each process computes the states of its own rows
         validation=dev,
         before=passes.dev_before * dev + dev_new + passes.test_before * test + test_new,
         after=passes.test_after * test + _FILES_SECONDS,
     )
 
 
-def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, most: float) -> tuple[float, float]:
+def _time_steps(model: TunedModel, options: TrainingOptions, data: TaskData, most: float) -> tuple[float, float]:
     """Return the seconds of a step with cached states, and what a new row adds."""
     if options.measures_eps:
         options = replace(options, step=replace(options.step, eps=_EPS))
-    stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), rows)
+    stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), data)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.0)  # moves nothing
     cache = model.forward.cache
     device = model.parts.model.device
-    sampler = rows.sampler()
+    sampler = data.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
     new = 0
     added = 0.0
     steps: list[float] = []
     began = time.perf_counter()
     for number in range(max(0, last - _BATCHES), last):
-        batch = rows.pack_training_rows(sampler.rows_of_step(number)).to(device)
+        batch = data.pack_training_rows(sampler.rows_of_step(number)).to(device)
         unseen = _uncached(batch.rows, cache)
         first, again = (_seconds(partial(stepper.step, batch, 0, optimizer)) for _ in range(2))
         steps.append(again)
         if unseen:
             new += unseen
             added += max(0.0, first - again)
-        if rows.processes.broadcast(time.perf_counter() - began > most):
+        if data.processes.broadcast(time.perf_counter() - began > most):
             break
     return sum(steps) / len(steps), added / new if new else 0.0
 
 
 def _time_scores(
-    model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool, number: int | None = None
+    model: TunedModel, data: TaskData, split: str, most: float, keep: bool, number: int | None = None
 ) -> tuple[float, float]:
     """Return the seconds to score the first batches of this process, and what the first time adds if their states are kept."""
     cache = model.forward.cache
-    evaluator = rows.evaluator(model)
+    evaluator = data.evaluator(model)
     scored = 0
     new = 0
     seconds = 0.0
     added = 0.0
     began = time.perf_counter()
-    for batch in spaced_batches(islice(rows.eval_batches(split), number), _SCORED_ROWS):
+    for batch in spaced_batches(islice(data.eval_batches(split), number), _SCORED_ROWS):
         moved = batch.to(model.parts.model.device)
         unseen = _uncached(batch.rows, cache) if keep else 0
         times = [_seconds(partial(evaluator, moved, keep, log_likelihoods=False)) for _ in range(2 if unseen else 1)]
@@ -160,7 +160,7 @@ def _time_scores(
         added += max(0.0, times[0] - times[-1])
         if time.perf_counter() - began > most:
             break
-    members = [row for batch in rows.eval_plan(split).batches[:number] for row in batch]
+    members = [row for batch in data.eval_plan(split).batches[:number] for row in batch]
     left = _uncached(members, cache) if keep else 0
     return seconds * len(members) / max(1, scored), added * left / max(1, new)
 

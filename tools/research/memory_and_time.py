@@ -104,7 +104,7 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
     times = StepSeconds()
     with tempfile.TemporaryDirectory() as folder:
         sizes: dict[str, Any] = {"num_train": 3 * cell.rows, "num_dev": 2, "num_test": 2, "batch_size": cell.rows}
-        rows = TaskDataModule(cell.task, tokenizer=cell.model, data_dir=data_dir, **sizes)
+        data = TaskDataModule(cell.task, tokenizer=cell.model, data_dir=data_dir, **sizes)
         model = ZOModule(cell.model, layer=cell.layer, estimator=OF_LAYER[cell.method](), seed=0)
         trainer = ZOTrainer(
             max_steps=6,
@@ -115,7 +115,7 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
             enable_checkpointing=False,
             callbacks=[times],
         )
-        trainer.fit(model, datamodule=rows)
+        trainer.fit(model, datamodule=data)
         (found,) = Path(folder).glob("runs/*/summary.json")
         summary = json.loads(found.read_text(encoding="utf-8"))
     return {

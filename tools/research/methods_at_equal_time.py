@@ -27,7 +27,7 @@ from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.training.build import auto_rate, make_stepper, tune
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix
@@ -95,7 +95,7 @@ class Setting:
         states: States that enter the layer trained last, for the next method there.
     """
 
-    rows: TaskRows
+    rows: TaskData
     parts: ModelParts
     layers: dict[str, int]
     states: dict[int, PrefixCache] = field(default_factory=dict)
@@ -103,11 +103,11 @@ class Setting:
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
         """Load a model and the rows of a task, and profile the layers."""
-        rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 854)), seed)
-        parts = load(ZOModule(model, seed=seed).options, rows)
-        removing, first = chosen_layers(parts, rows, OutlierRemovingLayer(), FirstOutlierLayer())
+        data = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 854)), seed)
+        parts = load(ZOModule(model, seed=seed).options, data)
+        removing, first = chosen_layers(parts, data, OutlierRemovingLayer(), FirstOutlierLayer())
         layers = {"removing": removing, "last": parts.num_layers - 1, "first": first}
-        return cls(rows, parts, layers)
+        return cls(data, parts, layers)
 
 
 def train(setting: Setting, layer: int, method: str, model_name: str, seed: int, seconds: float) -> dict[str, Any]:

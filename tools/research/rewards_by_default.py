@@ -25,7 +25,7 @@ from slzo.__main__ import main as slzo
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.tasks.template import TemplateTask
 from slzo.training.build import tune
 from slzo.utils.files import read_json
@@ -171,7 +171,7 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     model, data = settings["model"]["model"], settings["data"]
     task = TemplateTask(**data["task"]["init_args"])
     sizes: dict[str, Any] = {"num_train": 16, "num_dev": 16, "num_test": data["num_test"], "batch_size": 16}
-    rows = TaskRows(task, tokenizer=model, reward=data["reward"], **sizes)
+    rows = TaskData(task, tokenizer=model, reward=data["reward"], **sizes)
     options = ZOModule(model).options
     parts = load(options, rows, torch.device("cpu"))
     evaluator = rows.evaluator(tune(parts, options, rows, parts.num_layers - 1))

@@ -67,10 +67,10 @@ class Cell(NamedTuple):
 def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerTrials, int | None, float, float | None]:
     """Return trials, the layer that removes the outlier, and the learning rate and eps that are measured there."""
     options = ZOModule(model, scope=SCOPES[scope](), estimator=SPSA(), seed=0).options
-    rows = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 200)))
-    parts = load(options, rows)
-    layer = chosen_layers(parts, rows, OutlierRemovingLayer())[0] if options.scope.needs_layer else None
-    trials = LayerTrials(parts, options, rows)
+    data = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 200)))
+    parts = load(options, data)
+    layer = chosen_layers(parts, data, OutlierRemovingLayer())[0] if options.scope.needs_layer else None
+    trials = LayerTrials(parts, options, data)
     return trials, layer, *trials.own_step(layer)
 
 

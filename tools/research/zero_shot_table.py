@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
-from slzo.task_rows import TaskRows
+from slzo.task_data import TaskData
 from slzo.utils.files import write_json, write_text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = split_and_verify(load_model(options.model))
     for task in NINE_TASKS:
         started = time.perf_counter()
-        data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None)
+        data = TaskData(task, options.model, data_dir=options.data_dir, num_test=None)
         data.setup("test")
         scores = data.score(data.evaluator(parts), data.eval_batches("test"))
         results[task] = {"n": len(data.rows("test")), **scores}

@@ -10,7 +10,7 @@ from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, CandidateObje
 def choose_objective(
     task: Task, objective: str | Objective | None, reward: RewardOption | None
 ) -> tuple[Objective, Reward | None]:
-    """Return what training minimizes and the rewards that are reported; see :class:`slzo.task_rows.TaskRows`.
+    """Return what training minimizes and the rewards that are reported; see :class:`slzo.task_data.TaskData`.
 
     Raises:
         SlzoError: One of them is unknown or does not fit the task, or both name rewards.

@@ -63,7 +63,7 @@ _TYPES: ArgumentTypes = {
 
 
 @with_lists(TASKS=sorted(TASKS), OBJECTIVES=class_names(OBJECTIVES), REWARDS=sorted(REWARDS))
-class TaskRows:
+class TaskData:
     """The training, dev and held-out rows of one task.
 
     Args:
