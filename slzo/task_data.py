@@ -480,7 +480,7 @@ class TaskData:
             SlzoError: There are fewer rows than processes.
         """
         rows = self.rows("train")
-        own_rank, world_size = self.processes.of_rows
+        own_rank, world_size = self.processes.row_partition
         size = self.batch_size if batch_size is None else batch_size
         seed = (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank

@@ -160,7 +160,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     for name, value in metrics.compute().items():
         assert result[f"test/{name}"] == pytest.approx(float(value))
     packed = pack([row.encoded for row in datamodule.rows("test")])
-    tokens = needed_logits(module.parts, packed).log_softmax(-1)[packed.token_needed, packed.token_id]
+    tokens = needed_logits(module.parts, packed).log_softmax(-1)[packed.token_logit, packed.token_id]
     assert result["test/loss"] == pytest.approx(-float(tokens.mean()), rel=1e-4)
 
 

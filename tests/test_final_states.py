@@ -56,7 +56,7 @@ def test_the_logits_are_those_of_the_whole_model(family, start, rows):
     parts, batch = ModelParts(model, onednn=False), pack(rows)
     hidden = parts.run(batch, 0, start) if start else None
     final, ran = tokens_by_layer(parts, batch, start, hidden)
-    logits = parts.head(final[0])[batch.token_needed]
+    logits = parts.head(final[0])[batch.token_logit]
     assert (logits - expected).abs().max() / expected.abs().max() < 1e-5
     assert ran.pop(3) == [len(batch.last_tokens.positions)]
     assert 2 * len(batch.last_tokens.positions) < batch.num_tokens
@@ -70,7 +70,7 @@ def test_states_of_several_points_run_together(start, rows):
     once = parts.run(batch, 0, start)
     points = [once, once + 0.1 * torch.randn(once.shape, generator=torch.Generator().manual_seed(0))]
     together = final_states(parts, batch, start, torch.cat(points), num_points=2)
-    assert together.shape == (2, len(batch.needed), once.shape[1])
+    assert together.shape == (2, len(batch.logit_positions), once.shape[1])
     for found, states in zip(together, points, strict=True):
         torch.testing.assert_close(found, final_states(parts, batch, start, states)[0], rtol=1e-4, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.01
@@ -91,13 +91,13 @@ def test_all_tokens_run_if_most_are_needed():
     batch, parts = pack([random_example(generator, number, 4, (12,)) for number in range(3)]), ModelParts(tiny_model())
     final, ran = tokens_by_layer(parts, batch, 0, None)
     assert ran[3] == [batch.num_tokens]
-    assert torch.equal(final[0], parts.run(batch, 0, 4)[batch.needed])
+    assert torch.equal(final[0], parts.run(batch, 0, 4)[batch.logit_positions])
 
 
 @torch.no_grad()
 def test_a_model_of_one_layer(rows):
     parts, batch = ModelParts(tiny_model(num_hidden_layers=1), onednn=False), pack(rows)
-    expected = parts.run(batch, 0, 1)[batch.needed]
+    expected = parts.run(batch, 0, 1)[batch.logit_positions]
     for hidden in (None, parts.run(batch, 0, 0)):
         torch.testing.assert_close(final_states(parts, batch, 0, hidden)[0], expected, rtol=1e-4, atol=1e-5)
 
@@ -116,14 +116,16 @@ def test_the_gradient_is_that_of_the_whole_model(rows):
     """The reference is autograd with attention over all tokens."""
     parts, batch = ModelParts(tiny_model("qwen3"), onednn=False), pack(rows)
     weights = [weight.requires_grad_() for layer in (2, 3) for weight in parts.layers[layer].parameters()]
-    weight = torch.randn(len(batch.needed), parts.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(
+        len(batch.logit_positions), parts.model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
 
     def whole(layer, query, key, value, options):
         return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
 
     with torch.enable_grad():
         found = torch.autograd.grad((final_states(parts, batch, 0, None)[0] * weight).sum(), weights)
-        plain = parts.run(batch, 0, 4, attend=whole)[batch.needed]
+        plain = parts.run(batch, 0, 4, attend=whole)[batch.logit_positions]
         expected = torch.autograd.grad((plain * weight).sum(), weights)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 1e-5 * other.norm()

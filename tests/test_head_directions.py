@@ -71,8 +71,8 @@ def test_tokens_are_those_of_the_answers_and_the_likeliest():
     """In a row of candidates of one token those of its answers alone."""
     rows = [random_example(random.Random(0), number, 5, (1, 2), 0) for number in range(3)]
     batch = pack([*rows, random_example(random.Random(1), 3, 4, (1, 1), 0)])
-    own = [set() for _ in batch.needed]
-    for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
+    own = [set() for _ in batch.logit_positions]
+    for position, token in zip(batch.token_logit.tolist(), batch.token_id.tolist(), strict=True):
         own[position].add(token)
     assert {len(tokens) for tokens in own} == {1, 2}
     assert [set(tokens) for tokens in tokens_of_positions(batch, None, 5).tolist()] == own
@@ -86,7 +86,7 @@ def test_tokens_are_those_of_the_answers_and_the_likeliest():
 def test_directions_are_orthonormal_and_orthogonal_to_the_state(examples):
     model, batch = varied("llama"), pack(examples)
     generator = torch.Generator().manual_seed(1)
-    states = torch.randn(len(batch.needed), 32, generator=generator)
+    states = torch.randn(len(batch.logit_positions), 32, generator=generator)
     tokens = torch.randint(VOCABULARY, (len(states), 4), generator=generator)
     tokens[0] = tokens[0, 0]  # a position without a difference
     tokens[1, 2:] = tokens[1, 1]  # and one with a single one

@@ -48,7 +48,7 @@ from slzo.zo.objectives import (
     CandidateCrossEntropy,
 )
 from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
-from slzo.zo.processes import Share, identity
+from slzo.zo.processes import Partition, identity
 from slzo.zo.scopes import (
     ActivationSubspace,
     LayerScope,
@@ -153,16 +153,16 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
     parts, batch = ModelParts(tiny_model(family, scale=1.5), onednn=False), pack(examples)
     output, _ = layer_output(parts, layer, batch, objective)
     torch.manual_seed(1)
-    shifts = 0.3 * torch.randn(3, len(batch.needed), output.width)
+    shifts = 0.3 * torch.randn(3, len(batch.logit_positions), output.width)
     losses = output.losses(shifts)
     assert torch.equal(output.applied(shifts), shifts)
     of_tokens = isinstance(objective, AnswerLikelihood)
     ends = torch.tensor(batch.example_tokens).cumsum(0)
-    rows = torch.searchsorted(ends, batch.needed, right=True)
+    rows = torch.searchsorted(ends, batch.logit_positions, right=True)
     assert output.counts == tuple(torch.bincount(rows).tolist())
     assert torch.equal(output.term, torch.arange(len(rows)) if of_tokens else rows)
     assert losses.shape == (3, output.num_terms) == (3, len(rows) if of_tokens else len(examples))
-    where = {int(position): number for number, position in enumerate(batch.needed)}
+    where = {int(position): number for number, position in enumerate(batch.logit_positions)}
     for number in range(3):
         expected, sequences = torch.zeros(output.num_terms), iter(sequences_of(batch))
         for row, example in enumerate(examples):
@@ -179,7 +179,7 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
 
 def sequences_of(batch):
     """Packed positions of the candidates' sequences, in the order of the candidates."""
-    last = batch.needed[batch.token_needed[batch.candidate_length.cumsum(0) - 1]]
+    last = batch.logit_positions[batch.token_logit[batch.candidate_length.cumsum(0) - 1]]
     return [positions.tolist() for positions in batch.layout.sequences_up_to(last)]
 
 
@@ -295,11 +295,13 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     run = partial(parts.run, batch, layer, layer + 1, entering, norm=False)
     expected_output, expected = vjp(tuned, run)
     output, found = layers_vjp(parts, tuned, layer, layer + 1, batch, entering)
-    read = batch.needed if packed and layer == LAST else slice(None)  # only the head reads the last layer's output
+    read = (
+        batch.logit_positions if packed and layer == LAST else slice(None)
+    )  # only the head reads the last layer's output
     torch.testing.assert_close(output[read], expected_output[read])
-    at_needed = torch.randn(len(batch.needed), output.shape[1], generator=torch.Generator().manual_seed(0))
-    everywhere = torch.zeros_like(output).index_copy_(0, batch.needed, at_needed)
-    _, total = found(at_needed).total(torch.zeros(2), Share(0, 1), identity)
+    at_needed = torch.randn(len(batch.logit_positions), output.shape[1], generator=torch.Generator().manual_seed(0))
+    everywhere = torch.zeros_like(output).index_copy_(0, batch.logit_positions, at_needed)
+    _, total = found(at_needed).total(torch.zeros(2), Partition(0, 1), identity)
     torch.testing.assert_close(total, tuned.with_zeros(expected(everywhere)), rtol=1e-4, atol=1e-5)
 
 
@@ -553,7 +555,7 @@ def test_in_bfloat16_what_rounding_left_counts(examples):
     torch.manual_seed(0)
     shifts = 0.02 * output.size * torch.randn(2, len(output.size), output.width)
     applied = output.applied(shifts)
-    here = leaving[batch.needed]
+    here = leaving[batch.logit_positions]
     assert torch.equal(applied, (here.float() + shifts).bfloat16().float() - here.float())
     assert 0.01 < (applied - shifts).norm() / shifts.norm() < 1
     # a shift that is rounded already runs the same

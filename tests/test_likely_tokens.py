@@ -25,7 +25,7 @@ def few(monkeypatch):
 
 def random_logits(batch, points=1):
     generator = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(points, batch.needed.numel(), VOCABULARY, generator=generator)
+    return 3 * torch.randn(points, batch.logit_positions.numel(), VOCABULARY, generator=generator)
 
 
 def kept(logits, likely):
@@ -42,7 +42,7 @@ def test_likelihoods_without_a_shift_are_exact(few, examples, temperature, least
     left_out = (likely.rest / temperature).exp().sum() / (logits[0] / temperature).exp().sum()
     assert least < float(left_out) < most
     found = token_log_likelihoods(kept(logits, likely), likely.batch, temperature)
-    expected = (logits / temperature).log_softmax(-1)[..., batch.token_needed, batch.token_id]
+    expected = (logits / temperature).log_softmax(-1)[..., batch.token_logit, batch.token_id]
     torch.testing.assert_close(found, expected)
 
 
@@ -56,7 +56,7 @@ def test_all_answer_tokens_of_a_row_are_likely_and_rows_do_not_mix(examples, mon
     found, expected = token_log_likelihoods(kept(logits, likely), likely.batch), token_log_likelihoods(logits, batch)
     torch.testing.assert_close(found, expected)
     first = 0
-    for number, size in enumerate(likely.batch.example_needed):
+    for number, size in enumerate(likely.batch.num_logits):
         alone = LikelyTokens.of(logits[0, first : first + size], pack(examples[number : number + 1]))
         torch.testing.assert_close(alone.rest, likely.rest[first : first + size])
         used = likely.ids[number] if likely.surplus is None else likely.ids[number][~likely.surplus[number]]
@@ -74,7 +74,7 @@ def test_the_derivative_is_that_of_the_softmax_for_likely_tokens(few, examples):
         lambda z: token_log_likelihoods(z, batch),
     ):
         z = logits.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(own(z).sum(), z)[0].split(likely.batch.example_needed, dim=1))
+        gradients.append(torch.autograd.grad(own(z).sum(), z)[0].split(likely.batch.num_logits, dim=1))
     for found, expected, ids in zip(*gradients, likely.ids, strict=True):
         torch.testing.assert_close(found[..., ids], expected[..., ids])
         others = torch.ones(VOCABULARY, dtype=torch.bool)
@@ -87,10 +87,10 @@ def test_the_tokens_of_a_row_do_not_depend_on_the_others(few, examples):
     batch, alone = pack(examples), pack(examples[3:4])
     logits = random_logits(batch)[0]
     likely = LikelyTokens.of(logits, batch)
-    first = sum(likely.batch.example_needed[:3])
-    own = LikelyTokens.of(logits[first : first + likely.batch.example_needed[3]], alone)
+    first = sum(likely.batch.num_logits[:3])
+    own = LikelyTokens.of(logits[first : first + likely.batch.num_logits[3]], alone)
     assert torch.equal(own.ids[0], likely.ids[3])
-    torch.testing.assert_close(own.rest, likely.rest[first : first + likely.batch.example_needed[3]])
+    torch.testing.assert_close(own.rest, likely.rest[first : first + likely.batch.num_logits[3]])
 
 
 def test_a_small_vocabulary_is_computed_whole(examples):
@@ -113,12 +113,12 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
         assert likely is not None
         base = parts.head(final_states(parts, batch, stop, hidden)[0])
         is_likely = torch.zeros(base.shape, dtype=torch.bool)
-        rows = torch.arange(len(examples)).repeat_interleave(torch.tensor(likely.batch.example_needed))
+        rows = torch.arange(len(examples)).repeat_interleave(torch.tensor(likely.batch.num_logits))
         is_likely[torch.arange(len(base))[:, None], likely.ids[rows]] = True
         expected = []
         for shift in shifts:
             moved = hidden.clone()
-            moved[batch.needed] += shift
+            moved[batch.logit_positions] += shift
             logits = torch.where(is_likely, parts.head(final_states(parts, batch, stop, moved)[0]), base)
             own = objective.row_losses(logits[None], batch, False)
             expected.append(own.by_position if output.per_token else own.totals)
@@ -163,7 +163,7 @@ class OwnScores(CandidateCrossEntropy):
 )
 def test_losses_say_whether_they_read_logits_themselves(objective, temperature, examples):
     batch = pack(examples)
-    found = objective.row_losses(torch.zeros(1, batch.needed.numel(), VOCABULARY), batch, False)
+    found = objective.row_losses(torch.zeros(1, batch.logit_positions.numel(), VOCABULARY), batch, False)
     assert found.likelihood_temperature == temperature
 
 

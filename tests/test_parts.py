@@ -26,7 +26,7 @@ def logits_in_parts(parts, batch, layer):
     """The same, with the layers before ``layer`` run on their own."""
     hidden = parts.run(batch, 0, layer) if layer else None
     final = parts.run(batch, layer, parts.num_layers, hidden)
-    return parts.head(final.index_select(0, batch.needed))[batch.token_needed]
+    return parts.head(final.index_select(0, batch.logit_positions))[batch.token_logit]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +47,7 @@ def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
 def test_selected_head_rows_equal_the_full_head(family, one_token_examples):
     parts, batch = ModelParts(tiny_model(family)), pack(one_token_examples)
-    final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.needed)
+    final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.logit_positions)
     few, full = parts.head(final, batch.choice_ids), parts.head(final)
     torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_shared_prompts_are_stored_once(examples):
     separate = pack([EncodedExample(i, (candidate,), (0,)) for i, candidate in enumerate(candidates)])
     assert separate.num_tokens > shared.num_tokens
     parts = ModelParts(tiny_model("llama"))
-    one, other = (needed_logits(parts, batch)[batch.token_needed] for batch in (shared, separate))
+    one, other = (needed_logits(parts, batch)[batch.token_logit] for batch in (shared, separate))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -153,8 +153,8 @@ def test_only_rows_whose_answers_differ_are_run(kept):
     losses = [0.5 if len(kept) == 1 or number == 1 else shift * 0.1 for number in range(3) for shift in range(4)]
     batch, policy, numbers = policy_batch(rows, answers, losses, 0.5, torch.device("cpu"))
     assert batch.example_index == tuple(numbers) == kept
-    logits = torch.randn(2, len(batch.needed), TOKENS, generator=torch.Generator().manual_seed(0))
-    likelihood = (2 * logits).log_softmax(-1)[..., batch.token_needed, batch.token_id]
+    logits = torch.randn(2, len(batch.logit_positions), TOKENS, generator=torch.Generator().manual_seed(0))
+    likelihood = (2 * logits).log_softmax(-1)[..., batch.token_logit, batch.token_id]
     expected, sizes = torch.zeros(2, len(kept)), iter(batch.candidate_length.tolist())
     first = 0
     for place, number in enumerate(kept):
@@ -170,7 +170,7 @@ def test_only_rows_whose_answers_differ_are_run(kept):
     torch.testing.assert_close(totals, expected)
     assert float(weights.sum()) == 12
     assert temperature == 0.5
-    assert of_positions.shape == (2, len(batch.needed))
+    assert of_positions.shape == (2, len(batch.logit_positions))
     torch.testing.assert_close(of_positions.sum(dim=1), expected.sum(dim=1))
     one_point = policy.row_losses(logits[1], batch, False).sum()
     torch.testing.assert_close(one_point, torch.stack([expected[1].sum(), weights.sum()]))

@@ -129,13 +129,13 @@ def test_a_sum_gets_contiguous_tensors():
 
 
 @pytest.mark.parametrize(
-    ("parallel", "of_rows", "of_points"),
+    ("parallel", "row_partition", "point_partition"),
     [("rows", (5, 6), (0, 1)), ("directions", (0, 1), (5, 6)), (2, (2, 3), (1, 2)), (3, (1, 2), (2, 3))],
 )
-def test_a_grid_of_rows_by_directions(parallel, of_rows, of_points):
+def test_a_grid_of_rows_by_directions(parallel, row_partition, point_partition):
     processes = Processes(6, 5, num_directions(parallel, 6))
-    assert processes.of_rows == of_rows
-    assert processes.of_points == of_points
+    assert processes.row_partition == row_partition
+    assert processes.point_partition == point_partition
 
 
 def test_a_number_that_does_not_divide_the_processes_is_refused():
@@ -194,7 +194,7 @@ def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, direct
 
     whole = estimate(examples, Processes())
     gradient = {name: tensor.clone() for name, tensor in whole.gradient.items()}
-    found = on_grid(3, directions, lambda processes: estimate(parts[processes.of_rows.rank], processes))
+    found = on_grid(3, directions, lambda processes: estimate(parts[processes.row_partition.rank], processes))
     for each in found:
         assert each.loss == pytest.approx(whole.loss, rel=1e-5)
         assert each.gradient.keys() == gradient.keys()

@@ -56,7 +56,7 @@ class Certainty(LogitObjective):
     """A user's objective of logits, with another weight for each example."""
 
     def row_losses(self, logits, batch, selected):
-        entropy, examples = torch.distributions.Categorical(logits=logits).entropy(), batch.needed_example
+        entropy, examples = torch.distributions.Categorical(logits=logits).entropy(), batch.logit_example
         return RowLosses(of_examples(entropy, examples, batch), torch.bincount(examples).float())
 
 
@@ -69,7 +69,7 @@ def plain_loss(objective, logits, example):
     batch = pack([example])
     if objective not in BUILT_IN:
         return objective.row_losses(logits, batch, False).sum()
-    tokens = logits.log_softmax(-1)[batch.token_needed, batch.token_id].split(batch.candidate_length.tolist())
+    tokens = logits.log_softmax(-1)[batch.token_logit, batch.token_id].split(batch.candidate_length.tolist())
     means = torch.stack([own.mean() for own in tokens])
     if not example.gold:
         return torch.zeros(2)
@@ -99,7 +99,7 @@ def random_rows(answers, odd):
 
 def random_logits(batch):
     """Logits of a batch at three points."""
-    return 2 * torch.randn(3, len(batch.needed), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    return 2 * torch.randn(3, len(batch.logit_positions), VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
     examples = random_rows(answers, odd=objective in BUILT_IN)
     batch = pack(examples)
     logits = random_logits(batch)
-    sizes = [len(pack([example]).needed) for example in examples]
+    sizes = [len(pack([example]).logit_positions) for example in examples]
     expected = torch.stack(
         [
             torch.stack(

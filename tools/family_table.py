@@ -140,7 +140,7 @@ def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
     batch, errors = pack(examples), []
     for layer in range(parts.num_layers):
         below = parts.run(batch, 0, layer) if layer else None
-        ours = parts.head(final_states(parts, batch, layer, below)[0])[batch.token_needed]
+        ours = parts.head(final_states(parts, batch, layer, below)[0])[batch.token_logit]
         errors.append(float((ours - plain).abs().max() / plain.abs().max()))
     return max(errors)
 

@@ -113,7 +113,7 @@ class SlzoStep:
 
     def _loss(self, batch: PackedBatch, final: Tensor) -> float:
         ids = self.head_ids(batch)
-        logits = self.parts.head(final.index_select(0, batch.needed), ids)
+        logits = self.parts.head(final.index_select(0, batch.logit_positions), ids)
         total, weight = self.objective.row_losses(logits, batch, selected=ids is not None).sum()
         return float(total / weight)
 
@@ -130,7 +130,7 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> tuple[f
     head = parts.model.get_output_embeddings()
     ids = step.head_ids(batch)
     head_weight = head.weight if ids is None else head.weight[: len(ids)]
-    head_inputs = torch.randn(batch.needed.numel(), head.in_features, dtype=dtype)
+    head_inputs = torch.randn(batch.logit_positions.numel(), head.in_features, dtype=dtype)
     linear = onednn_linear if parts.onednn else F.linear
 
     def products() -> None:

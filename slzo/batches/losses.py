@@ -63,7 +63,7 @@ def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, bat
         wanted = "RowLosses with a total for each point and example, and a weight for each example"
         raise broken_contract("data.objective", loss, f"{method}() returned {short_repr(found)}", wanted)
     own = found.by_position
-    if own is not None and (not isinstance(own, Tensor) or own.shape != (*points, batch.needed.numel())):
+    if own is not None and (not isinstance(own, Tensor) or own.shape != (*points, batch.logit_positions.numel())):
         wanted = "RowLosses whose by_position is None, or a loss for each point and position"
         raise broken_contract("data.objective", loss, f"{method}() returned by_position {short_repr(own)}", wanted)
     return found
@@ -78,7 +78,7 @@ def check_positions(loss: LogitLoss, found: RowLosses, batch: PackedBatch) -> No
     """Raise SlzoError if ``by_position`` does not add up to the totals, such as those that a subclass has changed."""
     if found.by_position is None:
         return
-    sums = torch.zeros_like(found.totals).index_add_(-1, batch.needed_example, found.by_position)
+    sums = torch.zeros_like(found.totals).index_add_(-1, batch.logit_example, found.by_position)
     if not torch.allclose(sums, found.totals, rtol=1e-3, atol=1e-3, equal_nan=True):
         wanted = "new RowLosses, without by_position if the loss is not a sum over positions"
         returned = "row_losses() returned by_position that does not add up to totals"
@@ -92,8 +92,8 @@ def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float
     """
     if temperature != 1:
         logits = logits / temperature
-    chosen = logits[..., batch.token_needed, batch.token_id]
-    return chosen - logits.logsumexp(dim=-1)[..., batch.token_needed]
+    chosen = logits[..., batch.token_logit, batch.token_id]
+    return chosen - logits.logsumexp(dim=-1)[..., batch.token_logit]
 
 
 def candidate_scores(logits: Tensor, batch: PackedBatch, selected: bool = False) -> Tensor:
@@ -102,7 +102,7 @@ def candidate_scores(logits: Tensor, batch: PackedBatch, selected: bool = False)
     If ``selected``, the logits are those of ``batch.choice_ids``, and the result is up to a constant for each example.
     """
     if selected:
-        return logits[..., batch.token_needed, batch.token_choice]
+        return logits[..., batch.token_logit, batch.token_choice]
     tokens = token_log_likelihoods(logits, batch)
     total = tokens.new_zeros(*tokens.shape[:-1], batch.candidate_length.numel())
     return total.index_add_(-1, batch.token_candidate, tokens) / batch.candidate_length
@@ -123,8 +123,8 @@ def sum_by_example(tokens: Tensor, batch: PackedBatch) -> Tensor:
 
 def sum_by_position(tokens: Tensor, batch: PackedBatch) -> Tensor:
     """Return the sum over the answer tokens that follow each needed position, shape (..., U), from (..., R)."""
-    totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
-    return totals.index_add_(-1, batch.token_needed, tokens)
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.logit_positions.numel())
+    return totals.index_add_(-1, batch.token_logit, tokens)
 
 
 def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:

@@ -45,10 +45,10 @@ class PackedBatch(TokenBatch):
         examples: The examples, length B.
         example_index: Cache key of each example, length B.
         example_tokens: Number of packed tokens of each example, length B, in order. They sum to T.
-        example_needed: Number of positions in ``needed`` of each example, length B, in order. They sum to U.
-        needed: Packed positions whose logits are needed, shape (U,), int64.
-        needed_example: Example of each of these, shape (U,), int64, not decreasing.
-        token_needed: Index in ``needed`` of each answer token, shape (R,), int64.
+        num_logits: Number of positions in ``logit_positions`` of each example, length B, in order. They sum to U.
+        logit_positions: Packed positions whose logits are needed, shape (U,), int64.
+        logit_example: Example of each of these, shape (U,), int64, not decreasing.
+        token_logit: Index in ``logit_positions`` of each answer token, shape (R,), int64.
         token_id: Ids of the answer tokens, shape (R,), int64.
         token_candidate: Candidate of each answer token, shape (R,), int64.
         candidate_length: Number of scored answer tokens of each candidate, shape (C,), int64.
@@ -69,10 +69,10 @@ class PackedBatch(TokenBatch):
     examples: tuple[EncodedExample, ...]
     example_index: tuple[int, ...]
     example_tokens: tuple[int, ...]
-    example_needed: tuple[int, ...]
-    needed: Tensor
-    needed_example: Tensor
-    token_needed: Tensor
+    num_logits: tuple[int, ...]
+    logit_positions: Tensor
+    logit_example: Tensor
+    token_logit: Tensor
     token_id: Tensor
     token_candidate: Tensor
     candidate_length: Tensor
@@ -95,7 +95,7 @@ class PackedBatch(TokenBatch):
     def last_tokens(self) -> LastTokens:
         """In each sequence, the first token whose logits are needed, and all after it."""
         own = self.on_cpu
-        return LastTokens.of(own.layout, own.needed).to(self.needed.device)
+        return LastTokens.of(own.layout, own.logit_positions).to(self.logit_positions.device)
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on another device, which keeps this batch as its ``source``."""
@@ -150,14 +150,14 @@ class _Tokens:
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sequences: list[tuple[int, ...]] = field(default_factory=list)
-    needed: dict[int, int] = field(default_factory=dict)  # position -> its number, in order
-    token_needed: list[int] = field(default_factory=list)
+    logit_positions: dict[int, int] = field(default_factory=dict)  # position -> its number, in order
+    token_logit: list[int] = field(default_factory=list)
     example_tokens: list[int] = field(default_factory=list)
-    example_needed: list[int] = field(default_factory=list)
+    num_logits: list[int] = field(default_factory=list)
 
     def add(self, example: EncodedExample) -> None:
         """Add an example: the tokens that its candidates share, then those that each adds."""
-        start, before = len(self.ids), len(self.needed)
+        start, before = len(self.ids), len(self.logit_positions)
         shared = _num_shared(example)
         common = self._append(example.sequences[0].ids[:shared], 0)
         for slot, sequence in enumerate(example.sequences):
@@ -166,9 +166,11 @@ class _Tokens:
             if branch or slot == 0:
                 self.sequences.append(packed)
             # a token is predicted by the logits of the token before it
-            self.token_needed += [self.needed.setdefault(packed[at], len(self.needed)) for at in sequence.places]
+            self.token_logit += [
+                self.logit_positions.setdefault(packed[at], len(self.logit_positions)) for at in sequence.places
+            ]
         self.example_tokens.append(len(self.ids) - start)
-        self.example_needed.append(len(self.needed) - before)
+        self.num_logits.append(len(self.logit_positions) - before)
 
     def _append(self, ids: Sequence[int], position: int) -> tuple[int, ...]:
         """Append tokens, the first at this position of its sequence; return where they are in the packed row."""
@@ -209,10 +211,10 @@ def pack(examples: Sequence[EncodedExample]) -> PackedBatch:
         examples=tuple(examples),
         example_index=tuple(example.index for example in examples),
         example_tokens=tuple(tokens.example_tokens),
-        example_needed=tuple(tokens.example_needed),
-        needed=tensor(list(tokens.needed)),
-        needed_example=tensor([number for number, count in enumerate(tokens.example_needed) for _ in range(count)]),
-        token_needed=tensor(tokens.token_needed),
+        num_logits=tuple(tokens.num_logits),
+        logit_positions=tensor(list(tokens.logit_positions)),
+        logit_example=tensor([number for number, count in enumerate(tokens.num_logits) for _ in range(count)]),
+        token_logit=tensor(tokens.token_logit),
         token_id=tensor(token_id),
         token_candidate=tensor([number for number, length in enumerate(lengths) for _ in range(length)]),
         candidate_length=tensor(lengths),

@@ -46,6 +46,6 @@ def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
         examples=(),
         example_tokens=(),
         shares_tokens=True,
-        needed=torch.tensor(merged)[batch.needed],
+        logit_positions=torch.tensor(merged)[batch.logit_positions],
     )
     return shared, source

@@ -160,23 +160,23 @@ class Decoder:
         packed, device = pack(encoded), self.parts.model.device
         shared, source = share_beginnings(packed)
         batch = shared.to(device)
-        last = batch.token_needed[batch.candidate_slot[batch.token_candidate] == 0]
-        positions = dict(zip(rows, batch.layout.sequences_up_to(batch.needed[last]), strict=True))
+        last = batch.token_logit[batch.candidate_slot[batch.token_candidate] == 0]
+        positions = dict(zip(rows, batch.layout.sequences_up_to(batch.logit_positions[last]), strict=True))
         hidden = None
         if self.below is not None and cached:  # the cache holds whole prompts, which share no tokens
             assert self.kept is not None
             unshared = packed.to(device)
             states, below = self.kept.states.of(unshared, self.kept.keep, self.max_tokens)
             hidden = states.index_select(0, source.to(device))
-            sequences = unshared.layout.sequences_up_to(unshared.needed[last])
+            sequences = unshared.layout.sequences_up_to(unshared.logit_positions[last])
             self.below.stage.fill(below, dict(zip(rows, sequences, strict=True)))
         elif self.below is not None:
             hidden = self.below.stage.prefill(batch, None, positions)
         if self._entering is not None and hidden is not None:
             self._entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
         final, answers = self._prefill_above(batch, hidden, positions)
-        needed = torch.cat([batch.needed + point * batch.num_tokens for point in range(self.num_points)])
-        logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
+        needed = torch.cat([batch.logit_positions + point * batch.num_tokens for point in range(self.num_points)])
+        logits = self.parts.head(final.index_select(0, needed)).split(batch.logit_positions.numel())
         losses = None if gold is None else answer_losses(logits[0], batch)
         first = torch.cat([of_point.index_select(0, last) for of_point in logits])
         place = {row: number for number, row in enumerate(rows)}

@@ -297,7 +297,7 @@ class LayerTrials(Trials):
         if not isinstance(objective, LogitObjective) or not objective.needs_vocabulary(batch):
             return 0.0
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
-        head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens
+        head = config.vocab_size * config.hidden_size * batch.logit_positions.numel() / batch.num_tokens
         return float(_LOGITS * head / sum(parameter.numel() for parameter in layer.parameters()))
 
 

@@ -44,7 +44,7 @@ def final_states(
     tokens, stop = batch.repeat(num_points), parts.num_layers
     if start == stop or last_layer_share(parts, batch) == 1:
         final = parts.run(tokens, start, stop, hidden).unflatten(0, (num_points, -1))
-        return final.index_select(1, batch.needed)
+        return final.index_select(1, batch.logit_positions)
     last = stop - 1
     entering = hidden if start == last and hidden is not None else parts.run(tokens, start, last, hidden)
     with parts.placement.visit(last):
@@ -79,4 +79,6 @@ def states_at_needed(
     states = compute_key_values(parts, batch.repeat(num_points), start, stop, hidden)
     attend, own = LastTokensAttention(chosen, states).attend, batch.tokens_at(last.positions, num_points)
     after = parts.run(own, start, stop, hidden.index_select(0, chosen.positions), norm=norm, attend=attend)
-    return after.unflatten(0, (num_points, -1)).index_select(1, torch.searchsorted(last.positions, batch.needed))
+    return after.unflatten(0, (num_points, -1)).index_select(
+        1, torch.searchsorted(last.positions, batch.logit_positions)
+    )

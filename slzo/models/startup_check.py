@@ -297,7 +297,7 @@ def largest_difference(parts: ModelParts, expected: Tensor, batch: PackedBatch, 
     For a mixture of experts in half precision it is the median over the rows of logits instead of the maximum, because rounding
     can route a token to another expert.
     """
-    differences = (logits[batch.token_needed] - expected).abs().amax(dim=1)
+    differences = (logits[batch.token_logit] - expected).abs().amax(dim=1)
     routed = parts.model.dtype != torch.float32 and any("expert" in name for name, _ in parts.model.named_parameters())
     return float((differences.median() if routed else differences.max()) / expected.abs().max())
 

@@ -225,7 +225,7 @@ def _answer_tokens(data: TaskData, answers: int) -> int:
 
 
 def _vocabulary_rows(data: TaskData, batch: PackedBatch) -> int:
-    return batch.needed.numel() if data.loss.needs_vocabulary(batch) else 0
+    return batch.logit_positions.numel() if data.loss.needs_vocabulary(batch) else 0
 
 
 def _gib(size: int) -> str:

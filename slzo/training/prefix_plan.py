@@ -65,13 +65,13 @@ def training_blocks(data: TaskData) -> list[list[Block]]:
 
 def _first_epoch(data: TaskData) -> list[list[list[Row]]]:
     """Return the rows of the batches of the first epoch, by process."""
-    return [list(data.sampler(rank=rank)) for rank in range(data.processes.of_rows.total)]
+    return [list(data.sampler(rank=rank)) for rank in range(data.processes.row_partition.total)]
 
 
 def shared_prefix(model: TunedModel, data: TaskData) -> SharedPrefix | None:
     """Return how processes send prefix states to each other; ``None`` if they have no states of training rows to send."""
-    share = data.processes.of_rows
+    partition = data.processes.row_partition
     span = model.span
-    if share.total == 1 or span.start == 0 or data.objective.generates or not model.engine.share_prefix:
+    if partition.total == 1 or span.start == 0 or data.objective.generates or not model.engine.share_prefix:
         return None
-    return SharedPrefix(model.forward, training_blocks(data), share.rank)
+    return SharedPrefix(model.forward, training_blocks(data), partition.rank)

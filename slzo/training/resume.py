@@ -177,7 +177,7 @@ def log_settings(prepared: Prepared, data: TaskData) -> dict[str, Any]:
     return {
         **logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed),
         **settings,
-        "rows per step": batch_size * data.processes.of_rows.total,
+        "rows per step": batch_size * data.processes.row_partition.total,
         "train rows": prepared.fingerprint.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }

@@ -10,7 +10,7 @@ from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.zo.forward import SuffixForward
 from slzo.zo.loss import Loss, LossReport
-from slzo.zo.processes import Share
+from slzo.zo.processes import Partition
 from slzo.zo.tuned import Point, TunedTensors
 
 
@@ -22,7 +22,7 @@ class LossContext:
         forward: Computes logits.
         tuned: The tensors that the loss is a function of.
         sum_rows: Returns the sum of a tensor over the processes.
-        rows: The share of the rows that this process has.
+        rows: The part of the rows that this process has.
         evaluator: Generates answers; ``None`` if the objective needs none.
         seed: Seed of the run.
         step: Step of the run.
@@ -32,7 +32,7 @@ class LossContext:
     forward: SuffixForward
     tuned: TunedTensors
     sum_rows: Callable[[Tensor], Tensor]
-    rows: Share
+    rows: Partition
     evaluator: Evaluator | None
     seed: int
     step: int

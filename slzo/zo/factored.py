@@ -15,7 +15,7 @@ from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
 from slzo.zo.derivatives import vjp
-from slzo.zo.processes import Share, sum_tensors
+from slzo.zo.processes import Partition, sum_tensors
 from slzo.zo.tuned import Gradient, TunedTensors
 from slzo.zo.tuned_tensor import TunedTensor
 
@@ -66,14 +66,14 @@ class FactoredGradient:
             if self._num_inputs(name) > _most_inputs(self._tensors[name]):
                 self._multiply(name)
 
-    def total(self, sums: Tensor, rows: Share, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gradient]:
+    def total(self, sums: Tensor, rows: Partition, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gradient]:
         """Return ``sums`` and the gradient of all masters, added up over the processes.
 
         All processes multiply the same factors. So those with the same kind of processor get the same bits.
 
         Args:
             sums: Numbers of this process, shape (N,), float32.
-            rows: The share of the rows that this process has.
+            rows: The part of the rows that this process has.
             sum_rows: Returns the sum of a tensor over the processes.
         """
         sent: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ class FactoredGradient:
         return sums, self.tuned.with_zeros(self.whole)
 
     def _exchange_sizes(
-        self, sums: Tensor, rows: Share, sum_rows: Callable[[Tensor], Tensor]
+        self, sums: Tensor, rows: Partition, sum_rows: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``sums``, added up, and the factors to send. Afterwards the rest has the same names on all processes."""
         names = self.tuned.names

@@ -21,20 +21,20 @@ def tokens_of_positions(batch: PackedBatch, logits: Tensor | None, number: int) 
             rows have candidates of one token; then only these are used, as in such a row of any batch.
         number: Number of likely tokens.
     """
-    own: list[list[int]] = [[] for _ in range(batch.needed.numel())]
+    own: list[list[int]] = [[] for _ in range(batch.logit_positions.numel())]
     answers = batch.on_cpu
-    for position, token in zip(answers.token_needed.tolist(), answers.token_id.tolist(), strict=True):
+    for position, token in zip(answers.token_logit.tolist(), answers.token_id.tolist(), strict=True):
         if token not in own[position]:
             own[position].append(token)
     if logits is not None:
-        positions_of_row = [count for count in batch.example_needed for _ in range(count)]
+        positions_of_row = [count for count in batch.num_logits for _ in range(count)]
         most_likely = logits.topk(min(number, logits.shape[1]), dim=1).indices.tolist()
         for tokens, likely, positions in zip(own, most_likely, positions_of_row, strict=True):
             if positions > 1 or len(tokens) == 1:
                 tokens.extend(token for token in likely if token not in tokens)
     most = max(map(len, own))
     padded = [tokens + [tokens[0]] * (most - len(tokens)) for tokens in own]
-    return torch.tensor(padded).to(batch.needed.device, non_blocking=True)
+    return torch.tensor(padded).to(batch.logit_positions.device, non_blocking=True)
 
 
 def head_rows(parts: ModelParts, width: int) -> Tensor | None:

@@ -48,11 +48,11 @@ class LikelyTokens:
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None
-        scaled, row = logits if temperature == 1 else logits / temperature, batch.needed_example
+        scaled, row = logits if temperature == 1 else logits / temperature, batch.logit_example
         likelihood = scaled.softmax(dim=1)
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
         del scaled, likelihood  # as large as the logits
-        token_row = row[batch.token_needed]
+        token_row = row[batch.token_logit]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
         numbers = score.isinf().sum(dim=1, keepdim=True).clamp(min=NUM_LIKELY)
         most = max(NUM_LIKELY, _most_answer_tokens(batch.on_cpu))
@@ -75,11 +75,11 @@ class LikelyTokens:
         found = self.rest.new_empty(*states.shape[:2], self.ids.shape[1] + 1)
         found[..., -1:] = self.rest
         last = 0
-        for own, ids in zip(states.split(self.batch.example_needed, dim=1), self.ids, strict=True):
+        for own, ids in zip(states.split(self.batch.num_logits, dim=1), self.ids, strict=True):
             first, last = last, last + own.shape[1]
             found[:, first:last, :-1] = head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2])
         if self.surplus is not None:
-            found[..., :-1].masked_fill_(self.surplus[self.batch.needed_example], -torch.inf)
+            found[..., :-1].masked_fill_(self.surplus[self.batch.logit_example], -torch.inf)
         return found
 
 

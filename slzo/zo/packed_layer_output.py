@@ -87,10 +87,10 @@ class PackedLayerOutput(LayerOutput):
 
         self._forward, self._batch, self._objective, self._unshifted = forward, batch, objective, unshifted
         self.sums = found.sum()
-        self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
-        self.size = _size_of_added(entered[batch.needed], output[batch.needed])
+        self.keys, self.counts, self.width = batch.example_index, batch.num_logits, output.shape[1]
+        self.size = _size_of_added(entered[batch.logit_positions], output[batch.logit_positions])
         self.per_token = per_token
-        self.term = torch.arange(len(batch.needed), device=output.device) if per_token else batch.needed_example
+        self.term = torch.arange(len(batch.logit_positions), device=output.device) if per_token else batch.logit_example
         self.num_layers_above = unshifted.parts.num_layers - forward.span.stop
         self.shifts_all_tokens = unshifted.selected
         self.whole_vocabulary = unshifted.whole_vocabulary
@@ -113,7 +113,7 @@ class PackedLayerOutput(LayerOutput):
         if weight is None:
             return None
         tokens = tokens_of_positions(batch, None if self._unshifted.selected else self._unshifted.logits, number)
-        states = self._unshifted.output[batch.needed].float()
+        states = self._unshifted.output[batch.logit_positions].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
@@ -125,16 +125,16 @@ class PackedLayerOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         unshifted = self._unshifted
         hidden = unshifted.output[unshifted.above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, unshifted.needed] = self._moved(shifts)
+        hidden[:, unshifted.logit_index] = self._moved(shifts)
         found = self._row_losses(self._logits(unshifted.above.run(hidden)))
         return found.by_position if self.per_token and found.by_position is not None else found.totals
 
     def applied(self, shifts: Tensor) -> Tensor:
-        here = self._unshifted.output[self._batch.needed]
+        here = self._unshifted.output[self._batch.logit_positions]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self._unshifted.output[self._batch.needed]
+        here = self._unshifted.output[self._batch.logit_positions]
         return (here.float() + shifts).to(here.dtype)
 
     def _row_losses(self, logits: Tensor) -> RowLosses:
@@ -145,7 +145,7 @@ class PackedLayerOutput(LayerOutput):
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
         unshifted = self._unshifted
-        needed, head = final[:, unshifted.needed], unshifted.parts.head
+        needed, head = final[:, unshifted.logit_index], unshifted.parts.head
         if unshifted.likely is not None:
             return unshifted.likely.logits(needed, head)
         ids = self._batch.choice_ids if unshifted.selected else None
@@ -159,7 +159,7 @@ class _Unshifted(NamedTuple):
         parts: The model whose layers above run, as in :attr:`SuffixForward.parts_above`.
         output: The output of the tuned layer in the dtype of these layers, shape (T, width).
         above: The layers above.
-        needed: Places of the needed positions among the tokens that run at each point, shape (U,).
+        logit_index: Places of the positions with logits among the tokens that run at each point, shape (U,).
         logits: Logits at these positions, shape (U, K or vocabulary), float32.
         losses: Losses of the rows.
         selected: Whether only logits of the candidates' tokens are computed.
@@ -169,7 +169,7 @@ class _Unshifted(NamedTuple):
     parts: ModelParts
     output: Tensor
     above: LayersAbove
-    needed: Tensor
+    logit_index: Tensor
     logits: Tensor
     losses: RowLosses
     selected: bool
@@ -193,7 +193,7 @@ def _run_unshifted(
 ) -> _Unshifted:
     """Run layers ``start`` and above without a shift, from the tuned layer's output in their dtype, shape (T, width)."""
     above = layers_above(parts, start, batch, output)
-    needed = torch.searchsorted(above.positions, batch.needed)
+    needed = torch.searchsorted(above.positions, batch.logit_positions)
     selected = not objective.needs_vocabulary(batch)
     logits = parts.head(above.final[needed], batch.choice_ids if selected else None)
     losses = checked_row_losses(objective, logits[None], batch, selected)
@@ -223,5 +223,5 @@ def _points_at_once(batch: PackedBatch, num_run: int, max_tokens: int | None, co
     points = max(1, most // num_run)
     if columns is None:
         return points
-    computed = batch.needed.numel() * columns
+    computed = batch.logit_positions.numel() * columns
     return min(points, max(computed, _FEWEST_LOGITS) // computed)

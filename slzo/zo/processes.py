@@ -55,12 +55,12 @@ def _sum_bucket(sum_over: Callable[[Tensor], Tensor], bucket: list[Tensor]) -> l
     return [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
 
 
-class Share(NamedTuple):
-    """A share of the rows or points of a step, as one process has.
+class Partition(NamedTuple):
+    """The part of a step's rows or points that one process has.
 
     Attributes:
-        rank: Index of the share, counted from 0.
-        total: Number of shares.
+        rank: Index of the part, counted from 0.
+        total: Number of parts.
     """
 
     rank: int
@@ -71,7 +71,7 @@ class Share(NamedTuple):
 class Processes:
     """The processes of a run, as seen from one of them: a grid of rows by directions.
 
-    Process r * directions + d has share r of the rows, and evaluates share d of the points on them. Processes with the same
+    Process r * directions + d has part r of the rows, and evaluates part d of the points on them. Processes with the same
     rows exchange only losses, as in evolution strategies (arXiv 1703.03864).
 
     Attributes:
@@ -92,14 +92,14 @@ class Processes:
     broadcast: Callable[[Any], Any] = identity
 
     @property
-    def of_rows(self) -> Share:
-        """The share of the rows that this process has."""
-        return Share(self.rank // self.directions, self.world_size // self.directions)
+    def row_partition(self) -> Partition:
+        """The part of the rows that this process has."""
+        return Partition(self.rank // self.directions, self.world_size // self.directions)
 
     @property
-    def of_points(self) -> Share:
-        """The share of the points that this process evaluates."""
-        return Share(self.rank % self.directions, self.directions)
+    def point_partition(self) -> Partition:
+        """The part of the points that this process evaluates."""
+        return Partition(self.rank % self.directions, self.directions)
 
 
 def num_directions(parallel: Parallel, world_size: int) -> int:
@@ -157,7 +157,7 @@ class DividedDirections(Loss):
     device: torch.device
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        own = _share(len(points), self.processes)
+        own = _own_points(len(points), self.processes)
         losses = torch.zeros(len(points), device=self.device)
         if own.start < own.stop:
             losses[own] = self.loss.at(points[own])
@@ -165,19 +165,19 @@ class DividedDirections(Loss):
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         found = self.loss.gradient_from_output(lambda output: estimate(_DividedOutput(output, self.processes)))
-        if self.processes.of_rows.total == 1:
+        if self.processes.row_partition.total == 1:
             return found
         # processes with different points add up the rows in sums of their own, which may round differently
         own = [torch.tensor([found.loss], device=self.device), *found.gradient.values()]
-        if self.processes.of_points.rank > 0:  # those of the process with the first points count
+        if self.processes.point_partition.rank > 0:  # those of the process with the first points count
             own = [torch.zeros_like(tensor) for tensor in own]
         loss, *gradient = sum_tensors(self.processes.sum_points, own)
         return found._replace(loss=loss.item(), gradient=dict(zip(found.gradient, gradient, strict=True)))
 
 
-def _share(points: int, processes: Processes) -> slice:
+def _own_points(points: int, processes: Processes) -> slice:
     """Return which points this process evaluates; the first process always has some, so that it can report them."""
-    rank, total = processes.of_points
+    rank, total = processes.point_partition
     return slice(-(-points * rank // total), -(-points * (rank + 1) // total))
 
 
@@ -192,7 +192,7 @@ class _DividedOutput(LayerOutput):
         return getattr(self._output, name)
 
     def losses(self, shifts: Tensor) -> Tensor:
-        own = _share(len(shifts), self._processes)
+        own = _own_points(len(shifts), self._processes)
         losses = shifts.new_zeros(len(shifts), self.num_terms)
         if own.start < own.stop:
             losses[own] = self._output.losses(shifts[own])

@@ -185,11 +185,11 @@ class Stepper:
             report: Is called with the additional results of each evaluation that has some.
         """
         processes, model = self.processes if processes is None else processes, self.model
-        sum_rows = processes.sum_rows if processes.of_rows.total > 1 else identity
+        sum_rows = processes.sum_rows if processes.row_partition.total > 1 else identity
         if self.shared_prefix is not None:
             self.shared_prefix.fill(batch.packed, sum_rows, batch.max_tokens)
         context = LossContext(
-            model.forward, model.tensors, sum_rows, processes.of_rows, self.evaluator, self.seed, step, report
+            model.forward, model.tensors, sum_rows, processes.row_partition, self.evaluator, self.seed, step, report
         )
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
