@@ -295,9 +295,8 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     run = partial(parts.run, batch, layer, layer + 1, entering, norm=False)
     expected_output, expected = vjp(tuned, run)
     output, found = layers_vjp(parts, tuned, layer, layer + 1, batch, entering)
-    read = (
-        batch.logit_positions if packed and layer == LAST else slice(None)
-    )  # only the head reads the last layer's output
+    # only the head reads the last layer's output
+    read = batch.logit_positions if packed and layer == LAST else slice(None)
     torch.testing.assert_close(output[read], expected_output[read])
     at_needed = torch.randn(len(batch.logit_positions), output.shape[1], generator=torch.Generator().manual_seed(0))
     everywhere = torch.zeros_like(output).index_copy_(0, batch.logit_positions, at_needed)

@@ -51,9 +51,8 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     others = sorted((path for path in found if path != last), key=lambda path: path.parent != newest)
     chosen: Checkpoint | None = None
     for path in others:
-        if (
-            chosen is not None and path.parent != Path(chosen.path).parent
-        ):  # rather weights of this run than another run
+        # rather weights of this run than another run
+        if chosen is not None and path.parent != Path(chosen.path).parent:
             break
         read = _readable(path)
         chosen = chosen or read

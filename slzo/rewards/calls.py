@@ -67,7 +67,7 @@ class AnswerBatch:
         return AnswerBatch(select(self.ids), select(self.prompts), select(self.completions), columns)
 
 
-class RewardFailure(Exception):  # noqa: N818
+class RewardFailure(Exception):  # noqa: N818 - sent from another process, and reported as a SlzoError
     """A function cannot be loaded, or did not return a number for each answer.
 
     Attributes:

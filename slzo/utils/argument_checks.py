@@ -9,18 +9,18 @@ ArgumentTypes = Mapping[str, tuple[Any, str]]
 """The type of each argument, as for ``isinstance``, and what to give, in words."""
 
 
-def check_types(prefix: str, kinds: ArgumentTypes, given: Mapping[str, Any]) -> None:
+def check_types(prefix: str, types: ArgumentTypes, given: Mapping[str, Any]) -> None:
     """Check the types of arguments; ``True`` and ``False`` are not numbers.
 
     Args:
         prefix: Group of the arguments, for messages.
-        kinds: The types.
+        types: The types.
         given: The arguments; those without a type are not checked.
 
     Raises:
         SlzoError: An argument has another type.
     """
-    for name, (kind, wanted) in kinds.items():
+    for name, (kind, wanted) in types.items():
         value = given[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind, *get_args(kind))):
             raise SlzoError(f"{prefix}.{name} {short_repr(value)}: is a {type(value).__name__}; give {wanted}")
