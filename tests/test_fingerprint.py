@@ -79,7 +79,9 @@ def test_one_changed_row_is_named(run, tmp_path, capsys):
     ("option", "message"),
     [
         pytest.param(
-            "--data.num_train=30", "there are 30 train rows, and the checkpoint's run had 40", marks=pytest.mark.slow
+            "--data.num_train=30",
+            "the checkpoint's run had 40 train rows, and now there are 30",
+            marks=pytest.mark.slow,
         ),
         ("--data.max_length=12", "row 0 of the train rows"),
     ],

@@ -775,7 +775,7 @@ def test_a_run_that_must_go_on_saves_as_usual(model_dir, data_dir):
 
 def test_an_interval_longer_than_a_shortened_epoch_is_refused_first(model_dir, data_dir):
     options = {"check_val_every_n_epoch": 1, "val_check_interval": 2, "limit_train_batches": 1}
-    with pytest.raises(SlzoError, match=r"trainer.val_check_interval 2: an epoch has 1 batches"):
+    with pytest.raises(SlzoError, match=r"trainer.val_check_interval 2: must be at most 1"):
         fit(data_dir, model_dir, **options)
 
 

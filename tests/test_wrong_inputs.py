@@ -164,7 +164,7 @@ WRONG = """
 --trainer.logger=Nope | trainer.logger 'Nope': no such class
 --trainer.check_val_every_n_epoch=0 | trainer.check_val_every_n_epoch 0: must be at least 1
 --trainer.check_val_every_n_epoch=-1 | trainer.check_val_every_n_epoch -1: must be at least 1
---trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer.val_check_interval 99: an epoch has 5 batches
+--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer.val_check_interval 99: must be at most 5, the number of batches in an epoch
 --trainer.val_check_interval=0 | trainer.val_check_interval 0: give the number of steps
 --trainer.val_check_interval=-1 | trainer: You have passed invalid value -1 for val_check_interval
 --trainer.val_check_interval=0.5 | trainer.val_check_interval 0.5: a fraction of an epoch needs trainer.check_val_every_n_epoch 1

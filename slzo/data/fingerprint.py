@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slzo.data.batch import Row
 from slzo.utils.errors import SlzoError
+from slzo.utils.pluralize import pluralize
 
 # vocabularies can agree where merges or normalization do not
 _PROBE = "It's 3.14 o'clock:\n\tÜber-naïve tokenizers don't agree, do they?  (yes/no) 東京 🙂"
@@ -64,7 +65,8 @@ class DataFingerprint:
                 )
             if len(own) != len(before):
                 raise SlzoError(
-                    f"ckpt_path: there are {len(own)} {name} rows, and the checkpoint's run had {len(before)}; {_RESTORE}"
+                    f"ckpt_path: the checkpoint's run had {pluralize(len(before), f'{name} row')}, and now there are {len(own)}; "
+                    f"{_RESTORE}"
                 )
 
 

@@ -99,6 +99,6 @@ def check_interval(trainer: Trainer, num_batches: int) -> None:
     every = interval_of(trainer)
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > num_batches:
         raise SlzoError(
-            f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most {num_batches}, or set "
+            f"trainer.val_check_interval {every}: must be at most {num_batches}, the number of batches in an epoch; or set "
             "trainer.check_val_every_n_epoch to null to count steps across epochs"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
+from slzo.utils.pluralize import pluralize
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.selection.base import Choice, SelectionContext, SelectionRule
@@ -113,7 +114,8 @@ class Race(SelectionRule):
             choice = _fallback(context, f"no layer lowered the dev loss of {before:.4f} in the race")
             return replace(choice, trials=outcomes)
         last = outcomes[best].scores[-1]
-        reason = f"lowest dev loss of {len(outcomes)} layers at equal cost, {before:.4f} -> {last.loss:.4f} in {last.step} steps"
+        fall = f"{before:.4f} -> {last.loss:.4f} in {pluralize(last.step, 'step')}"
+        reason = f"lowest dev loss of {len(outcomes)} layers at equal cost, {fall}"
         return Choice(best, reason, "race winner", trials=outcomes, states=states)
 
 
@@ -142,7 +144,7 @@ class RacePlan:
 
     def describe(self, allowed: float) -> str:
         """Describe the plan in one line; ``allowed`` is the largest share that the user allows."""
-        runs = ", ".join(f"{layer} ({steps} steps)" for layer, steps in self.steps.items())
+        runs = ", ".join(f"{layer} ({pluralize(steps, 'step')})" for layer, steps in self.steps.items())
         line = f"Race       layers {runs}; costs about {self.share:.0%} of the whole training in layer {self.reference}"
         if self.left_out:
             left_out = ", ".join(map(str, self.left_out))
@@ -187,5 +189,5 @@ def _line(layer: int, trial: Trial, steps: int) -> str:
     if trial.diverged:
         return f"layer {layer:3d}: diverged, {trial.diverged}"
     early = "" if last.step >= steps else ", worse than the median: stopped"
-    steps_and_time = f"{last.step} steps ({last.seconds:.1f} s)"
+    steps_and_time = f"{pluralize(last.step, 'step')} ({last.seconds:.1f} s)"
     return f"layer {layer:3d}: dev loss {trial.scores[0].loss:.4f} -> {last.loss:.4f} in {steps_and_time}{early}"
