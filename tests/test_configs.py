@@ -10,11 +10,13 @@ import pytest
 import yaml
 from helpers import ROOT, on_tiny, page_code, run_dir, summary
 
+from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli.app import SlzoCLI
 from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
+from slzo.lightning.trainer_state import callback_of
 from slzo.models.builtin import BUILTIN_MODELS
 from slzo.module import ZOModule
 from slzo.task_data import TaskData
@@ -45,6 +47,8 @@ def test_a_config_builds_and_opens_with_the_command_that_runs_it(config):
     name = config.relative_to(ROOT / "configs").with_suffix("")
     before = ("", "--config quickstart ")
     assert any(re.search(rf"slzo fit {first}--config {name}\s", comment) for first in before)
+    guard = callback_of(cli.trainer, LossGuard)
+    assert (guard.factor is None) == (name.parent.name == "paper")  # the paper's learning rate is constant
 
 
 def readme_command(name):

@@ -45,8 +45,8 @@ class RowSource:
 
     Attributes:
         task: The task.
-        data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
-            the task's own folder in one of these forms.
+        data_dir: Folder with ``<task>/{train,validation}.{jsonl,json,csv,tsv,parquet}``, the official SuperGLUE
+            download, or the task's own folder in one of these forms.
         hub_path: Hub repository with the same fields that replaces the task's own, with ``@REVISION`` if it is not the newest
             commit.
         hub_config: Configuration of the Hub repository; by default the task's own, or none in another repository.

@@ -48,7 +48,7 @@ class ZOTrainer(Trainer):
     Takes the options of :class:`lightning.pytorch.Trainer`, but refuses those that only make sense with back-propagation. It
     adds the missing callbacks of :mod:`slzo.callbacks.defaults`. Runs are written to ``runs/``, or below ``default_root_dir``.
 
-    Its methods take a :class:`ZOModule` and, instead of data loaders, a :class:`TaskDataModule`.
+    Its methods take a :class:`ZOModule` and, instead of data loaders, a :class:`slzo.datamodule.TaskDataModule`.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -211,7 +211,7 @@ class Stepper:
             optimizer: Updates the masters.
             scheduler: Learning-rate scheduler, stepped after the optimizer.
             measure_update: Measure the norm of the update. This holds a copy of the masters during the step, so it is not done
-                if the masters take more than the ``hold_bytes`` of :class:`TunedTensors`.
+                if the masters take more than the ``hold_bytes`` of :class:`slzo.zo.tuned.TunedTensors`.
 
         Raises:
             SlzoError: The loss was not finite for too many steps in a row, a recorded step does not fit, or the schedule of the
