@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from slzo.commands.registry import COMMANDS
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.launcher import launcher_ends
-from slzo.utils.signals import termination_signals
+from slzo.utils.signals import handling, termination_signals
 from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
@@ -111,16 +110,8 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    handled = [number for number in termination_signals() if signal.getsignal(number) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        handled = []
-    for number in handled:
-        signal.signal(number, end)
-    try:
+    with handling([each for each in termination_signals() if signal.getsignal(each) == signal.SIG_DFL], end):
         yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

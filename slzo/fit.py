@@ -62,6 +62,7 @@ from slzo.training.run import Prepared, RunContext
 from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time
 from slzo.utils.console import rank_zero_print, rank_zero_warn
+from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.pluralize import pluralize
@@ -70,7 +71,6 @@ from slzo.utils.runtime import free_bytes, peak_memory_gb
 from slzo.utils.seeding import derive_seed
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.processes import Processes
-from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice, SelectionContext
 from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
@@ -262,7 +262,7 @@ def _stepper(
 def choose_layer(parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext) -> ChosenLayer:
     """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
 
-    A rule may run short trainings; see :func:`_selection_context`. A scope without a layer gets none.
+    A rule may run short trainings. A scope without a layer gets none.
 
     Raises:
         SlzoError: No layer is given and there is no profiler, or its rule finds none.
@@ -293,22 +293,15 @@ def profile_and_choose(parts: ModelParts, options: TrainingOptions, data: TaskDa
     """
     assert run.profiler is not None
     profile = profile_model(parts, data, run.profiler)
+    reason = _no_trials(options, data, run)
+    trials = None if reason else LayerTrials(parts, options, data, run.planned_steps, run.time_budget)
     try:
-        choice = choose(run.profiler.rule, _selection_context(profile, parts, options, data, run), data)
+        choice = choose(run.profiler.rule, SelectionContext(profile.layers, trials, reason), data)
     except SlzoError:
         rank_zero_print(format_profile(profile, None))  # it helps to choose thresholds
         raise
     rank_zero_print(format_profile(profile, choice))
     return ChosenLayer(choice, profile)
-
-
-def _selection_context(
-    profile: OutlierProfile, parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext
-) -> SelectionContext:
-    """Return what a rule can use to choose a layer: the profile, and short trainings if they can run."""
-    reason = _no_trials(options, data, run)
-    trials = None if reason else LayerTrials(parts, options, data, run.planned_steps, run.time_budget)
-    return SelectionContext(profile.layers, trials, reason)
 
 
 def _no_trials(options: TrainingOptions, data: TaskData, run: RunContext) -> str:
@@ -471,7 +464,7 @@ def _run_facts(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: 
         "tuned_parameters": model.tensors.num_elements,
         "total_parameters": model.parts.model.num_parameters(),
         "seed": prepared.settings["model.seed"],
-        "command": outcome.command,
+        "command": command_line(),
         "majority_share": majority_share(test) if is_classified else None,
     }
     return RunFacts(

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
@@ -24,7 +23,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
 from slzo.lightning.strategy import shard_group_of
-from slzo.lightning.trainer_checks import check_limit_batches, check_trainer
+from slzo.lightning.trainer_checks import check_trainer
 from slzo.lightning.trainer_state import (
     callback_of,
     folder_of,
@@ -32,7 +31,6 @@ from slzo.lightning.trainer_state import (
     is_last_step,
     is_quick,
     planned_steps,
-    steps_per_epoch,
     validation_due,
 )
 from slzo.models.device_map import DeviceMap, DeviceMapOptions
@@ -44,6 +42,7 @@ from slzo.models.sharded import check_shard_group
 from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
+from slzo.training.profiling import ProfileOptions
 from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.argument_checks import ArgumentTypes, check_types
@@ -256,10 +255,7 @@ class ZOModule(LightningModule):
                     f"{type(self).__name__}.configure_optimizers: rates and records are those of model.optimizer and "
                     "model.lr_scheduler; do not override the method, and pass them to ZOModule"
                 )
-            # Lightning refuses it only after the model is loaded and profiled
-            check_limit_batches("train", trainer.limit_train_batches, lambda: len(data.sampler()))
-            check_limit_batches("val", trainer.limit_val_batches, lambda: len(data.eval_plan("dev").batches))
-            check_trainer(trainer, steps_per_epoch(trainer, data))
+            check_trainer(trainer, data)
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             # a checkpoint has the weights after the step, as it should
@@ -617,7 +613,7 @@ def run_context(
     trainer: Trainer, data: TaskData, folder: Path | None = None, checkpoint: Checkpoint | None = None
 ) -> RunContext:
     """Return where and how long a trainer trains, with rows that are set up for ``fit``."""
-    profiler = callback_of(trainer, OutlierProfiler)
+    options = (getattr(each, "options", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
     limit = callback_of(trainer, TimeLimit)
     done = None if checkpoint is None else checkpoint.step
     return RunContext(
@@ -626,7 +622,7 @@ def run_context(
         planned_steps=planned_steps(trainer, data),
         folder=folder,
         checkpoint=checkpoint,
-        profiler=None if profiler is None else profiler.options,
+        profiler=next((each for each in options if isinstance(each, ProfileOptions)), None),
         steps_before=trainer.global_step if done is None else 0,
         quick=is_quick(trainer),
         time_budget=None if limit is None or is_quick(trainer) else limit.budget(trainer, data, done),

@@ -28,6 +28,7 @@ from slzo.models import views
 from slzo.module import ZOModule
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
+from slzo.zo.stepper import Stepper
 from tiny import make_tokenizer
 
 # ---- start --------------------------------------------------------------------------------------------------------------
@@ -279,6 +280,26 @@ def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys, onc
     for expected in ("model.optimizer.lr: 0.001 -> 7", "model.eps: 0.001 -> 0.002", "data.seed: 0 -> 5"):
         assert expected in text
     assert summary(1)["seed"] == 0
+
+
+def test_a_full_gpu_ends_in_one_line_and_the_run_goes_on(options, monkeypatch, capsys):
+    original = Stepper.step
+
+    def step(self, batch, number, *args, **kwargs):
+        if number == 2:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 4 GiB"
+            )
+        return original(self, batch, number, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", step)
+        assert main(["fit", *options]) == 2
+    output, error = capsys.readouterr()
+    assert "continue from step" in output
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): slzo plan" in error
+    assert "Traceback" not in error
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
 
 
 def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options, monkeypatch, once):

@@ -28,7 +28,14 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
 LAYER = 1
-_OPERATIONS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"}
+_OPERATIONS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::allclose",
+}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
@@ -82,7 +89,7 @@ def _is_on(value, device):
 
 
 @contextmanager
-def pluralize(device=None):
+def count_reads(device=None):
     found = Counter()
     with _Operations(device) as operations, _Reads(device) as reads:
         yield found
@@ -118,7 +125,7 @@ def make_step(scope, estimator, queries, objective=None, dtype=torch.float32, de
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_reads_its_losses_and_nothing_else(case, dtype):
     step = make_step(*CASES[case], dtype=dtype)
-    with pluralize() as found:
+    with count_reads() as found:
         step()
     assert found == {"cpu": CASES[case][2]}
 
@@ -133,14 +140,14 @@ def test_a_step_reads_its_losses_and_nothing_else(case, dtype):
 )
 def test_one_read_is_enough(queries, more):
     step = make_step(LayerScope(), SPSA(), queries, **more)
-    with pluralize() as found:
+    with count_reads() as found:
         step()
     assert found == {"cpu": 1}
 
 
 def test_the_counts_see_what_they_are_for():
     values = torch.arange(4.0) + 1
-    with pluralize() as found:
+    with count_reads() as found:
         _ = values[values > 2], values.nonzero(), float(values[0]), values.tolist(), values.to("meta")
         if values.sum() > 0:
             float(torch.tensor(1.0) + 1)  # there already
@@ -156,7 +163,7 @@ def test_a_run_reads_no_more_than_its_steps(options, monkeypatch):
 
     def counting(self, batch, *args):
         _ = batch.packed.last_tokens  # computed on the CPU, whatever the device
-        with pluralize() as found:
+        with count_reads() as found:
             result = plain(self, batch, *args)
         counts.append(dict(found))
         return result
@@ -178,7 +185,7 @@ def test_a_run_reads_no_more_than_its_steps(options, monkeypatch):
 )
 def test_a_default_step_on_a_card_reads_loss_size_and_likely_tokens(objective, more):
     step = make_step(LayerScope(), LayerOutputPerturbation(), 1, objective, device=CARD)
-    with pluralize(CARD) as found:
+    with count_reads(CARD) as found:
         step()
     assert found == {"aten::_local_scalar_dense": 2, "__float__": 2, **more}
 

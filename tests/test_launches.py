@@ -23,8 +23,9 @@ from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.find import checkpoint_of_job
 from slzo.lightning.loggers import run_folder
-from slzo.training.resume import agreed_settings, checkpoint_of_job
+from slzo.training.resume import agreed_settings
 from slzo.utils import slurm
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat, send_beat
@@ -415,7 +416,7 @@ def test_a_restarted_job_continues_the_run_of_its_own_command(tmp_path, monkeypa
         if number < 2:
             (folder / "last.ckpt").touch()
     monkeypatch.setattr(
-        "slzo.training.resume.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {})
+        "slzo.checkpoints.find.newest_checkpoint", lambda folder: Checkpoint(f"{folder.name}/last.ckpt", {})
     )
     found = {}
     for option in "abc":

@@ -146,6 +146,16 @@ def test_a_model_that_cannot_be_split_is_refused(monkeypatch):
     assert model.config._attn_implementation == attention
 
 
+def test_a_full_gpu_is_not_the_fault_of_the_model():
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("llama")
+    model.model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        split_and_verify(model)
+
+
 @pytest.mark.skipif(not has_onednn_linear(), reason="this build of torch has no oneDNN")
 def test_the_head_runs_through_onednn_where_it_is_faster(monkeypatch):
     parts, seen = ModelParts(tiny_model(), onednn=True), []

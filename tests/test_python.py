@@ -32,9 +32,11 @@ from lightning.pytorch.strategies import DDPStrategy
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
+from slzo.callbacks.answer_log import AnswerLog
 from slzo.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -757,6 +759,17 @@ def test_the_clock_of_a_run_starts_with_the_fit(model_dir, data_dir, monkeypatch
     assert summary()["seconds"] < 500
 
 
+def test_an_error_after_a_finished_training_asks_nobody_to_continue_it(model_dir, data_dir, capsys):
+    class Fail(Callback):
+        def on_test_start(self, *args):
+            raise ValueError("a bug of the user")
+
+    trainer, data = fit(data_dir, model_dir, callbacks=[Fail()])
+    with pytest.raises(ValueError, match="a bug of the user"):
+        trainer.test(trainer.lightning_module, datamodule=data)
+    assert "continue from step" not in "".join(capsys.readouterr())
+
+
 def test_a_run_that_must_go_on_saves_as_usual(model_dir, data_dir):
     saved = []
 
@@ -852,7 +865,7 @@ def test_half_precision_of_lightning_is_refused_in_its_own_trainer(model_dir, da
         trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3), datamodule=rows(data_dir))
 
 
-@pytest.mark.parametrize("callback", [LossGuard, StepWatch, RunRecord])
+@pytest.mark.parametrize("callback", [LossGuard, StepWatch, RunRecord, OutlierProfiler, AnswerLog])
 def test_a_callback_refuses_another_module(callback):
     trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback()], **QUIET)
     with pytest.raises(SlzoError, match=r"^trainer.callbacks: those of slzo need a ZOModule, not a BoringModel; leave"):

@@ -132,22 +132,25 @@ class LastCheckpoint(Checkpoint):
         self._signals = StopSignals()
         self._in_epoch = False
         self._every_n_epoch: int | None = None  # the schedule's value while the last validation is forced
-        self._begin(first_step=-1)
+        self._begin()
 
-    def _begin(self, first_step: int) -> None:
+    def _begin(self) -> None:
         """Forget what an earlier training of the same trainer has saved."""
-        self._first_step = first_step
-        self._saved_step = self._final_step = -1
+        self._first_step = self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
         self.saved: Path | None = None
         self._final: Path | None = None  # holds the state after the last step until everything else is done
         self._stop = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the states of an earlier training, which an error of this one does not lose."""
+        self._begin()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle signals. The first step is saved, so that a resume after a crash has a checkpoint."""
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
-        self._begin(first_step=trainer.global_step)
+        self._first_step = trainer.global_step
         self._signals.install()
 
     def on_train_batch_start(self, *_: Any) -> None:

@@ -1,15 +1,15 @@
 """Finds the dominant layer before training, with forward passes only."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from slzo.lightning.trainer_state import folder_of
+from slzo.module import zo_module
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.training.profiling import ProfileOptions
-from slzo.training.run import Prepared
 from slzo.utils.docs import class_names, with_lists
 from slzo.zo.selection import RULES, Auto, SelectionRule
 
@@ -39,14 +39,14 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the profile; a resumed run has it from its checkpoint."""
-        prepared, folder = cast("Prepared", pl_module.prepared), folder_of(trainer)
+        module, folder = zo_module(pl_module), folder_of(trainer)
+        prepared = module.prepared
         profile, choice = prepared.chosen.profile, prepared.chosen.choice
         if not prepared.resumed:
             self.profile = None if profile is None or choice is None else profile_content(profile, choice)
         if self.profile is None or folder is None or not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        write_profile(folder, self.profile, choice, prepared.options.model, data.task.name)
+        write_profile(folder, self.profile, choice, prepared.options.model, module.datamodule.task.name)
         log_plot(trainer, PLOT, folder / f"{PLOT}.png")
 
     def state_dict(self) -> dict[str, Any]:

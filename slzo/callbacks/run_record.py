@@ -21,7 +21,7 @@ from slzo.task_data import TaskData
 from slzo.training.resume import loaded_from_hub
 from slzo.training.run import Prepared
 from slzo.training.time_plan import Passes
-from slzo.utils.environment import command_line, environment
+from slzo.utils.environment import environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
@@ -159,7 +159,6 @@ class RunRecord(Callback):
             history=self._so_far(),
             rollbacks=0 if guard is None else guard.rollbacks,
             limit=(limit, int(getattr(trainer, limit) or 0)),
-            command=command_line(),
             reference=self.reference,
         )
 

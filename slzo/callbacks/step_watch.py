@@ -47,23 +47,19 @@ class StepWatch(Callback):
         result: StepResult = outputs["result"]
         if not result.estimate.finite:
             return
-        estimate, stepper = result.estimate, module.stepper
+        estimate, stepper, objective = result.estimate, module.stepper, module.datamodule.objective
         if result.record.lr == 0 and stepper.rate is not None and not self._warned_of_rate:
             self._warned_of_rate = True
             rank_zero_warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
-                f"{module.datamodule.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a "
+                f"{objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a "
                 "number"
             )
         if any(estimate.slopes):
             self._zeros = 0
             return
         self._zeros += 1
-        if (
-            module.datamodule.objective.generates
-            or not module.datamodule.objective.differentiable
-            or estimate.loss == 0
-        ):
+        if objective.generates or not objective.differentiable or estimate.loss == 0:
             steps = trainer.max_steps if trainer.max_steps > 0 else self.max_zero_steps
             if self._zeros == min(steps, self.max_zero_steps):  # a short run has fewer
                 rank_zero_warn(_no_difference(module, estimate.loss, self._zeros))

@@ -2,15 +2,14 @@
 
 import os
 import signal
-import threading
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import Interrupted
-from slzo.utils.signals import termination_signals
+from slzo.utils.signals import handling, not_ignored
 
 
 class StopSignals:
@@ -24,22 +23,16 @@ class StopSignals:
     def __init__(self) -> None:
         self.waits = False
         self.requested = 0
-        self._before: dict[int, Any] = {}
+        self._handlers = ExitStack()
 
     def install(self) -> None:
         """Handle the signals. Call this when training starts, after Lightning has installed its own handlers."""
         self.waits, self.requested = False, 0
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, *termination_signals()):
-            if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background of a shell ignores Ctrl-C
-                self._before[number] = signal.signal(number, self._handle)
+        self._handlers.enter_context(handling(not_ignored(), self._handle))
 
     def remove(self) -> None:
         """Restore the previous handlers."""
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.waits or self.requested:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
 from slzo.utils.console import rank_zero_info, rank_zero_print, rank_zero_warn
+from slzo.utils.environment import program_line
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import read_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE
 
 REPLAYED = "replay-"
@@ -167,3 +169,21 @@ def best_file(saved: str, checkpoint: str | Path) -> Path:
     elif folder.name != "checkpoints":
         places.append(path)
     return next((place for place in places if place.is_file()), path)
+
+
+def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
+    """Read the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
+    mine = (job, program_line())  # a job may run several commands
+    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == mine]
+    found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
+    if not found:
+        return None
+    checkpoint = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
+    rank_zero_print(f"SLURM job {job} was restarted and continues {checkpoint.path}")
+    return checkpoint
+
+
+def _job_of(environment: Path) -> tuple[str, str] | None:
+    """Return the SLURM job and the command of a run."""
+    content = read_json(environment)  # empty while it is being written
+    return (str(content["slurm_job"]), content["command"]) if {"slurm_job", "command"} <= content.keys() else None

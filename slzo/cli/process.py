@@ -6,13 +6,17 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from jsonargparse import set_dumper
 
 from slzo.cli.auto_values import as_yaml
 from slzo.utils.console import is_first_process
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
 
 _IRRELEVANT_WARNINGS = (
@@ -40,6 +44,23 @@ def prepare_process() -> None:
     transformers.utils.logging.disable_progress_bar()
     if not (sys.stderr.isatty() and is_first_process()):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Convert an error of too little memory to one that names the options which need less.
+
+    Raises:
+        SlzoError: Instead of a MemoryError or a torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = ". ".join(one_line(error, None).split(". ")[:2])  # the rest is advice on PyTorch's allocator
+        raise SlzoError(
+            f"out of memory ({reason}): slzo plan with the options of a run estimates what it takes; data.tokens_per_pass runs "
+            "batches in parts, model.dtype bfloat16 and model.quantization need less for the model"
+        ) from error
 
 
 def _report_thread_error(args: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 
@@ -43,11 +44,13 @@ def _run(command: Command, words: Sequence[str]) -> None:
         raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {value}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
-    if command.runs_model:
-        from slzo.cli.process import prepare_process
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors())
+        if command.runs_model:
+            from slzo.cli.process import memory_errors, prepare_process
 
-        prepare_process()
-    with disk_errors():
+            prepare_process()
+            stack.enter_context(memory_errors())
         if command.has_app:
             from slzo.cli.app import run_with_app
 

@@ -32,7 +32,7 @@ class BatchLoader(Generic[Batch]):
         return map(self._pack, self._rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a pass depends on the step alone. Lightning asks for the state, and loads it in a resumed run."""
+        """Return nothing: a pass depends on the step alone. Without this method Lightning warns that resuming is not exact."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

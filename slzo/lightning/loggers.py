@@ -1,6 +1,5 @@
 """Loggers with one folder per run, and the folder of a run for a command."""
 
-import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,7 +151,7 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
         SlzoError: The folder cannot be made, or a given version already exists.
     """
     check_inside("trainer.logger.version", str(version), _SET_FOLDER)
-    folder = Path(os.path.expandvars(root)).expanduser()
+    folder = Path(expanded(root))
     while True:
         own = folder / (version if isinstance(version, str) else f"version_{version}")
         try:

@@ -16,7 +16,7 @@ from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.checkpoints.find import NAMES, RUNS, find_checkpoint
+from slzo.checkpoints.find import NAMES, RUNS, checkpoint_of_job, find_checkpoint
 from slzo.lightning.checkpoint_io import AtomicCheckpointIO
 from slzo.lightning.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.lightning.strategy import SHARDED, ShardedStrategy
@@ -32,7 +32,6 @@ from slzo.lightning.trainer_options import (
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import ZOModule
 from slzo.task_data import TaskData
-from slzo.training.resume import checkpoint_of_job
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
@@ -131,17 +130,17 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 "fit: this trainer has trained before; make a new ZOTrainer for another model or other rows"
             )
-        more = "raise trainer.max_steps to continue, or score it"
-        if checkpoint is not None and not checkpoint.is_resumable:
-            more = "it holds weights only, which cannot be trained further; score it"
-        checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
-        if path is not None and 0 < self.max_steps <= begun:
+        if checkpoint is not None and 0 < self.max_steps <= begun:
+            more = "raise trainer.max_steps to continue, or score it"
+            if not checkpoint.is_resumable:
+                more = "it holds weights only, which cannot be trained further; score it"
             self._set_known(None)
             rank_zero_print(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); {more} with "
                 "slzo test"
             )
             return
+        del checkpoint  # so that its tensors can be freed after Lightning has loaded them
         with self._running(begun):
             try:
                 super().fit(

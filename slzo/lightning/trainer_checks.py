@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from slzo.lightning.trainer_state import interval_of
+from slzo.lightning.trainer_state import interval_of, steps_per_epoch
+from slzo.task_data import TaskData
 from slzo.utils.errors import SlzoError
 
 _REFUSED: Mapping[type[Callback], str] = {
@@ -27,8 +28,8 @@ _REFUSED: Mapping[type[Callback], str] = {
 }
 
 
-def check_trainer(trainer: Trainer, num_batches: int) -> None:
-    """Check the options and callbacks of a trainer before a fit whose epochs have ``num_batches`` batches.
+def check_trainer(trainer: Trainer, data: TaskData) -> None:
+    """Check the options and callbacks of a trainer before a fit. Lightning refuses some only after the model is profiled.
 
     Raises:
         SlzoError: One of them does not work with slzo's steps.
@@ -36,10 +37,12 @@ def check_trainer(trainer: Trainer, num_batches: int) -> None:
     check_precision(trainer.precision)
     check_overfit_batches(getattr(trainer, "overfit_batches", None))
     check_supported(trainer.callbacks)  # type: ignore[attr-defined]
-    check_interval(trainer, num_batches)
+    _check_share("train", trainer.limit_train_batches, lambda: len(data.sampler()))
+    _check_share("val", trainer.limit_val_batches, lambda: len(data.eval_plan("dev").batches))
+    check_interval(trainer, steps_per_epoch(trainer, data))
 
 
-def check_limit_batches(stage: str, share: float, count: Callable[[], int]) -> None:
+def _check_share(stage: str, share: float, count: Callable[[], int]) -> None:
     """Check that a fraction given as ``trainer.limit_STAGE_batches`` keeps at least one of the ``count()`` batches.
 
     Raises:

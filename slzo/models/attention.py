@@ -183,8 +183,9 @@ def masked_attention(
             in one head here, they are of shape (heads * queries,).
     """
     repeats, is_fused = query.shape[1] // key.shape[1], softcap is None and sinks is None
-    # a CPU's kernel takes a mask together with heads that share keys, a GPU's does not
-    if repeats > 1 and not (is_fused and (mask is None or query.device.type == "cpu")):
+    # a GPU's kernels take heads that share keys only in half precision and without a mask
+    shares = query.device.type == "cpu" or (mask is None and query.element_size() == 2)
+    if repeats > 1 and not (is_fused and shares):
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         repeats = 1
     if is_fused:

@@ -1,13 +1,13 @@
 """Origin of a base model: its public name, its GGUF file and its licence."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.builtin.base import Licence
@@ -125,14 +125,11 @@ def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, Licence | None]:
 
 def _licence_of_card(folder: Path) -> Licence | None:
     """Return the licence that the model card in a folder names."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        metadata = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+        metadata = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or it is broken
         return None
-    if not isinstance(metadata, Mapping) or not isinstance(metadata.get("license"), str):
+    if not isinstance(metadata.get("license"), str):
         return None
     if metadata["license"] == "gemma":
         return GEMMA3_270M.licence

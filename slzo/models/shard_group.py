@@ -123,7 +123,7 @@ def _lost_processes() -> Iterator[None]:
     """Turn the errors of a failed exchange into DistError, to tell them from other errors of a forward pass."""
     try:
         yield
-    except DistError:
+    except (DistError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         raise DistError(str(error)) from error

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # They say nothing about the model: another process has ended, a disk or the memory is full.
-_NOT_OF_THE_MODEL = (DistError, SlzoError, OSError, MemoryError)
+_NOT_OF_THE_MODEL = (DistError, SlzoError, OSError, MemoryError, torch.OutOfMemoryError)
 # Measured on twins of 150 model types: at most 2e-5 where the parts are right, at least 8e-4 where they are wrong.
 _TWIN_TOLERANCE = 1e-4
 # Number of roundings of a value in one layer: norms, attention, MLP and the two sums of the residual stream.

@@ -89,7 +89,7 @@ def tiny_twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     attention = attention_of(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed GPUs
         twin = model_from_config(type(model), tiny_config(model.config), torch.float32)
         enlarge(twin)
     if attention != attention_of(twin):

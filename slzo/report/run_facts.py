@@ -21,7 +21,6 @@ class FitOutcome:
         history: The record of this run and of the runs that it continues.
         rollbacks: How often the run went back to earlier weights.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        command: Command line that started the run; ``None`` in Python.
         reference: Whether to compare with a bag of words.
     """
 
@@ -32,7 +31,6 @@ class FitOutcome:
     history: History
     rollbacks: int
     limit: tuple[str, int]
-    command: str | None
     reference: bool
 
 

@@ -140,7 +140,7 @@ def serve(handle: int) -> None:
         except (EOFError, OSError):
             return
         # if the parent process is gone and the function never returns, the alarm ends this process
-        signal.setitimer(signal.ITIMER_REAL, 2 * limit + 10)
+        signal.setitimer(signal.ITIMER_REAL, 2 * min(limit, _LONGEST_WAIT) + 10)
         reply: Any = None
         try:
             if not loaded:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from slzo.checkpoints.checkpoint import Checkpoint, write_checkpoint
-from slzo.checkpoints.find import newest_checkpoint
+from slzo.checkpoints.checkpoint import write_checkpoint
 from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
@@ -22,11 +20,10 @@ from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import rank_zero_print, rank_zero_warn
-from slzo.utils.environment import device_name, numerics, program_line
+from slzo.utils.environment import device_name, numerics
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import copy_file, read_json
+from slzo.utils.files import copy_file
 from slzo.utils.hub import model_commit
-from slzo.utils.run_layout import ENVIRONMENT_FILE
 from slzo.utils.settings import differences, flat_settings
 
 _RATE = "model.optimizer.lr"
@@ -248,21 +245,3 @@ def _start(prepared: Prepared, data: TaskData) -> dict[str, Any]:
         "state_dict": tensors.clone_masters() if is_needed else {},
         "slzo": make_metadata(prepared, data),
     }
-
-
-def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
-    """Read the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
-    mine = (job, program_line())  # a job may run several commands
-    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == mine]
-    found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
-    if not found:
-        return None
-    checkpoint = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
-    rank_zero_print(f"SLURM job {job} was restarted and continues {checkpoint.path}")
-    return checkpoint
-
-
-def _job_of(environment: Path) -> tuple[str, str] | None:
-    """Return the SLURM job and the command of a run."""
-    content = read_json(environment)  # empty while it is being written
-    return (str(content["slurm_job"]), content["command"]) if {"slurm_job", "command"} <= content.keys() else None

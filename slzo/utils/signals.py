@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,28 +15,34 @@ def termination_signals() -> tuple[int, ...]:
     return (signal.SIGTERM,) if job_id() is None else (signal.SIGTERM, PREEMPTION)
 
 
+def not_ignored() -> list[int]:
+    """Return the signals that end a run and are not ignored, as Ctrl-C is by a job in the background of a shell."""
+    return [each for each in (signal.SIGINT, *termination_signals()) if signal.getsignal(each) != signal.SIG_IGN]
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle signals in a block; outside of the main thread, which alone can, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and the preemption signal of SLURM until the context ends.
 
     Otherwise C code that calls back to Python would convert what a signal handler raises to its own errors.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     held: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append(number)
-
-    numbers = (signal.SIGINT, *termination_signals())
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, hold)
     try:
-        yield
+        with handling(not_ignored(), lambda number, _: held.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if held:
             os.kill(os.getpid(), held[0])

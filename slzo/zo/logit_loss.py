@@ -62,7 +62,9 @@ class BatchLogitLoss(SummedLoss):
         for piece, states in self._pieces():
             entering = forward.parts.run(piece, 0, 0) if states is None else states
             hidden, vjp_fn = layers_vjp(forward.parts, context.tuned, start, stop, piece, entering)
-            output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
+            output = PackedLayerOutput(
+                forward, piece, entering, hidden, self.objective, self.batch.max_tokens, checks=context.step == 0
+            )
             at_output, num_points = estimate(output)
             gradient.add(vjp_fn(at_output.to(hidden.dtype)))
             sums += output.sums

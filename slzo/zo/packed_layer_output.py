@@ -62,6 +62,7 @@ class PackedLayerOutput(LayerOutput):
         output: Its output at the masters, shape (T, width).
         objective: The loss as a function of logits.
         max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
+        checks: Check the losses of positions, which waits for a GPU.
 
     Attributes:
         sums: Total loss and weight at the masters, shape (2,).
@@ -75,6 +76,7 @@ class PackedLayerOutput(LayerOutput):
         output: Tensor,
         objective: LogitLoss,
         max_tokens: int | None = None,
+        checks: bool = True,
     ) -> None:
         upper, start = forward.parts_above, forward.span.stop
         unshifted = _run_unshifted(upper, start, batch, output if upper is forward.parts else output.float(), objective)
@@ -82,19 +84,20 @@ class PackedLayerOutput(LayerOutput):
             unshifted = _run_unshifted(forward.parts, start, batch, output, objective)
         found, output = unshifted.losses, unshifted.output
         per_token = not unshifted.selected and found.by_position is not None
-        if per_token:
+        if per_token and checks:
             check_positions(objective, found, batch)
 
         self._forward, self._batch, self._objective, self._unshifted = forward, batch, objective, unshifted
+        self._here = here = output[batch.logit_positions]
         self.sums = found.sum()
         self.keys, self.counts, self.width = batch.example_index, batch.num_logits, output.shape[1]
-        self.size = _size_of_added(entered[batch.logit_positions], output[batch.logit_positions])
+        self.size = _size_of_added(entered[batch.logit_positions], here)
         self.per_token = per_token
         self.term = torch.arange(len(batch.logit_positions), device=output.device) if per_token else batch.logit_example
         self.num_layers_above = unshifted.parts.num_layers - forward.span.stop
         self.shifts_all_tokens = unshifted.selected
         self.whole_vocabulary = unshifted.whole_vocabulary
-        self.points_at_once = _points_at_once(batch, len(unshifted.above.positions), max_tokens, unshifted.num_columns)
+        self.points_at_once = unshifted.points_at_once(batch, max_tokens)
 
     def evaluations(self, num_points: int) -> float:
         """Return the cost of an estimate from a number of points, as forward passes of the batch from the tuned layer on."""
@@ -113,7 +116,7 @@ class PackedLayerOutput(LayerOutput):
         if weight is None:
             return None
         tokens = tokens_of_positions(batch, None if self._unshifted.selected else self._unshifted.logits, number)
-        states = self._unshifted.output[batch.logit_positions].float()
+        states = self._here.float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
@@ -130,12 +133,10 @@ class PackedLayerOutput(LayerOutput):
         return found.by_position if self.per_token and found.by_position is not None else found.totals
 
     def applied(self, shifts: Tensor) -> Tensor:
-        here = self._unshifted.output[self._batch.logit_positions]
-        return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
+        return shifts if self._here.dtype == torch.float32 else self._moved(shifts).float() - self._here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self._unshifted.output[self._batch.logit_positions]
-        return (here.float() + shifts).to(here.dtype)
+        return (self._here.float() + shifts).to(self._here.dtype)
 
     def _row_losses(self, logits: Tensor) -> RowLosses:
         unshifted = self._unshifted
@@ -180,12 +181,14 @@ class _Unshifted(NamedTuple):
         """Whether logits of the whole vocabulary are computed at each point."""
         return not self.selected and self.likely is None
 
-    @property
-    def num_columns(self) -> int | None:
-        """Number of logits of a position at each point; ``None`` if they take little memory."""
-        if self.selected:
-            return None
-        return self.logits.shape[1] if self.likely is None else self.likely.ids.shape[1]
+    def points_at_once(self, batch: PackedBatch, max_tokens: int | None) -> int:
+        """Return how many points run together; for ``max_tokens`` see :class:`PackedLayerOutput`."""
+        most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
+        points = max(1, most // len(self.above.positions))
+        if self.selected:  # logits take little memory
+            return points
+        computed = len(batch.logit_positions) * (self.logits if self.likely is None else self.likely.ids).shape[1]
+        return min(points, max(computed, _FEWEST_LOGITS) // computed)
 
 
 def _run_unshifted(
@@ -208,20 +211,3 @@ def _size_of_added(entered: Tensor, output: Tensor) -> Tensor:
     here = output.float()
     least = max(_LEAST_SHARE, _LEAST_ROUNDINGS * torch.finfo(output.dtype).eps)
     return torch.maximum(rms(here - entered.float()), least * rms(here)).clamp(min=_LEAST)
-
-
-def _points_at_once(batch: PackedBatch, num_run: int, max_tokens: int | None, columns: int | None) -> int:
-    """Return how many points run together.
-
-    Args:
-        batch: The batch.
-        num_run: Number of tokens that run at each point.
-        max_tokens: See :class:`PackedLayerOutput`.
-        columns: Number of logits of each needed position; ``None`` if they take little memory.
-    """
-    most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
-    points = max(1, most // num_run)
-    if columns is None:
-        return points
-    computed = batch.logit_positions.numel() * columns
-    return min(points, max(computed, _FEWEST_LOGITS) // computed)

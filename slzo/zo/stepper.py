@@ -96,10 +96,6 @@ class Snapshot(NamedTuple):
     means: dict[str, float]
 
 
-def _ignore(report: LossReport) -> None:
-    """Ignore a report."""
-
-
 class Stepper:
     """Takes the steps of one training.
 
@@ -174,7 +170,7 @@ class Stepper:
         batch: TrainBatch,
         step: int = 0,
         processes: Processes | None = None,
-        report: Callable[[LossReport], None] = _ignore,
+        report: Callable[[LossReport], None] = lambda _: None,
     ) -> Loss:
         """Return the loss over the rows of all processes.
 

@@ -48,7 +48,7 @@ class LoRAMatrices(Adapter):
                 layers_to_transform=list(self.layers),
             )
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed GPUs
                 peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
         except ValueError as error:
             reason, inside = one_line(error), f".{self.layers[0]}."

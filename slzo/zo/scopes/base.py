@@ -161,7 +161,7 @@ def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
             raise SlzoError("model.scope.layers: no dominant layer is known; set model.layer or give a list of layers")
         chosen = [check_layer(context.layer, num_layers)]
     elif layers == "all":
-        return list(range(num_layers))
+        chosen = list(range(num_layers))
     elif not layers:
         raise SlzoError("model.scope.layers []: give at least one layer, or leave it out for the dominant layer")
     else:

@@ -1,5 +1,6 @@
 """Records the inputs of linear maps on some prompts."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -26,14 +27,11 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
 
     def recorder(number: int, batch: PackedBatch) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0].detach()
-            if states.dim() == 2:  # OPT flattens the input of its MLP
-                rows = 1 if plain.packed else sum(group.shape[0] for group in batch.layout.groups)
-                states = states.unflatten(0, (rows, -1))
-            try:
-                recorded[number].append(plain.to_packed(states, batch).float())
-            except (IndexError, RuntimeError):
+            states = inputs[0].detach().flatten(0, -2)  # OPT does so itself before its MLP
+            shape = (1, batch.num_tokens) if plain.packed else batch.layout.in_one_group.groups[0].shape
+            if len(states) != math.prod(shape):
                 _refuse(parts, modules[number])
+            recorded[number].append(plain.to_packed(states.unflatten(0, shape), batch).float())
 
         return hook
 

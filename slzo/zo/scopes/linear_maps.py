@@ -131,7 +131,6 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
         SlzoError: ``names`` is empty, the layer has no such linear map or shares tensors with others, or ``names`` is ``None``
             and the layer has experts.
     """
-    check_own_tensors(parts, layer)
     found = linears(parts, layer)
     if names is None:
         check_no_experts(parts, layer, "model.scope.target_modules")

@@ -3,7 +3,7 @@
 from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import check_own_tensors, targets
+from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors
 
 
@@ -40,8 +40,6 @@ class LoRA(Scope):
                 f"model.scope.rank {self.rank}: the model is {width} wide, and no map in it has a higher rank; give at most "
                 f"{width}; MeZO uses 8"
             )
-        for layer in layers:
-            check_own_tensors(context.parts, layer)
         names = None
         if self.target_modules is not None:
             # peft only checks that one name matches, and does not know mlp_output
