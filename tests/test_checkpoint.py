@@ -54,8 +54,27 @@ def change(function):
     checkpoint_file.write(content, Path(CHECKPOINT))
 
 
-def test_the_format_is_noted_and_another_one_refused(run, capsys):
-    assert read_checkpoint(CHECKPOINT).metadata["format"] == CHECKPOINT_FORMAT == 3
+LAYOUT = {
+    "metadata": "adapter auto_step base candidates chat chat_template data dtype environment format hub layer layer_reason model "
+    "noise_seed nonfinite_in_row num_demonstrations num_evaluations num_nonfinite onednn prompt_length quantization scope "
+    "settings stop system_prompt tensors trust_remote_code",
+    "OutlierProfiler": "profile",
+    "LossGuard": "first good lowest rollbacks",
+    "StepWatch": "size_at_start zeros",
+    "RunRecord": "before peak_memory_gb points samples seconds train_seconds",
+}
+"""Keys of the metadata and of the callbacks' states."""
+
+
+def test_a_new_layout_needs_a_new_format(run):
+    content = read_checkpoint(CHECKPOINT).content
+    states = {name.partition("{")[0]: state for name, state in content["callbacks"].items()}
+    del states["BestCheckpoint"]  # Lightning's own
+    found = {name: " ".join(sorted(keys)) for name, keys in {"metadata": content["slzo"], **states}.items()}
+    assert (CHECKPOINT_FORMAT, found) == (3, LAYOUT)
+
+
+def test_another_format_is_refused(run, capsys):
     change(put(1, "slzo", "format"))
     assert "has format 1, and this slzo reads 3" in error_line(capsys, *EXPORT)
 
@@ -361,10 +380,10 @@ def put_tensor(**entry):
     return put({"kind": "masked", "shape": [64, 32], **entry}, "slzo", "tensors", UP)
 
 
-NOTE_FIELDS = "scope adapter tensors layer num_evaluations model layer_reason dtype trust_remote_code noise_seed"
-NOTE_FIELDS += " num_nonfinite auto_step nonfinite_in_row base onednn data settings"
+METADATA_FIELDS = "scope adapter tensors layer num_evaluations model layer_reason dtype trust_remote_code noise_seed"
+METADATA_FIELDS += " num_nonfinite auto_step nonfinite_in_row base onednn data settings"
 BROKEN = [
-    *(drop("slzo", name) for name in NOTE_FIELDS.split()),
+    *(drop("slzo", name) for name in METADATA_FIELDS.split()),
     drop("state_dict"),
     drop("global_step"),
     put({}, "state_dict"),
