@@ -1,5 +1,8 @@
 """States that enter the tuned layer are kept within a budget, and come back as they were."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import layer_forward, tiny_model
@@ -33,6 +36,20 @@ def test_only_missing_examples_are_run_and_states_fit_any_batch(family, examples
         torch.testing.assert_close(forward.prefix(batch), expected, rtol=1e-5, atol=1e-6)
         assert sizes == [batch.num_tokens - known]
     assert forward.cache.num_bytes == batch.num_tokens * TOKEN_BYTES
+
+
+def test_copies_and_pickles_compute_the_states_again(examples):
+    """The states of an example are a view of a block of 64 MiB, which a pickle would hold once for each example."""
+    forward, batch = layer_forward(ModelParts(tiny_model("llama")), LAYER), pack(examples)
+    expected = forward.prefix(batch)
+    written = pickle.dumps(forward.cache)
+    assert len(written) < 10_000
+    for cache in (pickle.loads(written), copy.deepcopy(forward.cache)):
+        assert cache.num_bytes == 0
+        assert not any(key in cache for key in batch.example_index)
+        forward.cache = cache
+        assert forward.prefix(batch).equal(expected)
+        assert cache.num_bytes > 0
 
 
 def test_scoring_may_read_the_cache_without_filling_it(examples):

@@ -56,6 +56,10 @@ class PrefixCache:
     def __contains__(self, key: int) -> bool:
         return key in self._states
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the states out of copies and pickles, in which each would bring its whole block; they are computed again."""
+        return {**vars(self), "_states": {}, "_block": None, "_used": 0, "num_bytes": 0}
+
     def plan(self, blocks: Iterable[Block], token_bytes: int) -> None:
         """Choose the examples to store and the examples that each is computed with: whole blocks, in this order, that still fit.
 
