@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -632,6 +633,7 @@ def run_context(
 
 # types of the options that are used before TrainingOptions checks the rest
 _TYPES: ArgumentTypes = {
+    "model": (str | PathLike, "a name or a folder; for a loaded model call ZOModule.from_model"),
     "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
     "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
     "layer": (int | None, "a whole number, or None for the dominant layer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import count
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -59,6 +60,12 @@ _TYPES: ArgumentTypes = {
     **dict.fromkeys(_LEAST, (int, "a whole number")),
     **dict.fromkeys(_OPTIONAL, (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
+}
+
+# of arguments that are not kept as they are given
+_NAMED: ArgumentTypes = {
+    "task": (str | Task, 'a name such as "sst2", or a task such as slzo.tasks.TemplateTask(...)'),
+    "tokenizer": (str | PathLike | None, "the name or the folder of its model"),
 }
 
 
@@ -133,8 +140,9 @@ class TaskData:
                 f'data.task: is required; name one, as in {type(self).__name__}("movie_reviews"), or give a TemplateTask or '
                 "ChatTask for your own files"
             )
+        check_types("data", _NAMED, {"task": task, "tokenizer": tokenizer})
         if not isinstance(task, Task):
-            task = get_task(str(task))
+            task = get_task(task)
         check_task(task)
         self.task = task
         self.tokenizer_name = None if tokenizer is None else str(tokenizer)

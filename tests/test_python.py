@@ -816,6 +816,10 @@ def test_an_interval_longer_than_a_shortened_epoch_is_refused_first(model_dir, d
         ({"trust_remote_code": "no"}, r"^model.trust_remote_code 'no': is a str; give true or false"),
         ({"quantization": 8}, r"^model.quantization 8: is a int; give a name such as"),
         ({"dtype": "bf16"}, r"^model.dtype 'bf16': choose one of float32, bfloat16, float16"),
+        (
+            {"model": torch.nn.Identity()},
+            r"^model.model Identity\(\): is a Identity; .*; for a loaded model call ZOModule.from_",
+        ),
     ],
 )
 def test_an_option_of_another_kind_is_named(options, message):
@@ -830,11 +834,17 @@ def test_an_option_of_another_kind_is_named(options, message):
         ({"batch_size": "4"}, "data.batch_size '4': is a str; give a whole number"),
         ({"num_train": 0}, "data.num_train 0: must be at least 1"),
         ({"skip_bad_rows": "no"}, "data.skip_bad_rows 'no': is a str; give true or false"),
+        ({"tokenizer": 3}, "data.tokenizer 3: is a int; give the name or the folder of its model"),
+        (
+            {"task": [{"text": "good"}]},
+            "data.task [{'text': 'good'}]: is a list; give a name such as \"sst2\", or a task such as "
+            "slzo.tasks.TemplateTask(...)",
+        ),
     ],
 )
 def test_an_option_of_the_rows_of_another_kind_is_named(options, message):
     with pytest.raises(SlzoError) as error:
-        TaskDataModule("sst2", **options)
+        TaskDataModule(**{"task": "sst2", **options})
     assert str(error.value) == message
 
 
