@@ -40,6 +40,7 @@ from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
+from slzo.private.compiled import is_compiled
 from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
@@ -64,6 +65,7 @@ from slzo.zo.tuned_model import TunedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_COMPILED = "model: torch.compile does not work with slzo's steps; give the trainer a new ZOModule as it is"
 _ENGINE = Engine()
 _RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
@@ -244,6 +246,8 @@ class ZOModule(LightningModule):
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
         trainer = self.trainer
         data = self.datamodule
+        if is_compiled(self):
+            raise SlzoError(NOT_COMPILED)
         if self.options.device_map is not None:
             self.options.device_map.check_processes(trainer.world_size)
         if shard_group_of(trainer) is not None:

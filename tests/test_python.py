@@ -344,6 +344,18 @@ def test_options_that_a_run_cannot_have(options, message, model_dir, data_dir):
         ZOTrainer(**{**QUIET, **options}).fit(ZOModule(str(model_dir)), datamodule=rows(data_dir))
 
 
+@pytest.mark.parametrize("kind", [Trainer, ZOTrainer])
+def test_a_compiled_module_is_refused_before_the_model_is_loaded(kind, model_dir, data_dir):
+    module = ZOModule(str(model_dir), 2, eps=1e-3)
+    with pytest.raises(
+        SlzoError, match=r"^model: torch.compile does not work with slzo's steps; give the trainer a new"
+    ):
+        kind(max_steps=1, logger=False, enable_checkpointing=False, **QUIET).fit(
+            torch.compile(module), datamodule=rows(data_dir)
+        )
+    assert module.model is None
+
+
 def test_an_optimizer_of_a_subclass_is_refused_before_the_model_is_loaded(model_dir, data_dir):
     """Its rate would be replaced, and its scheduler never stepped."""
 

@@ -30,7 +30,8 @@ from slzo.lightning.trainer_options import (
     take_time_limit,
 )
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
-from slzo.module import ZOModule
+from slzo.module import NOT_COMPILED, ZOModule
+from slzo.private.compiled import is_compiled
 from slzo.task_data import TaskData
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
@@ -266,6 +267,8 @@ class ZOTrainer(Trainer):
 
 def _checked(model: object) -> ZOModule:
     """Refuse modules of other classes, which slzo's callbacks cannot use."""
+    if is_compiled(model):
+        raise SlzoError(NOT_COMPILED)
     if not isinstance(model, ZOModule):
         raise SlzoError(
             f"model {type(model).__name__}: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
