@@ -433,6 +433,7 @@ class ZOModule(LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
         """Take one training step; callbacks get its loss, its result, and the values that it did not log."""
+        _check_batch(batch, TrainBatch)
         started = time.perf_counter()
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
@@ -458,8 +459,8 @@ class ZOModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         """Log the remaining values of a step after which a callback ended the training."""
-        if self.trainer.should_stop and outputs["values"]:
-            self._log_values(outputs["values"], batch)
+        if self.trainer.should_stop and (values := outputs.get("values")):  # a subclass may return the loss alone
+            self._log_values(values, batch)
 
     def _log_values(self, values: Mapping[str, float], batch: TrainBatch) -> None:
         self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
@@ -519,26 +520,34 @@ class ZOModule(LightningModule):
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Outcome]:
         """Score one batch of dev or held-out rows; callbacks get the outcome."""
-        assert self._score is not None
+        _check_batch(batch, EvalBatch)
         # a fit scores the dev rows again and again, so their states are worth keeping
         outcome = self.evaluator(batch, keep_prefix=self.trainer.state.fn == "fit", log_likelihoods=False)
-        self._score.update(batch, outcome)
+        self._running_score.update(batch, outcome)
         return {"outcome": outcome}
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
-        assert self._score is not None
         self.parts.placement.barrier()
         stage = "test" if self.trainer.testing else "val"
-        values = {f"{stage}/{name}": value for name, value in self._score.compute().items()}
+        values = {f"{stage}/{name}": value for name, value in self._running_score.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")
 
     on_test_epoch_end = on_validation_epoch_end
 
+    @property
+    def _running_score(self) -> RunningScore:
+        if self._score is None:
+            raise SlzoError(
+                "model: the scores were not reset; call super() in on_validation_epoch_start and on_test_epoch_start of your own"
+            )
+        return self._score
+
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
         """Return position in the split and record of each held-out row, see :func:`slzo.evaluation.evaluator.records`."""
+        _check_batch(batch, EvalBatch)
         written = records(batch, self.evaluator(batch))
         return [(row.position, record) for row, record in zip(batch.rows, written, strict=True)]
 
@@ -612,6 +621,26 @@ def zo_module(module: LightningModule) -> ZOModule:
             f"trainer.callbacks: those of slzo need a ZOModule, not a {type(module).__name__}; leave them out"
         )
     return module
+
+
+def returned(module: LightningModule, hook: str, outputs: Any, name: str) -> Any:
+    """Return a value of what a hook of the module returned, for a callback.
+
+    Raises:
+        SlzoError: A subclass returns something else.
+    """
+    if not isinstance(outputs, Mapping) or name not in outputs:
+        raise SlzoError(f"{type(module).__name__}.{hook}: callbacks need what super().{hook} returns; return that")
+    return outputs[name]
+
+
+def _check_batch(batch: object, kind: type[TrainBatch | EvalBatch]) -> None:
+    """Refuse a batch of another data loader."""
+    if not isinstance(batch, kind):
+        raise SlzoError(
+            f"data: a batch is a {type(batch).__name__}, not one of TaskDataModule; do not override its data loaders, and give "
+            "rows of your own with the task"
+        )
 
 
 def run_context(

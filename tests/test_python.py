@@ -356,6 +356,57 @@ def test_a_compiled_module_is_refused_before_the_model_is_loaded(kind, model_dir
     assert module.model is None
 
 
+class OwnTraining(ZOModule):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+class OwnValidation(ZOModule):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+
+
+class OwnStart(ZOModule):
+    def on_validation_epoch_start(self):
+        pass
+
+
+class OwnLoader(TaskDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "message"),
+    [
+        (
+            OwnTraining,
+            TaskDataModule,
+            r"^OwnTraining.training_step: callbacks need what super\(\).training_step returns",
+        ),
+        (OwnValidation, TaskDataModule, r"^OwnValidation.validation_step: callbacks need what super\(\)"),
+        (OwnStart, TaskDataModule, r"^model: the scores were not reset; call super\(\) in on_validation_epoch_start"),
+        (
+            ZOModule,
+            OwnLoader,
+            r"^data: a batch is a Tensor, not one of TaskDataModule; do not override its data loaders",
+        ),
+    ],
+)
+def test_a_method_of_a_subclass_that_leaves_something_out_is_named(module, data, message, model_dir, data_dir):
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, logger=False, enable_checkpointing=False, **QUIET)
+    own = data("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12, batch_size=4)
+    with pytest.raises(SlzoError, match=message):
+        trainer.fit(module(str(model_dir), 2, eps=1e-3, seed=0), datamodule=own)
+
+
+def test_a_plain_trainer_takes_a_loss_from_a_subclass(model_dir, data_dir):
+    options = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    trainer = Trainer(max_steps=9, callbacks=[Ends(1)], **options, **QUIET)
+    trainer.fit(OwnTraining(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
+    assert trainer.global_step == 1
+
+
 def test_an_optimizer_of_a_subclass_is_refused_before_the_model_is_loaded(model_dir, data_dir):
     """Its rate would be replaced, and its scheduler never stepped."""
 

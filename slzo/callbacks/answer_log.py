@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.evaluation.evaluator import Outcome
-from slzo.module import zo_module
+from slzo.module import returned, zo_module
 from slzo.utils.errors import check_at_least
 
 _LONGEST = 1000
@@ -30,8 +30,7 @@ class AnswerLog(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        zo_module(pl_module)
-        outcome: Outcome = outputs["outcome"]
+        outcome: Outcome = returned(zo_module(pl_module), "validation_step", outputs, "outcome")
         if not outcome.num_tokens:
             return
         for place, row in enumerate(batch.rows[: max(0, self.num_examples - len(self._shown))]):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
-from slzo.module import ZOModule, zo_module
+from slzo.module import ZOModule, returned, zo_module
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.pluralize import pluralize
@@ -44,7 +44,7 @@ class StepWatch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         module = zo_module(pl_module)
-        result: StepResult = outputs["result"]
+        result: StepResult = returned(module, "training_step", outputs, "result")
         if not result.estimate.finite:
             return
         estimate, stepper, objective = result.estimate, module.stepper, module.datamodule.objective
