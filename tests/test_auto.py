@@ -133,6 +133,24 @@ def test_a_config_that_is_written_has_the_texts_that_were_read(capsys):
         assert {name: found["task"]["init_args"][name] for name in arguments} == arguments
 
 
+@pytest.mark.usefixtures("own_folder")
+def test_a_config_of_another_lightning_cli_is_read():
+    """It has options of optimizers at the top, which are null."""
+    options = {
+        "seed_everything": 0,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "model": {"layer": 1},
+        "weights_only": None,
+    }
+    Path("config.yaml").write_text(yaml.dump(options))
+    (found,) = encode_words(["--config=config.yaml"])
+    assert yaml.safe_load(found.removeprefix("--config=")) == {"seed_everything": 0, "model": {"layer": 1}}
+    given = {**options, "optimizer": {"class_path": "torch.optim.SGD"}}
+    Path("config.yaml").write_text(yaml.dump(given))
+    assert yaml.safe_load(encode_words(["--config=config.yaml"])[0].removeprefix("--config="))["optimizer"]
+
+
 def test_a_long_config_as_text_is_no_file_name():
     text = json.dumps({"model": {"model": "x" * 300, "optimizer": {"class_path": "SGD", "init_args": {"lr": "auto"}}}})
     for args in ([f"--config={text}"], ["--config", text], ["-c", text]):

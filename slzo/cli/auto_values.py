@@ -1,7 +1,8 @@
 """Replaces words in options and configs that the parser would misread.
 
 ``lr: auto`` becomes a special number, because torch's optimizers take only numbers. ``SGD`` and other names of torch's optimizers
-become class paths, because another loaded package may have a class of the same name.
+become class paths, because another loaded package may have a class of the same name. Options that only other LightningCLIs have
+are left out if they are null.
 """
 
 import re
@@ -21,6 +22,7 @@ _NUMBER = ".inf"
 _RATES = ("model.optimizer.lr", "model.optimizer.init_args.lr")
 _CLASSES = ("model.optimizer", "model.optimizer.class_path")
 _FILES = ("config", "model", "model.optimizer")
+_UNUSED = ("optimizer", "lr_scheduler", "weights_only")  # null in configs that other LightningCLIs have saved
 
 
 class _Dumper(yaml.SafeDumper):
@@ -66,6 +68,7 @@ def _spelled(value: Any, name: str) -> Any:
         new = {
             key: inner if key == "config" else _spelled(inner, f"{name}.{key}".removeprefix("config."))
             for key, inner in content.items()
+            if not (name == "config" and key in _UNUSED and inner is None)
         }
         return value if new == content else new
     if name in _RATES and value == _AUTO:
