@@ -248,6 +248,8 @@ class ZOModule(LightningModule):
         data = self.datamodule
         if is_compiled(self):
             raise SlzoError(NOT_COMPILED)
+        # after a stage Lightning leaves the module on the CPU, and moves it back only after this hook
+        self.to(trainer.strategy.root_device)
         if self.options.device_map is not None:
             self.options.device_map.check_processes(trainer.world_size)
         if shard_group_of(trainer) is not None:

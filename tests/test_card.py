@@ -30,8 +30,10 @@ from helpers import (
     tuned_layer,
 )
 
+from slzo import fit
 from slzo.__main__ import main
 from slzo.batches.packing import pack
+from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.decoding import decode
 from slzo.lightning.trainer import ZOTrainer
@@ -46,6 +48,7 @@ from slzo.module import ZOModule
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, OutlierChannels
+from slzo.zo.selection import MaxRatioJump
 
 pytestmark = [pytest.mark.cuda, needs_card]
 EPS = 1e-3
@@ -139,20 +142,40 @@ def test_a_run_trains_scores_and_resumes(options, more):
     assert main(["test", *options, "--ckpt_path=last"]) == 0
 
 
+def trainer_on_card(**options):
+    device = {"accelerator": "gpu"} if CARD.type == "cuda" else {"accelerator": CARD.type, "strategy": CARD.type}
+    return ZOTrainer(val_check_interval=1, devices=1, enable_progress_bar=False, **device, **options)
+
+
+def few_rows(data_dir):
+    return TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=8, batch_size=4)
+
+
 @pytest.mark.parametrize("scope", [OutlierChannels(percent=10), ActivationSubspace(rank=2)], ids=described)
 def test_a_module_is_scored_and_tuned_further_after_a_fit(scope, model_dir, data_dir):
     """Lightning moves the module to the CPU after a fit, and the constants of the scope with it."""
-    assert CARD is not None
-    device = {"accelerator": "gpu"} if CARD.type == "cuda" else {"accelerator": CARD.type, "strategy": CARD.type}
-    options = {"val_check_interval": 2, "devices": 1, "enable_progress_bar": False, **device}
-    trainer = ZOTrainer(max_steps=2, **options)
-    data = TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=8, batch_size=4)
+    trainer, data = trainer_on_card(max_steps=2), few_rows(data_dir)
     module = ZOModule(str(model_dir), 2, scope=scope, seed=0)
     trainer.fit(module, datamodule=data)
     (found,) = trainer.test(module, datamodule=data, ckpt_path="last")
     module.load_state_dict(module.state_dict())
     assert found["test/loss"] > 0
-    ZOTrainer(max_steps=4, **options).fit(module, datamodule=data, ckpt_path="last")
+    trainer_on_card(max_steps=4).fit(module, datamodule=data, ckpt_path="last")
+
+
+def test_a_model_that_was_scored_before_is_profiled_on_the_card(model_dir, data_dir, monkeypatch):
+    """Lightning moves the module to the CPU after a test, and back only after the setup of the next stage."""
+    devices, original = [], fit.profile_model
+
+    def profile_model(parts, *args):
+        devices.append(parts.model.device.type)
+        return original(parts, *args)
+
+    monkeypatch.setattr(fit, "profile_model", profile_model)
+    module, data = ZOModule(str(model_dir), eps=1e-3, seed=0), few_rows(data_dir)
+    trainer_on_card().test(module, datamodule=data)
+    trainer_on_card(max_steps=1, callbacks=[OutlierProfiler(MaxRatioJump())]).fit(module, datamodule=data)
+    assert devices == [CARD.type]
 
 
 @pytest.mark.parametrize("estimator", ["SPSA", OUTPUT])
@@ -197,6 +220,6 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
         else:
             model, placement = load_with_device_map(str(tmp_path), "float32", False, DeviceMapOptions(given), CARD)
         own = tuned_layer(split_and_verify(model, placement=placement), 2)
-        assert all(tensor.live.device == CARD for _, tensor in own.tensors.items())
+        assert all(tensor.live.device.type == CARD.type for _, tensor in own.tensors.items())
         found.append(own.parts.head(own.final_states(batch)))
     assert torch.equal(*found)

@@ -401,6 +401,11 @@ def test_equal_prompts_have_no_standard_error(options, capsys):
     assert profile["layers"][0]["ratio_se"] is None
 
 
+def test_a_profile_needs_one_device(options, capsys):
+    error = error_line(capsys, "profile", *options, "--trainer.devices=2")
+    assert "trainer.devices, trainer.num_nodes: make 2 processes, and slzo profile runs on one device" in error
+
+
 def test_every_layer_over_the_thresholds_is_told(options, capsys):
     rule = ["--profiler.rule=FirstOutlierLayer", "--profiler.rule.max_abs=0", "--profiler.rule.ratio=0"]
     assert main(["profile", *options, *rule, "--model.layer=1"]) == 0

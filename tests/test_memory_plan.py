@@ -255,6 +255,11 @@ def test_layers_that_are_elsewhere_take_the_room_of_one(llama):
     converted = replace(inputs, dtype=torch.float32).plan()
     whole, away = 4 * llama.num_parameters, 19 * 2 * layer
     assert converted.loading == PROGRAM + (2 * llama.num_parameters + whole) * (whole - away) // whole
+    # the largest pass is that of training or of scoring
+    for trained, option in ((100, "data.tokens_per_pass 50"), (80, "data.eval_batch_tokens 50")):
+        *_, (last, smaller) = replace(inputs, workload=Workload(100, train_tokens=trained)).alternatives()
+        assert last == option
+        assert smaller.total < plan.total
     # the most that the option can do
     (fewest,) = (plan for option, plan in inputs.alternatives() if "device_map" in option)
     assert fewest.parts["weights"] == 2 * llama.num_parameters - 30 * layer

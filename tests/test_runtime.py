@@ -62,6 +62,12 @@ def test_kernels_of_former_shapes_are_forgotten():
     assert grown("bound") < grown("free") / 2
 
 
+def test_memory_that_pytorch_keeps_for_new_tensors_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (100, 900), "memory_reserved": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 130
+
+
 def test_in_a_container_its_limit_counts_less_what_is_used(tmp_path, monkeypatch):
     for name, text in {
         "memory.max": "3000000\n",

@@ -13,6 +13,7 @@ from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.lightning.trainer_state import callback_of
+from slzo.private.exit_handlers import keep_process_group_at_exit
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.launcher import LAUNCHER
@@ -110,7 +111,9 @@ class RankWatch(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop, unless an exchange with another process has failed because that process is gone."""
-        atexit.unregister(leave_process_group)  # it would wait for an exchange that may never end
+        # they would wait for an exchange that may never end
+        atexit.unregister(leave_process_group)
+        keep_process_group_at_exit()
         self._stop(_PATIENCE_S if isinstance(exception, RuntimeError) else 0.0)
 
     def _stop(self, patience: float = 0.0) -> None:

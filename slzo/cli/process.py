@@ -58,8 +58,8 @@ def memory_errors() -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = ". ".join(one_line(error, None).split(". ")[:2])  # the rest is advice on PyTorch's allocator
         raise SlzoError(
-            f"out of memory ({reason}): slzo plan with the options of a run estimates what it takes; data.tokens_per_pass runs "
-            "batches in parts, model.dtype bfloat16 and model.quantization need less for the model"
+            f"out of memory ({reason}): slzo plan with the options of a run estimates what it takes; data.tokens_per_pass and "
+            "data.eval_batch_tokens run batches in parts, model.dtype bfloat16 and model.quantization need less for the model"
         ) from error
 
 

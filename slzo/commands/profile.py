@@ -9,6 +9,7 @@ from slzo.lightning.loggers import run_folder
 from slzo.module import run_context
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.utils.console import rank_zero_print, rank_zero_warn
+from slzo.utils.errors import SlzoError
 
 
 def profile(app: App) -> None:
@@ -16,7 +17,15 @@ def profile(app: App) -> None:
 
     Args:
         app: Trainer, model and rows.
+
+    Raises:
+        SlzoError: The trainer has several devices, or the rule finds no layer.
     """
+    if app.trainer.world_size > 1:
+        raise SlzoError(
+            f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and slzo profile runs on one device; "
+            "set both to 1"
+        )
     if app.model.options.layer is not None:
         rank_zero_warn(
             f"model.layer {app.model.options.layer}: is not used, because slzo profile chooses a layer by profiler.rule"

@@ -183,13 +183,13 @@ class MemoryInputs:
             yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()
-        half = replace(
-            self.workload,
-            tokens=self.workload.tokens // 2,
-            train_tokens=self.workload.train_tokens // 2,
-            vocabulary_rows=self.workload.vocabulary_rows // 2,
-        )
-        yield f"data.tokens_per_pass {half.tokens}", replace(self, workload=half).plan()
+        work = self.workload
+        tokens = work.tokens // 2
+        of_scoring = work.tokens > work.train_tokens  # the largest pass scores rows
+        train = work.train_tokens if of_scoring else tokens
+        half = replace(work, tokens=max(tokens, train), train_tokens=train, vocabulary_rows=work.vocabulary_rows // 2)
+        option = "eval_batch_tokens" if of_scoring else "tokens_per_pass"
+        yield f"data.{option} {tokens}", replace(self, workload=half).plan()
 
 
 def tuning_bytes(

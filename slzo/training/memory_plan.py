@@ -95,7 +95,7 @@ def first_order_bytes(options: TrainingOptions, data: TaskData, max_steps: int, 
         plan = memory_inputs(changed, data, max_steps, device).plan()
     except SlzoError:
         return None
-    held = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0  # free again when this run has ended
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # free again when this run has ended
     return plan.total if plan.needed <= free + held else None
 
 

@@ -122,6 +122,8 @@ def _time_steps(model: TunedModel, options: TrainingOptions, data: TaskData, mos
     device = model.parts.model.device
     sampler = data.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
+    if device.type != "cpu":  # the first step of a process also loads kernels
+        stepper.step(data.pack_training_rows(sampler.rows_of_step(last)).to(device), 0, optimizer)
     new = 0
     added = 0.0
     steps: list[float] = []

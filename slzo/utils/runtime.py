@@ -28,7 +28,10 @@ def peak_memory_gb(device: torch.device) -> float:
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, in bytes; ``None`` if it is unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # kept by PyTorch for new tensors
+        return torch.cuda.mem_get_info(device)[0] + unused
     available = _kilobytes("/proc/meminfo", "MemAvailable")
     found = [] if available is None else [available * 1024]
     for name, usage, cached in _CGROUPS:

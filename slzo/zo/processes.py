@@ -165,9 +165,10 @@ class DividedDirections(Loss):
 
     def gradient_from_output(self, estimate: OutputEstimator) -> OutputGradient:
         found = self.loss.gradient_from_output(lambda output: estimate(_DividedOutput(output, self.processes)))
-        if self.processes.row_partition.total == 1:
+        if self.processes.row_partition.total == 1 and self.device.type == "cpu":
             return found
-        # processes with different points add up the rows in sums of their own, which may round differently
+        # Processes with different points add up the rows in sums of their own, which may round differently, and on a GPU two
+        # backward passes may do so too.
         own = [torch.tensor([found.loss], device=self.device), *found.gradient.values()]
         if self.processes.point_partition.rank > 0:  # those of the process with the first points count
             own = [torch.zeros_like(tensor) for tensor in own]
