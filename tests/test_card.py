@@ -209,6 +209,20 @@ def test_two_processes_on_one_card_take_the_steps_of_one(options, parallel, esti
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs (CUDA)")
+@pytest.mark.parametrize("estimator", ["SPSA", OUTPUT])
+@pytest.mark.parametrize("more", ["strategy=ddp", "strategy=sharded"])
+def test_two_cards_take_the_steps_of_one(options, more, estimator):
+    fit = ["fit", *on_card(options, f"--model.estimator={estimator}")]
+    assert main([*fit, "--data.batch_size=8"]) == 0
+    two = [f"--trainer.{more}", "--trainer.devices=2", "--data.batch_size=4"]
+    run = subprocess.run([sys.executable, *SLZO, *fit, *two], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    alone, both = (tuned(last_checkpoint(number)) for number in (0, 1))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(both[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 @needs_cuda
 def test_layers_away_from_the_card_compute_the_same(tmp_path):
     tiny_model().save_pretrained(tmp_path)
