@@ -20,8 +20,17 @@ from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.models.startup_check import split_and_verify
 from slzo.training import memory_estimate, memory_plan
-from slzo.training.memory_estimate import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
+from slzo.training.memory_estimate import (
+    PROGRAM_BYTES,
+    TOKENIZER_BYTES,
+    MemoryInputs,
+    MemoryPlan,
+    Workload,
+    tuning_bytes,
+)
+from slzo.zo.optim import OptimizerOptions
 from slzo.zo.scopes import LoRA
+from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 from tiny import make_tokenizer
 from write_shape import Shape, write_shape
@@ -73,6 +82,29 @@ def test_the_arithmetic_of_llama_2_7b(llama):
     assert converted.total == converted.loading == PROGRAM + 13 * 10**9 + 2 * llama.num_parameters
 
 
+@pytest.mark.parametrize(
+    ("dtype", "queries", "at_once", "copies"),
+    [
+        (torch.float32, 1, 1, 1),  # the gradient takes the memory of the first direction
+        (torch.float32, 3, 1, 2),
+        (torch.float32, 3, 3, 3),
+        (torch.float32, 3, 8, 3),
+        (torch.bfloat16, 1, 1, 2),  # a rounded direction is not the gradient
+        (torch.bfloat16, 3, 2, 3),
+    ],
+)
+def test_what_tuning_takes(dtype, queries, at_once, copies):
+    tuned = TunedTensors({"a": torch.zeros(4, 5, dtype=dtype), "b": torch.zeros(6, dtype=dtype)})
+    adam = OptimizerOptions.of(torch.optim.Adam)
+    parts = tuning_bytes(tuned, queries, at_once, adam)
+    assert (parts["masters"], parts["best masters"], parts["Adam state"]) == (4 * 26, 4 * 26, 2 * 4 * 26)
+    assert parts["directions and gradient"] == copies * 4 * 26
+    assert parts["rounding"] == (0 if dtype == torch.float32 else 3 * 4 * 20)
+    tuned.hold_bytes = 4 * 26 - 1  # too large to hold a direction, or a copy for a rollback
+    parts = tuning_bytes(tuned, queries, at_once, adam)
+    assert (parts["directions and gradient"], parts["best masters"]) == (4 * 26, 0)
+
+
 def test_generated_answers_take_keys_and_values(llama):
     assert llama.key_values == 2 * 4096
     work = Workload(100, cached_tokens=1000, prompt_tokens=500, answer_tokens=300)
@@ -84,6 +116,24 @@ def test_generated_answers_take_keys_and_values(llama):
     little = replace(inputs, cache_bytes=1000 * 4096 * 2 + 7).plan().parts
     assert little["kept prompts"] == 7
     assert "kept prompts" not in replace(inputs, start=0).plan().parts
+
+
+def test_a_derivative_takes_activations_keys_and_values_and_directions(llama):
+    work = Workload(100, vocabulary_rows=10, train_tokens=80)
+    inputs = MemoryInputs(llama, torch.bfloat16, None, {}, 1, 28, work, 0, differentiated=1, records=True)
+    parts = inputs.plan().parts
+    assert parts["activations for the derivative"] == 80 * (3 * 11008 + 6 * 4096 + 2 * 4096) * 2
+    assert parts["keys and values above"] == 80 * 3 * 2 * 4096 * 2  # layers 29 to 31
+    assert parts["directions of tokens"] == 10 * 4096 * 4 * 40
+    assert "float32 layers above" not in parts
+    two_above = replace(inputs, start=29)
+    assert two_above.plan().parts["float32 layers above"] == 2 * (llama.linear + llama.layer_rest) * 4
+    for change in ({"quantization": "int8"}, {"away": 3}, {"num_shards": 2}, {"dtype": torch.float32}):
+        assert "float32 layers above" not in replace(two_above, **change).plan().parts
+    # answers are generated before the derivative, so the larger of the two counts
+    generates = replace(inputs, workload=replace(work, answer_tokens=10_000)).plan().parts
+    assert "keys and values of answers" in generates
+    assert not generates.keys() & {"activations for the derivative", "keys and values above", "directions of tokens"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,6 +190,31 @@ def test_a_plan_counts_the_layers_that_run_in_float32(options, capsys):
     for layer, dtype, counted in ((1, "bfloat16", True), (0, "bfloat16", False), (1, "float32", False)):
         assert main(["plan", *perturbs_output, f"--model.layer={layer}", f"--model.dtype={dtype}"]) == 0
         assert ("float32 layers above" in capsys.readouterr().out) is counted
+
+
+@pytest.mark.usefixtures("_not_loaded")
+@pytest.mark.parametrize(
+    ("estimator", "kept"),
+    [
+        (["SPSA"], set()),
+        (["LayerOutputPerturbation", "--model.eps=auto"], {"activations for", "keys and values above"}),
+        (["Backprop", "--model.optimizer=AdamW"], {"activations for"}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_plan_counts_what_an_estimator_keeps(estimator, kept, options, capsys):
+    assert main(["plan", *options, f"--model.estimator={estimator[0]}", *estimator[1:], "--model.layer=1"]) == 0
+    shown = capsys.readouterr().out
+    assert {words for words in ("activations for", "keys and values above") if words in shown} == kept
+
+
+@pytest.mark.usefixtures("_not_loaded")
+def test_a_plan_counts_the_tokens_of_a_pass(options, capsys):
+    kept = []
+    for limit in ([], ["--data.tokens_per_pass=1"]):
+        assert main(["plan", *options, *limit, "--model.estimator=Backprop", "--model.optimizer=AdamW"]) == 0
+        kept.append(float(re.search(r"activations for the derivative +(\S+) GiB", capsys.readouterr().out)[1]))
+    assert kept[1] < kept[0] / 2  # a row at a time, instead of a batch
 
 
 FIRST_ORDER = ["--model.estimator=Backprop", "--model.optimizer=AdamW"]
