@@ -234,6 +234,47 @@ def test_a_trainer_in_python_gets_its_limits_back():
     assert (trainer.max_steps, trainer.val_check_interval) == given
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("left", "step", "validates", "stops"),
+    [
+        (34.0, 1.0, False, True),  # a tenth more than 1 + 10 + 20 s
+        (35.0, 1.0, False, False),
+        (35.0, 5.0, False, True),  # the last step was slower than planned
+        (45.0, 1.0, True, True),  # one validation comes now, and one at the end
+        (46.0, 1.0, True, False),
+    ],
+)
+def test_a_run_stops_where_another_step_and_all_after_it_do_not_fit(left, step, validates, stops, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(time_limit, "validation_due", lambda trainer: validates)
+    trainer = ZOTrainer(max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    limit = TimeLimit(step + left)
+    limit.begin()
+    limit.apply(trainer, plan(times={"step": 1.0, "validation": 10.0, "after": 20.0}))
+    limit.on_train_batch_start()
+    clock.now = step
+    limit.on_train_batch_end(trainer)
+    assert trainer.should_stop is stops
+
+
+@pytest.mark.fast
+def test_another_fit_of_a_trainer_has_the_whole_time(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(time_limit, "validation_due", lambda trainer: False)
+    trainer, limit = ZOTrainer(max_steps=9, logger=False, enable_checkpointing=False), TimeLimit(100.0)
+    for begin in (0.0, 150.0):
+        clock.now, trainer.should_stop = begin, False
+        limit.setup(trainer, None, "fit")
+        for later, stops in ((99.0, False), (101.0, True)):
+            clock.now = begin + later
+            limit.on_train_batch_end(trainer)
+            assert trainer.should_stop is stops
+        limit.teardown(trainer, None, "fit")
+
+
 def test_another_fit_of_a_trainer_takes_its_own_steps(model_dir, data_dir, own_folder, measured):
     measured(step=900.0, rows_per_step=8)  # 3 steps in an hour
     rows = {"data_dir": str(data_dir), "tokenizer": str(model_dir), "num_train": 40, "num_dev": 0, "num_test": 4}
