@@ -120,6 +120,8 @@ def test_chunks_keep_order_and_limits():
     assert chunk_by_tokens(lengths, 5) == [[0], [1], [2, 3], [4]]
     assert chunk_by_tokens(lengths, None, 2) == [[0, 1], [2, 3], [4]]
     assert chunk_by_tokens([], 5) == []
+    # the first sequence of a chunk has nothing in common with an earlier one of it
+    assert chunk_by_tokens([10] * 7, 12, shared=[0, *[9] * 6]) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_answer_text_is_cut_at_a_newline_inside_a_token_and_stripped():

@@ -9,7 +9,7 @@ from helpers import batch_loss, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
-from slzo.zo.estimators import Backprop, EstimatorContext, Point
+from slzo.zo.estimators import Backprop, EstimatorContext, LayerOutputPerturbation, Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.tuned import UNPERTURBED
 
@@ -36,6 +36,14 @@ def test_a_batch_is_cut_where_it_is_full(packed, max_tokens):
     assert packed.cut(None) == packed.cut(10_000) == (packed,)
 
 
+def test_parts_need_the_logits_that_the_batch_needs(examples, one_token_examples):
+    """So that a row has the same estimate in a part; logits of candidates alone have other directions."""
+    for batch in (pack(examples), pack(one_token_examples)):
+        for part in batch.cut(1):
+            assert (part.choice_ids is None, part.token_choice is None) == (batch.choice_ids is None,) * 2
+            assert part.most_candidates == batch.most_candidates
+
+
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, monkeypatch, objective, layer):
@@ -55,6 +63,17 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
         found = batch_loss(model, packed, objective, max_tokens=34).at(points)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert max(seen) <= 34 < packed.num_tokens
+
+
+def test_parts_cost_as_much_as_the_batch():
+    generator = random.Random(0)
+    rows = [random_example(generator, number, 10, (1, 1)) for number in range(6)]
+    model = tuned_layer(ModelParts(tiny_model(), onednn=False), 2)
+    costs = [
+        LayerOutputPerturbation(queries=2).estimate(EstimatorContext(model.tensors, loss, 0, 0)).num_evaluations
+        for loss in (batch_loss(model, rows, max_tokens=max_tokens) for max_tokens in (None, 20))
+    ]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])

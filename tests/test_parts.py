@@ -9,6 +9,7 @@ from helpers import FAMILIES, plain_logits, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.encoded import EncodedExample
+from slzo.batches.layout import group_by_length
 from slzo.batches.packing import pack
 from slzo.models import linear
 from slzo.models.decoder_layers import find_decoder_layers
@@ -50,6 +51,12 @@ def test_selected_head_rows_equal_the_full_head(family, one_token_examples):
     final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.logit_positions)
     few, full = parts.head(final, batch.choice_ids), parts.head(final)
     torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_has_no_sequence_that_is_much_shorter_than_its_longest_one():
+    lengths = [4, 8, 6, 5, 7, 3]
+    groups = group_by_length(lengths)
+    assert [[lengths[number] for number in group] for group in groups] == [[8, 7, 6], [5, 4], [3]]
 
 
 def test_families_without_the_attention_interface_run_padded(examples):
