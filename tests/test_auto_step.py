@@ -395,6 +395,8 @@ def test_matrices_of_zeros_beside_others_limit_the_rate():
     assert found["both"].largest == pytest.approx(0.1 * 0.5 / found["both"].slope, rel=1e-6)
     assert found["both"].rate(made(torch.optim.SGD), SPSA(), 1) == found["both"].largest  # below 0.045 x 2
     assert (found["alone"].largest, found["whole"].largest) == (0, 0)
+    # slopes that grow with the matrices say nothing about the curvature
+    assert [each.first_square for each in found.values()] == [0, found["alone"].square, found["whole"].square]
 
 
 def test_take_step_learns_first_and_steps_then():

@@ -117,6 +117,25 @@ def test_a_plan_without_prompts_runs_nothing():
     assert not calls
 
 
+def test_the_counts_of_a_stepper_come_back():
+    model = tuned_layer(ModelParts(tiny_model()), 2)
+    one, other = (Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions()) for _ in range(2))
+    one.num_evaluations, one.num_nonfinite, one.nonfinite_in_row = 24, 5, 3
+    other.load_state_dict(one.state_dict())
+    assert (other.num_evaluations, other.num_nonfinite, other.nonfinite_in_row) == (24, 5, 3)
+
+
+def test_an_update_is_measured_unless_a_copy_of_the_masters_is_too_large():
+    model = tuned_layer(ModelParts(tiny_model()), 2)
+    stepper = Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions())
+    optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-2)
+    size = 4 * model.tensors.num_elements
+    for step, (hold_bytes, measured) in enumerate([(size, True), (size - 1, False)]):
+        model.tensors.hold_bytes = hold_bytes
+        result = stepper.step(TrainBatch(make_batch(), ()), step, optimizer, measure_update=True)
+        assert (result.update_norm is not None) is measured
+
+
 def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):
     tuned = TunedTensors({name: torch.ones(3, 3) for name in "ab"}, hold_bytes=0)
     drawn = []

@@ -15,9 +15,9 @@ from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
 from slzo.zo.estimators import SPSA, EstimatorContext, LayerOutputPerturbation
-from slzo.zo.noise import gaussian
+from slzo.zo.noise import gaussian, rademacher
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate
+from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate, step_scheduler
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import Point, TunedTensors
@@ -77,6 +77,12 @@ def test_noise_depends_on_seed_step_query_and_name_only():
     large = gaussian(torch.zeros(100_000), 0, 0, 0, "w")
     assert abs(float(large.mean())) < 0.02
     assert abs(float(large.std()) - 1) < 0.02
+
+
+def test_random_signs_are_as_often_negative_as_positive():
+    signs = rademacher(torch.zeros(10_000), 0, 0, 0, "w")
+    assert set(signs.tolist()) == {-1, 1}
+    assert abs(float(signs.mean())) < 0.05
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
@@ -165,6 +171,26 @@ def test_an_optimizer_without_a_rate_has_an_automatic_one():
     assert OptimizerOptions.of(torch.optim.Adadelta).lr == 1.0  # its own rate
     (group,) = OptimizerOptions.of(partial(decay, foreach=False)).make([torch.nn.Parameter(torch.ones(2))]).param_groups
     assert group["fused"] is None
+
+
+def test_a_rate_has_an_effect_unless_the_schedule_sets_its_own():
+    make, schedules = partial(torch.optim.SGD, lr=0.1), torch.optim.lr_scheduler
+    warm_up = partial(schedules.LambdaLR, lr_lambda=lambda step: min(step / 5, 1))  # 0 in the first step
+    assert OptimizerOptions.of(make).follows_rate
+    assert OptimizerOptions.of(make, warm_up).follows_rate
+    own = partial(schedules.OneCycleLR, max_lr=0.1, total_steps=6, cycle_momentum=False)
+    assert not OptimizerOptions.of(make, own).follows_rate
+
+
+def test_a_schedule_that_continues_is_checked_for_the_steps_that_are_left():
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=6, cycle_momentum=False)
+    options = OptimizerOptions.of(partial(torch.optim.SGD, lr=0.1), cycle)
+    _, scheduler = options.build([torch.nn.Parameter(torch.ones(1))])
+    for step in range(4):
+        step_scheduler(scheduler, step)
+    options.check_schedule(6, scheduler.state_dict())
+    with pytest.raises(SlzoError, match=r"^model\.lr_scheduler: .*a resumed run keeps the schedule"):
+        options.check_schedule(8, scheduler.state_dict())
 
 
 def test_a_fused_step_takes_a_gradient_of_any_layout():
