@@ -33,10 +33,11 @@ def test_where_the_first_step_promises_little_a_race_decides(capsys):
     assert f"{why}. A race will decide; --model.layer 28 skips it." in capsys.readouterr().out
 
 
-def test_where_the_statistics_are_unclear_a_race_decides_without_a_measurement(monkeypatch):
+@pytest.mark.parametrize("measures_rate", [True, False])
+def test_where_the_statistics_are_unclear_a_race_decides_without_a_measurement(monkeypatch, measures_rate):
     margin = Margin(1.5, "layer 28's fall is near layer 29's")
     monkeypatch.setattr(OutlierRemovingLayer, "select", lambda self, context: Choice(28, "tested", margin=margin))
-    trials = FakeTrials(GAINS, measured=STRAIGHT)
+    trials = FakeTrials(GAINS, measured=STRAIGHT, measures_rate=measures_rate)
     choice = choose(Auto(), LAYERS, trials)
     assert (choice.layer, trials.looks) == (29, [])
     assert "not clear, layer 28's fall is near layer 29's" in choice.note

@@ -91,6 +91,7 @@ def test_states_that_are_not_kept_are_counted(cost, lost):
 
 def test_the_states_of_few_training_rows_are_computed_once():
     assert COST.training(28, 3200, num_train=100) == COST.training(28, 3200, num_train=1000) - 900 * 28
+    assert COST.training(28, 10, num_train=1000) == 10 * COST.step(28) + 160 * 28  # 10 steps see 160 rows
 
 
 # ---- the race --------------------------------------------------------------------------------------------------------------
