@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import select
 import time
 from functools import partial
 
@@ -48,6 +50,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objectives import AnswerLikelihood, Reward
+from slzo.zo.policy_gradient import AnswerSampling
 from slzo.zo.stepper import StepOptions, Stepper
 from tiny import make_tokenizer
 
@@ -280,11 +283,29 @@ def test_a_file_that_ends_the_process_is_named(folder):
         RewardRunner("ends.py:own", in_process=True).load()
 
 
+def test_a_small_weight_allows_no_larger_value(folder):
+    found = RewardRunner({"function": "mine.py:huge", "weight": 0.0}, in_process=True)(answers("a", "b"))
+    assert found.totals == pytest.approx((0.0, math.nan), nan_ok=True)
+    assert "returned 1e+308, which is above 1e+30 (with its weight 0), at row 'row-b'" in found.problems[0]
+
+
 def test_a_large_weight_counts_too(folder):
     found = RewardRunner({"function": "mine.py:length", "weight": 1e30}, in_process=True)(answers("a" * 200))
     assert found.problems == (
         f"data.reward mine.py:length: returned 2, which is above 1e+30 (with its weight 1e+30), at row 'row-{'a' * 200}'",
     )
+
+
+def test_a_program_that_a_function_started_ends_with_its_process(folder):
+    start = "subprocess.Popen(['sleep', '1000'], stdout=open('held', 'w'))"
+    (folder / "starts.py").write_text(f"import os, subprocess\ndef own(completions):\n    {start}\n    os._exit(3)\n")
+    os.mkfifo("held")
+    held = os.open("held", os.O_RDONLY | os.O_NONBLOCK)
+    assert "ended the reward process with status 3" in RewardRunner("starts.py:own")(answers("a")).problems[0]
+    poll = select.poll()
+    poll.register(held)
+    assert [event for _, event in poll.poll(10_000)] == [select.POLLHUP]  # nobody has it open any more
+    os.close(held)
 
 
 def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
@@ -558,6 +579,20 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
     values = report.values
     assert values["reward"] == pytest.approx(-float(losses.mean()), rel=1e-5)
     assert values.keys() == {"reward", "reward_std", "answer_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, AnswerSampling(1, 0.0)),
+        ({"temperature": 0.7}, AnswerSampling(1, 0.7)),
+        ({"samples": 3}, AnswerSampling(3, 0.5)),
+        ({"samples": 3, "temperature": 0.7}, AnswerSampling(3, 0.7)),
+    ],
+    ids=str,
+)
+def test_answers_along_directions_are_the_likeliest_unless_options_say_otherwise(options, expected):
+    assert Reward("accuracy", **options).at_points == expected
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {}])  # several samples are sampled without being told so
