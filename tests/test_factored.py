@@ -54,6 +54,16 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     torch.testing.assert_close(total, tuned.with_zeros(expected(gradient)))
 
 
+def test_a_bias_that_is_given_by_keyword_counts():
+    module = nn.Linear(40, 60)
+    tuned, inputs = TunedTensors(dict(module.named_parameters())), torch.randn(2, 40)
+    output, vjp_fn = factored_vjp(tuned, lambda: F.linear(inputs, module.weight, bias=module.bias))
+    torch.testing.assert_close(output, module(inputs).detach())
+    found = vjp_fn(torch.ones_like(output))
+    assert found.factors.keys() == {"weight"}
+    torch.testing.assert_close(found.whole["bias"], torch.full((60,), 2.0))
+
+
 SCOPES = [LayerScope(), LoRA(rank=2), OutlierChannels(percent=10), ActivationSubspace(rank=4)]
 
 

@@ -135,6 +135,11 @@ def test_outlier_channels_and_their_complement_are_the_mlp(family):
     for linear in weights:
         places = torch.cat([dict(t.items())[linear.name].index for t in (top, rest)])
         assert torch.equal(places.sort().values.long(), torch.arange(linear.weight.numel()))
+    for linear in weights[:-1]:
+        if linear.module.bias is not None:
+            name = linear.name.removesuffix("weight") + "bias"
+            places = torch.cat([dict(t.items())[name].index for t in (top, rest)])
+            assert torch.equal(places.sort().values.long(), torch.arange(linear.module.bias.numel()))
     # the channel with the largest activation is among them: its column of the down projection moves
     down = weights[-1]
     (inputs,) = record_inputs(parts, [down.module], packed_prompts(16))
@@ -216,6 +221,12 @@ def test_the_subspace_spans_the_inputs():
     basis = ActivationSubspace(3)._basis("w", rows)
     torch.testing.assert_close(basis.T @ basis, torch.eye(3), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rows @ basis @ basis.T, rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_outlier_does_not_determine_the_subspace():
+    rows = torch.eye(4)[[0, 1, 0, 1, 0, 1, 3]] * torch.tensor([1.0, 1, 1, 1, 1, 1, 1e4])[:, None]
+    basis = ActivationSubspace(2)._basis("w", rows)
+    torch.testing.assert_close(basis @ basis.T, torch.diag(torch.tensor([1.0, 1, 0, 0])))
 
 
 @each_scope
