@@ -30,7 +30,7 @@ from slzo.rewards.answers import token_f1
 from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy, CandidateErrors
+from slzo.zo.objectives import AnswerF1, AnswerLikelihood, CandidateCrossEntropy, CandidateErrors
 from slzo.zo.stepper import Stepper
 from tiny import make_tokenizer
 
@@ -283,6 +283,16 @@ def test_the_loss_of_one_token_candidates_takes_their_logits_alone(monkeypatch):
     assert torch.equal(alone.loss, whole.loss)
 
 
+def test_the_likelihood_of_a_candidate_of_one_token_takes_all_logits():
+    evaluator = Evaluator(ModelParts(tiny_model()), make_tokenizer(), AnswerLikelihood())
+    batch = eval_batch(make_rows([f"{i} film It was" for i in range(9)]))
+    whole, alone = evaluator(batch), evaluator(batch, log_likelihoods=False)
+    assert alone.scores == whole.scores
+    assert torch.equal(alone.loss, whole.loss)
+    expected = -sum(scores[row.example.gold[0]] for row, scores in zip(batch.rows, whole.scores, strict=True))
+    assert whole.loss.tolist() == pytest.approx([expected, 9], abs=1e-4)
+
+
 def test_records_are_json_with_scores_that_are_not_numbers():
     batch = eval_batch(make_rows(["one It was"]))
     (record,) = records(batch, Outcome([0], [[math.nan, -1.0]], torch.zeros(2)))
@@ -346,6 +356,13 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
         assert loss == pytest.approx(expected, abs=1e-6)
     if task == "sst2":
         assert len({loss for loss, _ in seen}) > 1
+
+
+def test_missing_f1_is_that_of_the_best_reference():
+    example = Example("0", "film:", (" a\n",), (0,), ("red", "dark green"))
+    answers = ["red", "dark green", "green", "blue"]
+    losses = AnswerF1().answer_losses(answers, [example] * 4)
+    assert losses == pytest.approx([0, 0, 1 / 3, 1])
 
 
 def test_missing_f1_is_that_of_the_generated_answers():

@@ -7,6 +7,7 @@ from datetime import date
 
 import pytest
 from helpers import error_line, read_lines, run_dir, run_fit, write_lines
+from tokenizers import normalizers
 
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
@@ -110,6 +111,13 @@ def test_another_tokenizer_is_refused_and_can_be_allowed(run, tmp_path, capsys):
         assert "the tokenizer of model.model is not that of the checkpoint's run; restore it, or set" in line
     assert main(["test", *run, "--ckpt_path=last", ALLOW]) == 0
     assert main(["fit", *run, "--ckpt_path=last", ALLOW]) == 0
+
+
+def test_the_hash_of_a_tokenizer_depends_on_more_than_its_vocabulary():
+    one, other = make_tokenizer(), make_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert one.get_vocab() == other.get_vocab()
+    assert hash_tokenizer(one) != hash_tokenizer(other)
 
 
 def test_the_hash_of_a_tokenizer_does_not_depend_on_what_it_was_used_for(model_dir):

@@ -49,6 +49,16 @@ def test_the_seed_changes_train_and_dev_and_the_order_of_the_file_nothing():
     assert more_dev.dev[:20] == first.dev
 
 
+def test_rows_of_a_dev_file_are_drawn_by_the_seed_too():
+    train, dev = pool("r", 20), pool("d", 20)
+    drawn = [
+        draw_splits(train, pool("t", 9), num_train=4, num_dev=6, num_test=3, seed=seed, dev_pool=dev) for seed in (1, 2)
+    ]
+    assert ids(drawn[0].train) == TRAIN_OF_SEED_1
+    assert len(drawn[0].dev) == 6
+    assert set(ids(drawn[0].dev)) != set(ids(drawn[1].dev))
+
+
 def test_no_row_is_in_two_splits():
     train, test = pool("r", 90), pool("t", 40)
     train += [
