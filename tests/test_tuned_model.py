@@ -13,6 +13,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import Placement
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
+from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators import SPSA, Backprop
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
@@ -115,6 +116,19 @@ def test_a_plan_without_prompts_runs_nothing():
     ):
         model.plan_prefix([], [Block([random_example(random.Random(0), 0, 6, (1,))])])
     assert not calls
+
+
+@pytest.mark.parametrize("sets_rate", [False, True])
+def test_a_measurement_gives_eps_and_only_if_asked_the_rate(sets_rate):
+    model = tuned_layer(ModelParts(tiny_model()), 2)
+    auto = AutoStep(eps=1e-2, loss=0.7, square=4.0, evaluations=17)
+    stepper = Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions(None), auto=auto, sets_rate=sets_rate)
+    optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-3)
+    record = stepper.step(TrainBatch(make_batch(), ()), 0, optimizer).record
+    assert record.eps == 1e-2
+    assert (record.lr != 1e-3) is sets_rate
+    assert auto.steps == int(sets_rate)
+    assert stepper.num_evaluations == 17 + 2
 
 
 def test_the_counts_of_a_stepper_come_back():

@@ -14,7 +14,7 @@ from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
-from slzo.zo.estimators import SPSA, EstimatorContext, LayerOutputPerturbation
+from slzo.zo.estimators import SPSA, Estimate, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.noise import gaussian, rademacher
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate, step_scheduler
@@ -77,6 +77,15 @@ def test_noise_depends_on_seed_step_query_and_name_only():
     large = gaussian(torch.zeros(100_000), 0, 0, 0, "w")
     assert abs(float(large.mean())) < 0.02
     assert abs(float(large.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_estimate_with_any_number_that_is_not_finite_is_not_finite(place, value):
+    loss, plus, minus, slope, norm = (value if place == number else 1.0 for number in range(5))
+    slopes, grad_norm = ((), norm) if place == 4 else ((1.0, slope), None)
+    assert not Estimate(loss, plus, minus, slopes, 2, {}, grad_norm).finite
+    assert Estimate(1.0, 1.0, 1.0, (1.0, 1.0), 2, {}).finite
 
 
 def test_random_signs_are_as_often_negative_as_positive():
