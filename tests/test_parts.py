@@ -8,7 +8,7 @@ import torch
 from helpers import FAMILIES, plain_logits, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from slzo.batches.encoded import EncodedExample
+from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.layout import group_by_length
 from slzo.batches.packing import pack
 from slzo.models import linear
@@ -42,6 +42,17 @@ def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
     for layer in (0, 1, 3):
         logits = logits_in_parts(parts, pack(examples), layer)
         assert (logits - expected).abs().max() / expected.abs().max() < 1e-5, layer
+
+
+@torch.no_grad()
+def test_candidates_may_change_the_tokens_of_the_prompt():
+    """Then they share only the tokens before."""
+    sequences = (EncodedSequence((3, 4, 5, 6), 1), EncodedSequence((3, 9, 5, 7), 1), EncodedSequence((3, 4, 5, 8), 1))
+    example = EncodedExample(0, sequences, (0,))
+    batch = pack([example])
+    assert batch.num_tokens == 1 + 3 * 2
+    expected = plain_logits(tiny_model("llama", attn_implementation="eager"), [example])
+    torch.testing.assert_close(logits_in_parts(ModelParts(tiny_model()), batch, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from slzo.data.splits import divide, draw_splits, least_rows, split_off_test
+from slzo.data.splits import check_shared_ids, divide, draw_splits, least_rows, split_off_test
 from slzo.datamodule import TaskDataModule
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.fast
 TRAIN_OF_SEED_1 = ["r6", "r11", "r15", "r10"]
 DEV_OF_SEED_1 = ["r5", "r19"]
 TEST = ["t1", "t3", "t6"]
+CHOICES = [((" a", " b"), "a:1"), ((" a", " c"), "b:2")]
 
 
 def pool(name, size):
@@ -47,6 +48,13 @@ def test_the_seed_changes_train_and_dev_and_the_order_of_the_file_nothing():
     more_dev = draw(train, test, 50, 40, 60, seed=1)
     assert more_dev.train == first.train
     assert more_dev.dev[:20] == first.dev
+
+
+def test_one_id_with_other_candidates_in_another_split_is_refused():
+    one, other = (Example("7", "A film", candidates, (0,), place=place) for candidates, place in CHOICES)
+    check_shared_ids("data.x", "change it", [one], [one])
+    with pytest.raises(SlzoError, match=r"^data\.x: b:2 has id '7', as does a:1; change it$"):
+        check_shared_ids("data.x", "change it", [one], [other])
 
 
 def test_rows_of_a_dev_file_are_drawn_by_the_seed_too():
