@@ -257,6 +257,12 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
 
 
+def test_more_numbers_than_answers_are_refused():
+    found = RewardRunner(lambda completions: [1.0] * 3)(answers("a", "b"))
+    assert "returned a list of length 3 instead of one number for each of 2 answers" in found.problems[0]
+    assert all(map(math.isnan, found.totals))
+
+
 @pytest.mark.parametrize(("wrong", "counted"), [(3, 3), (4, 0)])
 def test_up_to_three_failing_rows_are_left_out(folder, capsys, wrong, counted):
     texts = [*["b"] * wrong, "a", "a", "a"]
