@@ -267,6 +267,8 @@ def test_another_fit_of_a_trainer_has_the_whole_time(monkeypatch):
     trainer, limit = ZOTrainer(max_steps=9, logger=False, enable_checkpointing=False), TimeLimit(100.0)
     for begin in (0.0, 150.0):
         clock.now, trainer.should_stop = begin, False
+        limit.begin()
+        clock.now += 50.0  # the time of loading counts
         limit.setup(trainer, None, "fit")
         for later, stops in ((99.0, False), (101.0, True)):
             clock.now = begin + later

@@ -1,5 +1,6 @@
 """The core without Lightning: choose, evaluate, step, describe, restore."""
 
+import math
 import random
 
 import pytest
@@ -129,6 +130,26 @@ def test_a_measurement_gives_eps_and_only_if_asked_the_rate(sets_rate):
     assert (record.lr != 1e-3) is sets_rate
     assert auto.steps == int(sets_rate)
     assert stepper.num_evaluations == 17 + 2
+
+
+class Sometimes(CandidateCrossEntropy):
+    """A loss that is NaN while ``broken``."""
+
+    broken = True
+
+    def losses_from_scores(self, scores, batch):
+        return super().losses_from_scores(scores * math.nan if self.broken else scores, batch)
+
+
+def test_only_steps_in_a_row_without_a_finite_loss_end_a_training():
+    model, objective = tuned_layer(ModelParts(tiny_model()), 2), Sometimes()
+    stepper = Stepper(model, objective, SPSA(), StepOptions(), max_nonfinite=3)
+    optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-3)
+    for step, objective.broken in enumerate([True, True, False, True, True]):
+        stepper.step(TrainBatch(make_batch(), ()), step, optimizer)
+    assert (stepper.num_nonfinite, stepper.nonfinite_in_row) == (4, 2)
+    with pytest.raises(SlzoError, match=r"training diverged: the loss was infinite or NaN 3 steps in a row"):
+        stepper.step(TrainBatch(make_batch(), ()), 5, optimizer)
 
 
 def test_the_counts_of_a_stepper_come_back():
