@@ -1,6 +1,7 @@
 """Memory is estimated before the model is loaded."""
 
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FAMILIES, error_line, summary, tiny_model, write_lines
+from helpers import FAMILIES, error_line, random_example, summary, tiny_model, write_lines
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 import family_table
 from memory_table import table as memory_table
 from slzo.__main__ import main
+from slzo.batches.packing import Block
 from slzo.models import load
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
@@ -215,6 +217,17 @@ def test_a_plan_counts_the_tokens_of_a_pass(options, capsys):
         assert main(["plan", *options, *limit, "--model.estimator=Backprop", "--model.optimizer=AdamW"]) == 0
         kept.append(float(re.search(r"activations for the derivative +(\S+) GiB", capsys.readouterr().out)[1]))
     assert kept[1] < kept[0] / 2  # a row at a time, instead of a batch
+
+
+@pytest.mark.usefixtures("_not_loaded")
+def test_a_plan_is_for_the_largest_batch(options, capsys, monkeypatch):
+    short, long = (Block([random_example(random.Random(0), 0, size, (1, 1))]) for size in (4, 900))
+    kept = []
+    for blocks in ([short, long], [long], [short]):
+        monkeypatch.setattr(memory_plan, "training_blocks", lambda data, blocks=blocks: [blocks])
+        assert main(["plan", *options, "--model.estimator=Backprop", "--model.optimizer=AdamW"]) == 0
+        kept.append(float(re.search(r"activations for the derivative +(\S+) GiB", capsys.readouterr().out)[1]))
+    assert kept[0] == kept[1] > kept[2]
 
 
 FIRST_ORDER = ["--model.estimator=Backprop", "--model.optimizer=AdamW"]

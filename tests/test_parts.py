@@ -44,6 +44,10 @@ def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
         assert (logits - expected).abs().max() / expected.abs().max() < 1e-5, layer
 
 
+def test_an_example_has_the_tokens_of_its_prompt_once():
+    assert random_example(random.Random(0), 0, 5, (3, 2, 1)).num_tokens == 5 + 3 + 2 + 1
+
+
 @torch.no_grad()
 def test_candidates_may_change_the_tokens_of_the_prompt():
     """Then they share only the tokens before."""
