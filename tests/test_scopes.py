@@ -149,6 +149,10 @@ def test_outlier_channels_and_their_complement_are_the_mlp(family):
     changed = (down.weight != before).any(dim=1 if down.transposed else 0)
     assert changed[channel]
     assert int(changed.sum()) == round(0.05 * down.sizes[1])
+    for up in weights[:-1]:  # and so do its rows of the others; Phi-3 has two of them in one matrix
+        places, (outputs, inputs) = dict(top.items())[up.name].index.long(), up.sizes
+        rows = places % outputs if up.transposed else places // inputs
+        assert set((rows % down.sizes[1]).tolist()) == set(changed.nonzero()[:, 0].tolist())
 
 
 def test_the_smallest_weights_are_the_smallest():
