@@ -198,16 +198,16 @@ def test_a_plan_counts_the_layers_that_run_in_float32(options, capsys):
 @pytest.mark.parametrize(
     ("estimator", "kept"),
     [
-        (["SPSA"], set()),
-        (["LayerOutputPerturbation", "--model.eps=auto"], {"activations for", "keys and values above"}),
-        (["Backprop", "--model.optimizer=AdamW"], {"activations for"}),
+        (["SPSA"], []),
+        (["LayerOutputPerturbation", "--model.eps=auto"], ["activations for", "keys and values above"]),
+        (["Backprop", "--model.optimizer=AdamW"], ["activations for"]),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=["SPSA", "output", "Backprop"],
 )
 def test_a_plan_counts_what_an_estimator_keeps(estimator, kept, options, capsys):
     assert main(["plan", *options, f"--model.estimator={estimator[0]}", *estimator[1:], "--model.layer=1"]) == 0
     shown = capsys.readouterr().out
-    assert {words for words in ("activations for", "keys and values above") if words in shown} == kept
+    assert [words for words in ("activations for", "keys and values above") if words in shown] == kept
 
 
 @pytest.mark.usefixtures("_not_loaded")
