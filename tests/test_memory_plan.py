@@ -152,7 +152,7 @@ def test_the_shape_knows_what_attention_keeps(family):
     assert shape_of(skeleton_of(model.config)).key_values == max(held)
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba"])
+@pytest.mark.parametrize("model_type", [pytest.param("gemma4_text", marks=pytest.mark.slow), "mamba"])
 def test_a_shape_without_one_number_of_heads_has_no_key_values(model_type):
     """Of unequal layers transformers' config refuses to give one; this must not end a run before it begins."""
     if model_type not in family_table.all_types():
