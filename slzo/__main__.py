@@ -13,7 +13,7 @@ from slzo.commands.registry import COMMANDS
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.launcher import launcher_ends
-from slzo.utils.signals import handling, termination_signals
+from slzo.utils.signals import handle_signals, termination_signals
 from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
@@ -110,7 +110,7 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    with handling([each for each in termination_signals() if signal.getsignal(each) == signal.SIG_DFL], end):
+    with handle_signals([each for each in termination_signals() if signal.getsignal(each) == signal.SIG_DFL], end):
         yield
 
 

@@ -65,7 +65,7 @@ from slzo.zo.tuned_model import TunedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NOT_COMPILED = "model: torch.compile does not work with slzo's steps; give the trainer a new ZOModule as it is"
+NOT_COMPILED = "model: torch.compile does not work with slzo's steps; pass a new ZOModule that is not compiled"
 _ENGINE = Engine()
 _RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
@@ -543,7 +543,7 @@ class ZOModule(LightningModule):
     def _running_score(self) -> RunningScore:
         if self._score is None:
             raise SlzoError(
-                "model: the scores were not reset; call super() in on_validation_epoch_start and on_test_epoch_start of your own"
+                "model: the scores were not reset; call super() in your on_validation_epoch_start and on_test_epoch_start"
             )
         return self._score
 
@@ -640,8 +640,8 @@ def _check_batch(batch: object, kind: type[TrainBatch | EvalBatch]) -> None:
     """Refuse a batch of another data loader."""
     if not isinstance(batch, kind):
         raise SlzoError(
-            f"data: a batch is a {type(batch).__name__}, not one of TaskDataModule; do not override its data loaders, and give "
-            "rows of your own with the task"
+            f"data: a batch is a {type(batch).__name__}, not one of TaskDataModule; do not override its data loaders, and pass "
+            "your own rows through the task"
         )
 
 

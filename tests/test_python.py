@@ -347,9 +347,7 @@ def test_options_that_a_run_cannot_have(options, message, model_dir, data_dir):
 @pytest.mark.parametrize("kind", [Trainer, ZOTrainer])
 def test_a_compiled_module_is_refused_before_the_model_is_loaded(kind, model_dir, data_dir):
     module = ZOModule(str(model_dir), 2, eps=1e-3)
-    with pytest.raises(
-        SlzoError, match=r"^model: torch.compile does not work with slzo's steps; give the trainer a new"
-    ):
+    with pytest.raises(SlzoError, match=r"^model: torch.compile does not work with slzo's steps; pass a new ZOModule"):
         kind(max_steps=1, logger=False, enable_checkpointing=False, **QUIET).fit(
             torch.compile(module), datamodule=rows(data_dir)
         )
@@ -385,7 +383,11 @@ class OwnLoader(TaskDataModule):
             r"^OwnTraining.training_step: callbacks need what super\(\).training_step returns",
         ),
         (OwnValidation, TaskDataModule, r"^OwnValidation.validation_step: callbacks need what super\(\)"),
-        (OwnStart, TaskDataModule, r"^model: the scores were not reset; call super\(\) in on_validation_epoch_start"),
+        (
+            OwnStart,
+            TaskDataModule,
+            r"^model: the scores were not reset; call super\(\) in your on_validation_epoch_start",
+        ),
         (
             ZOModule,
             OwnLoader,

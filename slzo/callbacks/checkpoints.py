@@ -143,7 +143,7 @@ class LastCheckpoint(Checkpoint):
         self._stop = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the states of an earlier training, which an error of this one does not lose."""
+        """Forget what an earlier training has saved."""
         self._begin()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import Interrupted
-from slzo.utils.signals import handling, not_ignored
+from slzo.utils.signals import handle_signals, unignored_signals
 
 
 class StopSignals:
@@ -28,7 +28,7 @@ class StopSignals:
     def install(self) -> None:
         """Handle the signals. Call this when training starts, after Lightning has installed its own handlers."""
         self.waits, self.requested = False, 0
-        self._handlers.enter_context(handling(not_ignored(), self._handle))
+        self._handlers.enter_context(handle_signals(unignored_signals(), self._handle))
 
     def remove(self) -> None:
         """Restore the previous handlers."""

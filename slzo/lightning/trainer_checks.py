@@ -37,12 +37,12 @@ def check_trainer(trainer: Trainer, data: TaskData) -> None:
     check_precision(trainer.precision)
     check_overfit_batches(getattr(trainer, "overfit_batches", None))
     check_supported(trainer.callbacks)  # type: ignore[attr-defined]
-    _check_share("train", trainer.limit_train_batches, lambda: len(data.sampler()))
-    _check_share("val", trainer.limit_val_batches, lambda: len(data.eval_plan("dev").batches))
+    _check_limit_batches("train", trainer.limit_train_batches, lambda: len(data.sampler()))
+    _check_limit_batches("val", trainer.limit_val_batches, lambda: len(data.eval_plan("dev").batches))
     check_interval(trainer, steps_per_epoch(trainer, data))
 
 
-def _check_share(stage: str, share: float, count: Callable[[], int]) -> None:
+def _check_limit_batches(stage: str, share: float, count: Callable[[], int]) -> None:
     """Check that a fraction given as ``trainer.limit_STAGE_batches`` keeps at least one of the ``count()`` batches.
 
     Raises:

@@ -15,13 +15,13 @@ def termination_signals() -> tuple[int, ...]:
     return (signal.SIGTERM,) if job_id() is None else (signal.SIGTERM, PREEMPTION)
 
 
-def not_ignored() -> list[int]:
+def unignored_signals() -> list[int]:
     """Return the signals that end a run and are not ignored, as Ctrl-C is by a job in the background of a shell."""
     return [each for each in (signal.SIGINT, *termination_signals()) if signal.getsignal(each) != signal.SIG_IGN]
 
 
 @contextmanager
-def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Handle signals in a block; outside of the main thread, which alone can, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
@@ -41,7 +41,7 @@ def signals_held() -> Iterator[None]:
     """
     held: list[int] = []
     try:
-        with handling(not_ignored(), lambda number, _: held.append(number)):
+        with handle_signals(unignored_signals(), lambda number, _: held.append(number)):
             yield
     finally:
         if held:

@@ -25,7 +25,8 @@ class Span(NamedTuple):
     Attributes:
         start: The first of these layers. The layers before it are the prefix.
         stop: One past the last of these layers.
-        inside: Whether all tuned tensors are in decoder layers, and none in embeddings, final norm or head.
+        inside: Whether all tuned tensors are in decoder layers, and none in embeddings, final norm or head; otherwise the span
+            is all layers.
     """
 
     start: int
@@ -90,7 +91,7 @@ class SuffixForward:
     def decodes_together(self) -> bool:
         """Whether answers at several points can be generated together. This needs layers that are the same at all points."""
         span, parts = self.span, self.parts
-        shares_layers = span.inside and (span.start > 0 or span.stop < parts.num_layers)
+        shares_layers = span.start > 0 or span.stop < parts.num_layers
         return shares_layers and parts.packed and parts.virtual_tokens is None
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class SuffixForward:
 
     def _pairs(self, batch: PackedBatch, num_points: int, max_tokens: int | None) -> bool:
         """Return whether the layers above the tuned ones run once for all points."""
-        if num_points == 1 or not self.span.inside or self.span.stop == self.parts.num_layers:
+        if num_points == 1 or self.span.stop == self.parts.num_layers:
             return False
         if max_tokens is not None and num_points * batch.num_tokens > max_tokens:
             return False
