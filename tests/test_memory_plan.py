@@ -182,6 +182,15 @@ def test_a_plan_is_printed_without_loading(options, capsys):
 
 
 @pytest.mark.usefixtures("_not_loaded")
+def test_a_plan_for_two_processes_has_the_gradient_buckets_and_no_device_map(options, capsys):
+    assert main(["plan", *options, "--trainer.devices=2", "--trainer.strategy=ddp"]) == 0
+    shown = capsys.readouterr().out
+    sizes = dict(re.findall(r"(masters|gradient buckets) +([\d.e-]+) GiB", shown))
+    assert sizes["gradient buckets"] == sizes["masters"]
+    assert "model.device_map" not in shown  # it needs a run of one process
+
+
+@pytest.mark.usefixtures("_not_loaded")
 def test_a_plan_counts_the_layers_that_run_in_float32(options, capsys):
     perturbs_output = [
         *options,

@@ -95,6 +95,7 @@ class MemoryInputs:
         num_shards: Number of processes that divide every layer; the weights of up to two layers are whole at a time.
         differentiated: Number of layers whose activations are kept for a backward pass.
         records: Whether the keys and values of the layers above the tuned one are kept during a step.
+        num_processes: Number of processes of the run.
     """
 
     shape: ModelShape
@@ -111,6 +112,7 @@ class MemoryInputs:
     num_shards: int = 1
     differentiated: int = 0
     records: bool = False
+    num_processes: int = 1
 
     @property
     def non_weight_bytes(self) -> int:
@@ -136,6 +138,9 @@ class MemoryInputs:
             mapped = min(mapped, shape.outside * self.dtype.itemsize)  # shares are copies
         program = PROGRAM_BYTES + TOKENIZER_BYTES * shape.vocabulary if self.on_cpu else 0
         parts = {"program": program, "weights": weights, **self.tuned}
+        if self.num_processes > 1:
+            # DistributedDataParallel allocates them for the masters, although slzo exchanges gradients itself
+            parts["gradient buckets"] = self.tuned["masters"]
         if self.start > 0 and self.on_cpu:
             size = self.dtype.itemsize
             parts["prefix cache"] = min(self.cache_bytes, work.cached_tokens * shape.hidden * size)
@@ -179,8 +184,9 @@ class MemoryInputs:
             if self.dtype != torch.float32 or not self.plan().mapped:
                 yield "model.quantization int8", replace(self, quantization="int8").plan()
                 yield "model.quantization nf4", replace(self, quantization="nf4").plan()
-            most = self.shape.num_layers - self.full_layers
-            yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
+            if self.num_processes == 1:
+                most = self.shape.num_layers - self.full_layers
+                yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()
         work = self.workload

@@ -153,6 +153,7 @@ def _inputs_by_layer(
             if estimator.perturbs is None
             else int(estimator.perturbs == "output"),
             records=estimator.perturbs == "output",
+            num_processes=data.processes.world_size,
         )
         if num_shards > 1:
             where = f"layers divided over {num_shards} processes"
