@@ -114,6 +114,7 @@ def in_doubt(options, monkeypatch):
     return [*(option for option in options if not option.startswith("--profiler.rule")), *IN_DOUBT]
 
 
+@pytest.mark.slow
 def test_a_fit_in_doubt_tunes_the_winner_of_a_race(in_doubt, capsys):
     assert main(["fit", *in_doubt]) == 0
     winner = json.loads((run_dir() / "race.json").read_text())["layer"]

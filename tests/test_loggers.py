@@ -126,6 +126,7 @@ def test_a_folder_that_holds_a_run_is_one_line(options, tmp_path, monkeypatch, c
     assert sorted(Path("kept").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_given_version_is_taken_once_and_its_config_takes_the_next(options, capsys):
     both = [
         f"{{class_path: {kind}, init_args: {{save_dir: runs, name: '', version: 7}}}}"

@@ -317,6 +317,7 @@ def test_validations_by_time_need_no_steps_between_them():
     assert next(each for each in limited.callbacks if isinstance(each, TimeLimit)).every_seconds == 60
 
 
+@pytest.mark.slow
 def test_a_run_validates_by_the_clock(options, capsys):
     """Then it has no rollbacks, unless its time is limited, which plans validations as steps."""
     by_time = [*options, "--trainer.max_steps=1", "--trainer.val_check_interval=00:00:10:00"]

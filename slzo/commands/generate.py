@@ -26,7 +26,7 @@ def generate(
     r"""Answer prompts with the untuned and the tuned model, one below the other.
 
     For a classification task it shows the probability of each of its answers, otherwise a text. A model that was tuned on
-    conversations gets each prompt as the user's turn in its chat template.
+    conversations gets each prompt as the user's turn in its chat template. Both run on the CPU; slzo predict also uses GPUs.
 
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
