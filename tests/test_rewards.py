@@ -610,7 +610,10 @@ def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder
     )
     stepper = stepper_with(objective)
     z = stepper.model.tensors.draw(0, 0, 0)
-    stepper.loss(batch_of(), 4).at([Point(z, 1e-7), Point(z, -1e-7)])
+    reports: list = []
+    losses = stepper.loss(batch_of(), 4, report=reports.append).at([Point(z, 1e-7), Point(z, -1e-7)])
+    # a row counts once, with the mean of its samples
+    assert reports[0].values["reward"] == pytest.approx(-float(losses.mean()), rel=1e-5)
     stepper.loss(batch_of(range(1, 5, 2)), 4).at([Point(z, 1e-7)])
     whole, part = (list(zip(each.ids, each.completions, strict=True)) for each in asked)
     # nearly the same weights and the same random numbers: each answer is rewarded once
