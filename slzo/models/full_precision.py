@@ -96,28 +96,23 @@ def _load_original(originals: OriginalWeights, path: str, linear: nn.Linear | Co
     if any(tensor is None for tensor in tensors.values()):
         return False
     linear.load_state_dict(tensors, strict=False)  # a class of its own may have buffers too
-    inputs, _ = _sizes(linear)
-    rows = torch.linspace(0, inputs - 1, min(_ROWS_COMPARED, inputs), dtype=torch.float64).long()
-    unit = one_hot(rows, inputs).to(linear.weight)
-    weight = linear.weight if isinstance(linear, Conv1D) else linear.weight.T
+    weight = _by_input(linear)
+    rows = torch.linspace(0, len(weight) - 1, min(_ROWS_COMPARED, len(weight)), dtype=torch.float64).long()
+    unit = one_hot(rows, len(weight)).to(weight)
     expected, actual = weight[rows].float(), _without_bias(module, unit).float()
     return bool((actual - expected).norm() <= _SAME_WEIGHT * expected.norm())
 
 
 def _dequantize(module: nn.Module, linear: nn.Linear | Conv1D) -> None:
     """Fill ``linear`` with the outputs of the quantized module for each unit vector (weights) and for zero (bias)."""
-    inputs, outputs = _sizes(linear)
-    device, dtype = linear.weight.device, linear.weight.dtype
-    bias = module(torch.zeros(1, inputs, device=device, dtype=dtype))[0]
-    columns = torch.empty(inputs, outputs, device=device, dtype=dtype)
-    for start in range(0, inputs, _ROWS_AT_ONCE):
-        stop = min(start + _ROWS_AT_ONCE, inputs)
-        unit = columns.new_zeros(stop - start, inputs)
+    weight = _by_input(linear)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = weight[start : start + _ROWS_AT_ONCE]
+        unit = weight.new_zeros(len(rows), len(weight))
         unit.diagonal(start).fill_(1)
-        columns[start:stop] = _without_bias(module, unit)
-    linear.weight.copy_(columns if isinstance(linear, Conv1D) else columns.T)
+        rows.copy_(_without_bias(module, unit))
     if linear.bias is not None:
-        linear.bias.copy_(bias)
+        linear.bias.copy_(module(weight.new_zeros(1, len(weight)))[0])
 
 
 def _without_bias(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -131,7 +126,6 @@ def _without_bias(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         owner.bias = bias
 
 
-def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Return the number of inputs and of outputs."""
-    rows, columns = linear.weight.shape
-    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+def _by_input(linear: nn.Linear | Conv1D) -> torch.Tensor:
+    """Return the weights as a view of shape (inputs, outputs)."""
+    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
