@@ -40,7 +40,7 @@ from slzo.models.loaded import name_of_loaded
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
-from slzo.private.compiled import is_compiled
+from slzo.private.lightning import is_compiled
 from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions

@@ -97,4 +97,4 @@ def test_no_circle_between_files(imports):
 def test_few_rooms_know_lightning(pairs):
     found = {name: other for name, other in pairs if other.split(".")[0] in LIGHTNING}
     assert {room_of(name) for name in found} - {"private"} == WITH_LIGHTNING, found
-    assert [name for name in found if room_of(name) == "private"] == ["slzo.private.exit_handlers"]
+    assert [name for name in found if room_of(name) == "private"] == ["slzo.private.lightning"]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, SequentialLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slzo.private.launchers import copies_process
+from slzo.private.lightning import copies_process
 from slzo.private.models import (
     arguments_of_any_device,
     attention_of,

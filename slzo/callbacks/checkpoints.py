@@ -14,7 +14,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
 from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
-from slzo.private.progress import count_epoch_as_started, count_step_as_open
+from slzo.private.lightning import count_epoch_as_started, count_step_as_open
 from slzo.task_data import TaskData
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line

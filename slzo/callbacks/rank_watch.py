@@ -13,7 +13,7 @@ from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.lightning.trainer_state import callback_of
-from slzo.private.exit_handlers import keep_process_group_at_exit
+from slzo.private.lightning import keep_process_group_at_exit
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
 from slzo.utils.launcher import LAUNCHER

@@ -31,7 +31,7 @@ from slzo.lightning.trainer_options import (
 )
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
 from slzo.module import NOT_COMPILED, ZOModule
-from slzo.private.compiled import is_compiled
+from slzo.private.lightning import is_compiled
 from slzo.task_data import TaskData
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line

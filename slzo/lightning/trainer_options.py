@@ -14,7 +14,7 @@ from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpo
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.lightning.strategy import SHARDED
 from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
-from slzo.private.launchers import copies_process
+from slzo.private.lightning import copies_process
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import check_local
 
