@@ -159,7 +159,7 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
             f"field {missing[0]!r} is missing; task {task.name!r} needs it (in all: {wanted}), and the row has {present}"
         )
     for field in task.fields:
-        if _is_nan(values[field]):
+        if isinstance(values[field], float) and math.isnan(values[field]):
             raise ValueError(f"field {field!r} is nan, as pandas writes a missing value; fill it, or leave the row out")
     example = example_of(task, values, row_id(values, position, split, task.id_field))
     if not example.prompt.strip():
@@ -215,10 +215,6 @@ def _empty_fields(task: Task, values: Fields) -> list[str]:
     """Return the fields of the prompt that have no text; only the user's own template accepts such a row."""
     texts = {name: values[name] for name in task.fields if name not in task.no_label}
     return [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:

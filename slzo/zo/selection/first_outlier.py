@@ -46,9 +46,10 @@ class FirstOutlierLayer(SelectionRule):
             note = self._note(qualified, layers)
             return Choice(first, rule, "first outlier layer", margin, note, self._thresholds)
         best = max(layers, key=lambda layer: layer.ratio)
+        error = "" if best.ratio_se is None else f" ± {format_figure(best.ratio_se)}"
         raise SlzoError(
             f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
-            f"{best.index} with max {best.max_abs:.4g} and ratio {_with_error(best.ratio, best.ratio_se)}; lower the thresholds "
+            f"{best.index} with max {best.max_abs:.4g} and ratio {best.ratio:.4g}{error}; lower the thresholds "
             "(profiler.rule.max_abs, profiler.rule.ratio), use --profiler.rule MaxRatioJump, or choose a layer with model.layer"
         )
 
@@ -80,7 +81,3 @@ class FirstOutlierLayer(SelectionRule):
             f"{found} are above the thresholds: the rule's choice carries {'no' if every else 'little'} information here; try "
             "another rule (--profiler.rule), let slzo sweep train the layers, or set --model.layer."
         )
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + ("" if error is None else f" ± {format_figure(error)}")
