@@ -70,7 +70,7 @@ class LayerTrials(Trials):
         self.num_train, self.num_dev = len(data.rows("train")), len(data.rows("dev"))
         self._before: dict[int | None, Score] = {}
         self._cache: PrefixCache | None = None
-        self._measured: dict[int | None, AutoStep] = {}
+        self._measured: dict[int, AutoStep] = {}
         self._times: dict[int, RunTimes] = {}
 
     # ---- used by selection rules, see slzo.zo.trial.Trials ---------------------------------------------------------------
@@ -95,7 +95,7 @@ class LayerTrials(Trials):
             dev_rows=min(dev_rows, self.num_dev),
             head_cost=self._head_cost(batch),
             last_layer=min(1.0, last_layer_share(self.parts, batch) + _KEYS_AND_VALUES),
-            measured=frozenset(layer for layer in self._measured if layer is not None),
+            measured=frozenset(self._measured),
             caches=options.engine.cache_gb > 0,
         )
 
