@@ -1,14 +1,15 @@
 """``slzo sweep``."""
 
+from pathlib import Path
 from typing import Literal
 
 from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import check_results
 from slzo.experiments.sweep import sweep_layers
-from slzo.experiments.sweep_cells import changed_options, option_settings, sweep_folder
+from slzo.experiments.sweep_cells import changed_options, option_settings
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
-from slzo.experiments.sweep_rates import OF_CELLS, check_rates, rates_folder, sweep_rates
+from slzo.experiments.sweep_rates import OF_CELLS, check_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
@@ -71,12 +72,14 @@ def sweep(
         most = MIN_DIRECTIONS if directions is None else directions
         plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
     options.optimizer.check_schedule(steps, None)
-    known, folder = option_settings(options, app.datamodule), str(sweep_folder(options, app.datamodule))
+    kind = "-rates" if plan is None else ""
+    folder = Path(output or f"sweeps/{Path(options.model).name}-{app.datamodule.task.name}{kind}")
+    known = option_settings(options, app.datamodule)
     if plan is None:
-        known, folder = known | OF_CELLS | {"steps": steps}, rates_folder(options, app.datamodule)
+        known |= OF_CELLS | {"steps": steps}
         if options.layer is not None and options.scope.needs_layer:
             known["model.layer"] = options.layer
-    check_results(output or folder, known, changed_options)
+    check_results(folder, known, changed_options)
     with worker_processes(workers):
         parts, data = app.load()
         options.check_objective(data.objective)
@@ -85,11 +88,11 @@ def sweep(
             _check_dev_rows(data)
         if plan is None:
             sweep_rates(
-                trials, lambda: choose_layer(parts, options, data, run).layer, rates, eps, steps, own_seeds, output
+                trials, lambda: choose_layer(parts, options, data, run).layer, rates, eps, steps, own_seeds, folder
             )
         else:
             assert run.profiler is not None
-            sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, output)
+            sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, folder)
 
 
 def _check_dev_rows(data: TaskData) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_folder, sweep_settings
+from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_settings
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
 from slzo.report.profile_files import format_profile
@@ -20,10 +20,8 @@ from slzo.zo.scopes.base import check_layer
 from slzo.zo.selection import Choice, SelectionContext
 
 
-def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions, output: str | None) -> None:
-    """Profile the layers, compute all cells that are not finished, and write the results to ``output``.
-
-    The default folder is sweeps/MODEL-TASK.
+def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions, folder: Path) -> None:
+    """Profile the layers, compute all cells that are not finished, and write the results to ``folder``.
 
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
@@ -35,7 +33,7 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
         )
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
     settings = sweep_settings(trials)
-    store = CellStore(output or sweep_folder(trials.options, trials.data), settings, changed_options)
+    store = CellStore(folder, settings, changed_options)
     profile, choice = _profile(trials, profiler)
     run_cells(trials, store, plan)
     if is_worker():

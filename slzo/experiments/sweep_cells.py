@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from slzo.data.fingerprint import DataFingerprint
@@ -21,11 +20,6 @@ _HASHES = {
     "weights": "other weights of the model",
     "reward code": "other code of data.reward",
 }
-
-
-def sweep_folder(options: TrainingOptions, data: TaskData) -> Path:
-    """Return the default folder of the results of a sweep."""
-    return Path("sweeps") / f"{Path(options.model).name}-{data.task.name}"
 
 
 def option_settings(options: TrainingOptions, data: TaskData) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore, check_results
-from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_folder, sweep_settings
+from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
-from slzo.task_data import TaskData
-from slzo.training.options import TrainingOptions
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import write_json
@@ -45,11 +44,6 @@ OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
-def rates_folder(options: TrainingOptions, data: TaskData) -> str:
-    """Return the default folder of the results of a sweep of rates."""
-    return f"{sweep_folder(options, data)}-rates"
-
-
 def sweep_rates(
     trials: LayerTrials,
     choose_layer: Callable[[], int | None],
@@ -57,16 +51,15 @@ def sweep_rates(
     eps: Sequence[float] | None,
     steps: int,
     seeds: Sequence[int],
-    output: str | None,
+    folder: Path,
 ) -> None:
-    """Run the trials that are not finished, recommend a pair and write it to ``output``, by default sweeps/MODEL-TASK-rates.
+    """Run the trials that are not finished, recommend a pair and write it to ``folder``.
 
     See :func:`rates_to_try` for ``lrs`` and ``eps``.
 
     Raises:
         SlzoError: The folder holds other results.
     """
-    folder = output or rates_folder(trials.options, trials.data)
     settings = sweep_settings(trials) | {"steps": steps}
     check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
     settings["model.layer"] = layer = choose_layer()
