@@ -209,10 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(options, name) for name in names} | {"threads": torch.get_num_threads()}
     store = CellStore(options.output, settings)
 
-    def rank_zero_print(name: str, result: dict[str, Any]) -> None:
+    def show(name: str, result: dict[str, Any]) -> None:
         print(f"{name}: {json.dumps(result['curve'][-1])}", flush=True)
 
-    store.complete({name: partial(run, name, options) for name in options.methods}, rank_zero_print)
+    store.complete({name: partial(run, name, options) for name in options.methods}, show)
     results = {name: found for name in METHODS if (found := store.result(name)) is not None}
     print(report(results, options.targets))
     if options.plot:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slzo.batches.encoded import EncodedExample
+from slzo.batches.layout import Movable
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits
@@ -33,7 +34,7 @@ def unmap(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
+class PaddedBatch(Movable):
     """Left-padded sequences, shape (S, L): one per candidate (classification) or per gold answer."""
 
     input_ids: Tensor
@@ -41,11 +42,6 @@ class PaddedBatch:
     is_answer: Tensor
     num_candidates: int
     gold: Tensor
-
-    def to(self, device: str) -> "PaddedBatch":
-        """Return a copy on another device."""
-        ids, mask, answer = (part.to(device) for part in (self.input_ids, self.attention_mask, self.is_answer))
-        return PaddedBatch(ids, mask, answer, self.num_candidates, self.gold.to(device))
 
 
 def pad_left(examples: Sequence[EncodedExample], only_gold: bool) -> PaddedBatch:

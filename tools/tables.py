@@ -20,12 +20,12 @@ def finished(
 ) -> list[tuple[_Cell, dict[str, Any]]]:
     """Compute the cells without a result, unless ``report``; return all that have one, with their results."""
 
-    def rank_zero_print(name: str, result: dict[str, Any]) -> None:
+    def show(name: str, result: dict[str, Any]) -> None:
         figures = {key: value for key, value in result.items() if key != "curve"}
         print(f"{name}: {figures}", flush=True)
 
     if not report:
-        store.complete({name_of(cell): partial(compute, cell) for cell in cells}, rank_zero_print)
+        store.complete({name_of(cell): partial(compute, cell) for cell in cells}, show)
     found = [(cell, store.result(name_of(cell))) for cell in cells]
     return [(cell, result) for cell, result in found if result is not None]
 
