@@ -350,24 +350,26 @@ def test_the_code_of_a_card_trusts_the_code_of_a_model_that_has_some(format, own
     assert code.count("trust_remote_code=True") == 2 * own
 
 
-def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp_path):
+def adapter_card(model_dir, folder, rank=8, **metadata):
+    """The text of an adapter's card."""
     metadata = {
         "dtype": "float32",
         "layer": None,
         "hub": {},
         "data": {"rows": {}},
-        "chat": True,
-        "system_prompt": "Be *kind*.",
+        "settings": {"data.task": "sst2", "data.batch_size": 8},
+        **metadata,
     }
-    metadata |= {"settings": {"data.task": "chat", "data.batch_size": 8}, "chat_template": "{{ messages }}"}
-    adapter = PeftFiles({"r": 8}, {})
-    facts = Facts(
-        "adapter", origin_of(str(model_dir), "me/tiny"), metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
-    )
-    write_chat_template(facts, tmp_path)
-    write_card(facts, ADAPTER, tmp_path, "title")
+    origin, adapter = origin_of(str(model_dir), "me/tiny"), PeftFiles({"r": rank}, {})
+    facts = Facts("adapter", origin, metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter)
+    write_chat_template(facts, folder)
+    write_card(facts, ADAPTER, folder, "title")
+    return card(folder)[1]
+
+
+def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp_path):
+    text = adapter_card(model_dir, tmp_path, chat=True, system_prompt="Be *kind*.", chat_template="{{ messages }}")
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
-    text = card(tmp_path)[1]
     assert 'tokenizer.chat_template = open("PATH/chat_template.jinja").read()' in text
     assert "--chat-template PATH/chat_template.jinja" in text
     assert "begin with this system prompt: `Be *kind*.`" in text
@@ -375,17 +377,5 @@ def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])
 def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, model_dir, tmp_path):
-    metadata = {
-        "dtype": "float32",
-        "layer": None,
-        "hub": {},
-        "data": {"rows": {}},
-        "settings": {"data.task": "sst2", "data.batch_size": 8},
-    }
-    adapter = PeftFiles({"r": rank}, {})
-    facts = Facts(
-        "adapter", origin_of(str(model_dir), "me/tiny"), metadata, 1, "LoRA", 2, 4, "AutoModelForCausalLM", adapter
-    )
-    write_card(facts, ADAPTER, tmp_path, "title")
-    text = card(tmp_path)[1]
+    text = adapter_card(model_dir, tmp_path, rank)
     assert (option in text) if option else ("vllm" not in text)

@@ -25,6 +25,19 @@ def packed():
     )
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The number of tokens of each pass."""
+    seen, run = [], ModelParts.run
+
+    def recorded(self, batch, *args, **options):
+        seen.append(batch.input_ids.numel())
+        return run(self, batch, *args, **options)
+
+    monkeypatch.setattr(ModelParts, "run", recorded)
+    return seen
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20, 45])
 def test_a_batch_is_cut_where_it_is_full(packed, max_tokens):
     parts = packed.cut(max_tokens)
@@ -46,19 +59,13 @@ def test_parts_need_the_logits_that_the_batch_needs(examples, one_token_examples
 
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, monkeypatch, objective, layer):
+def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, seen, objective, layer):
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
     z = model.tensors.draw(0, 0, 0)
     points = [UNPERTURBED, Point(z, 0.01), Point(z, -0.01)]
     expected = batch_loss(model, packed, objective).at(points)
     model.forward.cache.reset()
-    seen, run = [], ModelParts.run
-
-    def recorded(self, batch, *args, **options):
-        seen.append(batch.input_ids.numel())
-        return run(self, batch, *args, **options)
-
-    monkeypatch.setattr(ModelParts, "run", recorded)
+    seen.clear()
     for _ in range(2):  # the second time the prefix states are kept
         found = batch_loss(model, packed, objective, max_tokens=34).at(points)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -77,7 +84,7 @@ def test_parts_cost_as_much_as_the_batch():
 
 
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
-def test_derivatives_are_those_of_the_whole_batch_too(packed, monkeypatch, objective):
+def test_derivatives_are_those_of_the_whole_batch_too(packed, seen, objective):
     estimator = Backprop()
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), 2)
 
@@ -85,13 +92,8 @@ def test_derivatives_are_those_of_the_whole_batch_too(packed, monkeypatch, objec
         loss = batch_loss(model, packed, objective, max_tokens=max_tokens)
         return estimator.estimate(EstimatorContext(model.tensors, loss, 0, 0, 1e-3))
 
-    expected, seen, run = estimated(None), [], ModelParts.run
-
-    def recorded(self, batch, *args, **options):
-        seen.append(batch.input_ids.numel())
-        return run(self, batch, *args, **options)
-
-    monkeypatch.setattr(ModelParts, "run", recorded)
+    expected = estimated(None)
+    seen.clear()
     found = estimated(34)
     assert max(seen) <= 34 < packed.num_tokens
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
