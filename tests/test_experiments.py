@@ -23,7 +23,7 @@ from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_cells import changed_options, complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
-from slzo.experiments.sweep_rates import RateResult, check_rates, rates_to_try, recommend
+from slzo.experiments.sweep_rates import RatePlan, RateResult, recommend
 from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves
 from slzo.models.logits import needed_logits
 from slzo.training.build import make_stepper, tune
@@ -687,20 +687,23 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     def fails():
         raise AssertionError
 
-    rates, sizes = rates_to_try(None, None, lambda: (3e-4, 1e-3))
+    def values(lrs, eps, own):
+        return RatePlan(lrs, eps, 4, [0]).values(own)
+
+    rates, sizes = values(None, None, lambda: (3e-4, 1e-3))
     assert len(rates) == 7
     assert rates[3] == pytest.approx(3e-4)
     assert rates[-1] / rates[0] == pytest.approx(1000)
     assert sizes == [1e-3]
-    assert rates_to_try([1e-3, 1e-4, 1e-3], [1e-2], fails) == ([1e-4, 1e-3], [1e-2])
-    assert rates_to_try([1e-3], None, lambda: (1.0, 2e-2)) == ([1e-3], [2e-2])
-    assert rates_to_try(None, [1e-2], lambda: (5.0, 1.0))[0][3] == 5.0
+    assert values([1e-3, 1e-4, 1e-3], [1e-2], fails) == ([1e-4, 1e-3], [1e-2])
+    assert values([1e-3], None, lambda: (1.0, 2e-2)) == ([1e-3], [2e-2])
+    assert values(None, [1e-2], lambda: (5.0, 1.0))[0][3] == 5.0
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
-            check_rates(**arguments, estimator=SPSA(), optimizer=OptimizerOptions.of(torch.optim.SGD))
+            RatePlan(**arguments).check(SPSA(), OptimizerOptions.of(torch.optim.SGD))
     with pytest.raises(SlzoError, match=r"^eps \[0.1\]: Backprop has no eps"):
-        check_rates(None, [0.1], 4, [0], Backprop(), OptimizerOptions.of(torch.optim.AdamW))
+        RatePlan(None, [0.1], 4, [0]).check(Backprop(), OptimizerOptions.of(torch.optim.AdamW))
 
 
 def test_rates_are_not_compared_if_the_scheduler_replaces_them():
@@ -708,8 +711,8 @@ def test_rates_are_not_compared_if_the_scheduler_replaces_them():
     own = OptimizerOptions.of(adam, partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=8))
     for lrs in ([1e-4, 1e-3], None):
         with pytest.raises(SlzoError, match=r"^model.lr_scheduler OneCycleLR: sets the rate itself"):
-            check_rates(lrs, None, 4, [0], Backprop(), own)
-    check_rates([1e-3, 1e-3], None, 4, [0], Backprop(), own)
+            RatePlan(lrs, None, 4, [0]).check(Backprop(), own)
+    RatePlan([1e-3, 1e-3], None, 4, [0]).check(Backprop(), own)
     warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: step / 4)
     for scheduler in (None, warm_up, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)):
-        check_rates([1e-4, 1e-3], None, 4, [0], Backprop(), OptimizerOptions.of(adam, scheduler))
+        RatePlan([1e-4, 1e-3], None, 4, [0]).check(Backprop(), OptimizerOptions.of(adam, scheduler))

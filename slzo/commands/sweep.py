@@ -9,7 +9,7 @@ from slzo.experiments.store import check_results
 from slzo.experiments.sweep import sweep_layers
 from slzo.experiments.sweep_cells import changed_options, option_settings
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
-from slzo.experiments.sweep_rates import OF_CELLS, check_rates, sweep_rates
+from slzo.experiments.sweep_rates import OF_CELLS, RatePlan, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.module import run_context
@@ -51,31 +51,31 @@ def sweep(
         output: Folder of the results; by default sweeps/MODEL-TASK.
     """
     options = app.model.options
-    rates = None if lrs == "auto" else lrs
     own_seeds = (options.noise_seed,) if seeds is None else tuple(seeds)
     if app.trainer.world_size > 1:
         raise SlzoError(
             f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and a sweep runs each training on one "
             "device; set both to 1"
         )
-    plan = None
+    plan: SweepPlan | RatePlan
     if lrs is not None or eps is not None:
         of_layers = {"layers": layers, "seconds": seconds, "directions": directions}
         if given := [name for name, value in of_layers.items() if value is not None]:
             raise SlzoError(
                 f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
-        check_rates(rates, eps, steps, own_seeds, options.estimator, options.optimizer)
+        plan = RatePlan(None if lrs == "auto" else lrs, eps, steps, own_seeds)
+        plan.check(options.estimator, options.optimizer)
     else:
         if steps == 0 and seconds is not None:
             raise SlzoError(f"seconds {seconds}: with steps 0 nothing is trained; leave it out, or give steps")
         most = MIN_DIRECTIONS if directions is None else directions
         plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, most, seconds)
     options.optimizer.check_schedule(steps, None)
-    kind = "-rates" if plan is None else ""
+    kind = "-rates" if isinstance(plan, RatePlan) else ""
     folder = Path(output or f"sweeps/{Path(options.model).name}-{app.datamodule.task.name}{kind}")
     known = option_settings(options, app.datamodule)
-    if plan is None:
+    if isinstance(plan, RatePlan):
         known |= OF_CELLS | {"steps": steps}
         if options.layer is not None and options.scope.needs_layer:
             known["model.layer"] = options.layer
@@ -86,10 +86,8 @@ def sweep(
         trials, run = LayerTrials(parts, options, data), run_context(app.trainer, app.datamodule)
         if steps:
             _check_dev_rows(data)
-        if plan is None:
-            sweep_rates(
-                trials, lambda: choose_layer(parts, options, data, run).layer, rates, eps, steps, own_seeds, folder
-            )
+        if isinstance(plan, RatePlan):
+            sweep_rates(trials, plan, lambda: choose_layer(parts, options, data, run).layer, folder)
         else:
             assert run.profiler is not None
             sweep_layers(trials, plan.of_model(parts.num_layers), run.profiler, folder)

@@ -22,6 +22,54 @@ from slzo.zo.trial import Trial
 
 
 @dataclass(frozen=True)
+class RatePlan:
+    """Options of a sweep of rates.
+
+    Attributes:
+        lrs: Learning rates; ``None`` for seven, a factor of sqrt(10) apart, around the options' own.
+        eps: Sizes of the perturbation; ``None`` for the options' own.
+        steps: Steps of each training.
+        seeds: Seeds; each pair is trained once with each.
+    """
+
+    lrs: Sequence[float] | None
+    eps: Sequence[float] | None
+    steps: int
+    seeds: Sequence[int]
+
+    def check(self, estimator: Estimator, optimizer: OptimizerOptions) -> None:
+        """Check the plan.
+
+        Raises:
+            SlzoError: An option is out of range, the estimator has no eps, or the scheduler replaces the learning rates.
+        """
+        if self.eps is not None and estimator.perturbs != "weights":
+            raise SlzoError(f"eps {list(self.eps)}: {estimator.describe()} has no eps; leave it out")
+        for name, values in (("lrs", self.lrs), ("eps", self.eps)):
+            if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
+                raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
+        if (self.lrs is None or len(set(self.lrs)) > 1) and not optimizer.follows_rate:
+            raise SlzoError(
+                f"model.lr_scheduler {optimizer.settings['scheduler']['class']}: sets the rate itself, so all lrs would be the "
+                "same; leave it out, or give one rate in lrs"
+            )
+        check_at_least("steps", self.steps, advice="40 is enough to compare rates")
+        if not self.seeds:
+            raise SlzoError("seeds []: give at least one seed")
+
+    def values(
+        self, own: Callable[[], tuple[float, float | None]]
+    ) -> tuple[Collection[float], Collection[float | None]]:
+        """Return the learning rates and the sizes of the perturbation, in rising order.
+
+        ``own`` returns those of the options; it is called only if they are needed.
+        """
+        lr, eps = own() if self.lrs is None or self.eps is None else (0.0, 0.0)
+        rates = [lr * 10 ** (power / 2) for power in range(-3, 4)] if self.lrs is None else self.lrs
+        return sorted(set(rates)), [eps] if self.eps is None else sorted(set(self.eps))
+
+
+@dataclass(frozen=True)
 class RateResult:
     """Result of one pair of learning rate and eps.
 
@@ -44,37 +92,27 @@ OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
-def sweep_rates(
-    trials: LayerTrials,
-    choose_layer: Callable[[], int | None],
-    lrs: Sequence[float] | None,
-    eps: Sequence[float] | None,
-    steps: int,
-    seeds: Sequence[int],
-    folder: Path,
-) -> None:
+def sweep_rates(trials: LayerTrials, plan: RatePlan, choose_layer: Callable[[], int | None], folder: Path) -> None:
     """Run the trials that are not finished, recommend a pair and write it to ``folder``.
-
-    See :func:`rates_to_try` for ``lrs`` and ``eps``.
 
     Raises:
         SlzoError: The folder holds other results.
     """
-    settings = sweep_settings(trials) | {"steps": steps}
+    settings = sweep_settings(trials) | {"steps": plan.steps}
     check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
     settings["model.layer"] = layer = choose_layer()
     store = CellStore(folder, settings | OF_CELLS, changed_options)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
-        return asdict(trials.run(layer, steps=steps, seed=seed, lr=lr, eps=eps))
+        return asdict(trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps))
 
-    rates, sizes = rates_to_try(lrs, eps, partial(_own_step, trials, store, layer))
+    rates, sizes = plan.values(partial(_own_step, trials, store, layer))
     loss = trials.data.selection_metric.loss_name
-    cells = product(sizes, rates, dict.fromkeys(seeds))  # smallest eps and learning rate first
+    cells = product(sizes, rates, dict.fromkeys(plan.seeds))  # smallest eps and learning rate first
     complete_cells(store, {_cell_name(*cell): partial(train, *cell) for cell in cells}, loss)
     if is_worker():
         return
-    tried, before = _results(store, rates, sizes, seeds, loss)
+    tried, before = _results(store, rates, sizes, plan.seeds, loss)
     best, words = recommend(tried, before, loss)
     content = {
         "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},
@@ -99,46 +137,6 @@ def _own_step(trials: LayerTrials, store: CellStore, layer: int | None) -> tuple
     store.complete({name: lambda: dict(zip(("lr", "eps"), trials.own_step(layer), strict=True))})
     found = store.result(name)
     return found["lr"], found["eps"]
-
-
-def check_rates(
-    lrs: Sequence[float] | None,
-    eps: Sequence[float] | None,
-    steps: int,
-    seeds: Sequence[int],
-    estimator: Estimator,
-    optimizer: OptimizerOptions,
-) -> None:
-    """Check the options of a search.
-
-    Raises:
-        SlzoError: An option is out of range, the estimator has no eps, or the scheduler replaces the learning rates.
-    """
-    if eps is not None and estimator.perturbs != "weights":
-        raise SlzoError(f"eps {list(eps)}: {estimator.describe()} has no eps; leave it out")
-    for name, values in (("lrs", lrs), ("eps", eps)):
-        if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
-            raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
-    if (lrs is None or len(set(lrs)) > 1) and not optimizer.follows_rate:
-        raise SlzoError(
-            f"model.lr_scheduler {optimizer.settings['scheduler']['class']}: sets the rate itself, so all lrs would be the same; "
-            "leave it out, or give one rate in lrs"
-        )
-    check_at_least("steps", steps, advice="40 is enough to compare rates")
-    if not seeds:
-        raise SlzoError("seeds []: give at least one seed")
-
-
-def rates_to_try(
-    lrs: Sequence[float] | None, eps: Sequence[float] | None, own: Callable[[], tuple[float, float | None]]
-) -> tuple[Collection[float], Collection[float | None]]:
-    """Return the learning rates and the sizes of the perturbation to try, in rising order.
-
-    The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
-    """
-    own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
-    rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
-    return sorted(set(rates)), [own_eps] if eps is None else sorted(set(eps))
 
 
 def _cell_name(eps: float | None, lr: float, seed: int) -> str:
