@@ -582,18 +582,19 @@ class ZOModule(LightningModule):
         metadata = checkpoint_metadata(checkpoint)
         data = self.datamodule
         trainer = self.trainer
+        loaded = Checkpoint(str(trainer.ckpt_path), checkpoint)
         in_fit = trainer.state.fn == "fit"
         if in_fit and self._prepared is not None and not self._prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
-            self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
+            self._prepare(loaded)
         is_first = self.tuned_model is None
         if self.tuned_model is None:
-            self._restore(Checkpoint(str(trainer.ckpt_path), checkpoint))
+            self._restore(loaded)
         else:
             self.tuned_model.check(metadata)
         if is_first or self._start is not None:
-            self._start = Checkpoint(str(trainer.ckpt_path), {"slzo": metadata})  # its tensors are in the masters
+            self._start = Checkpoint(loaded.path, {"slzo": metadata})  # its tensors are in the masters
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(data, self.parts, self.options)
