@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 from helpers import read_lines, run_dir, summary, tiny_model, write_lines
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slzo.__main__ import main
 from slzo.batches.losses import answer_losses
@@ -171,6 +172,24 @@ def test_without_a_template_there_is_a_plain_one():
     (sequence,) = plain.encode(example_of({"messages": TALK}), 0).sequences
     assert text_of(sequence.ids).endswith("Assistant: It was great.</s>")
     assert plain.stop == ("</s>",)
+
+
+def metaspace():
+    """A tokenizer of single characters that puts a space before each text, as that of Llama 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=0, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["\n".join(map(chr, range(32, 127)))], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("maker", [make_tokenizer, metaspace])
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_answers_have_the_tokens_of_the_whole_text(maker, template):
+    tokenizer, example = maker(), example_of({"messages": TALK})
+    (sequence,) = ChatEncoder(tokenizer, 512, ChatFormat(template)).encode(example, 0).sequences
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False, chat_template=TEMPLATES[template]).rstrip("\n")
+    assert list(sequence.ids) == tokenizer(whole)["input_ids"]
 
 
 def test_the_template_of_the_tokenizer_is_used():

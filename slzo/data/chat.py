@@ -20,7 +20,7 @@ TEMPLATES: Mapping[str, str] = {
     "plain": (
         "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
         "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -65,7 +65,7 @@ class ChatEncoder(Encoder):
     """Encodes conversations with a chat template.
 
     The prompt is the templated text up to the assistant's answer. The answer is the text from there to the end of the turn.
-    Both are tokenized separately, as in generation.
+    The prompt has the tokens that it has in generation, and the answer those that follow them.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -187,8 +187,10 @@ class ChatEncoder(Encoder):
         trained = {start for start, _ in spans}
         ids: list[int] = []
         counts: list[bool] = []
+        before = ""
         for start, stop in pairwise(bounds):
-            tokens = self._ids(full[start:stop])
+            tokens = self._ids_after(before, full[start:stop])
+            before = full[start:stop]
             ids += tokens
             counts += [start in trained] * len(tokens)
         return ids, counts
@@ -220,6 +222,14 @@ class ChatEncoder(Encoder):
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
         _, answer, end = full[len(prompt) :].partition("b")
         return (end.strip() or end) if answer else ""  # some templates end a turn with white space alone
+
+    def _ids_after(self, before: str, text: str) -> list[int]:
+        """Return the tokens of a text that follows another one; no token contains characters of both.
+
+        Alone it may have others: many SentencePiece tokenizers put a space before a text.
+        """
+        first, both = self._ids(before), self._ids(before + text)
+        return both[len(first) :] if both[: len(first)] == first else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
