@@ -199,6 +199,14 @@ def test_the_template_of_the_tokenizer_is_used():
     assert (own.note, own.stop) == (None, ("<|im_end|>",))
 
 
+def test_a_template_with_a_clock_gives_the_same_tokens_every_day(tmp_path):
+    path = tmp_path / "dated.jinja"
+    path.write_text("""{{ strftime_now("%d %b %Y") + strftime_now( '%A' ) }}""" + TEMPLATES["chatml"])
+    made = encoder(template=str(path))
+    assert text_of(made.encode_prompt(example_of({"prompt": "A?"})).ids).startswith("26 Jul 2024Friday<|im_start|>")
+    assert "strftime_now" in made.template  # exported folders keep it
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,8 +1,10 @@
 """Tokenization of conversations: chat templates, the tokens to train on, and the truncation of long conversations."""
 
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +30,10 @@ TEMPLATES: Mapping[str, str] = {
     ),
 }
 """Templates by name, for tokenizers without one: ``plain`` puts the role before each message."""
+
+# With today's date rows would have other tokens each day, and a resume would be refused. Llama 3 has this date without a clock.
+_DATE = date(2024, 7, 26)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple[str, str | None]:
@@ -197,9 +203,10 @@ class ChatEncoder(Encoder):
 
     def _render(self, turns: Sequence[Message], generate: bool) -> str:
         messages = [asdict(turn) for turn in turns]
+        template = _CLOCK.sub(lambda call: repr(_DATE.strftime(call[2])), self.template or "")
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, chat_template=self.template
+                messages, tokenize=False, add_generation_prompt=generate, chat_template=template
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(turn.role for turn in turns)

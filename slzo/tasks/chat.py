@@ -26,7 +26,8 @@ class ChatTask(Task):
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         system: System prompt of rows without one; left out, the template may add its own.
         turns: Train on all of the assistant's turns, or on the last one only.
-        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain if it has none.
+        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain if it has none. Where it
+            writes today's date, rows have 26 July 2024, so that they are the same every day.
         max_new_tokens: Longest generated answer, in tokens.
         stop: Texts that end a generated answer, in addition to the template's end of turn.
         metrics: Metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated answers f1,
