@@ -127,3 +127,15 @@ def test_without_scikit_learn_the_problem_names_the_package(monkeypatch):
     for name in ("sklearn", "sklearn.feature_extraction.text"):
         monkeypatch.setitem(sys.modules, name, None)
     assert bag_of_words(TRAIN, TRAIN) == WordsReference(None, "needs scikit-learn: pip install scikit-learn")
+
+
+def test_a_scikit_learn_that_cannot_be_imported_does_not_end_the_run(monkeypatch):
+    class Broken:
+        def __getattr__(self, name):
+            raise ValueError("numpy.dtype size changed")
+
+    monkeypatch.setitem(sys.modules, "sklearn", Broken())
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", Broken())
+    assert bag_of_words(TRAIN, TRAIN) == WordsReference(
+        None, "scikit-learn cannot be imported: numpy.dtype size changed"
+    )

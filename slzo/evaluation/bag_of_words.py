@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from slzo.data.classes import common_candidates
 from slzo.tasks.base import Example
+from slzo.utils.errors import one_line
 
 
 class WordsReference(NamedTuple):
@@ -33,6 +34,8 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
         from sklearn.pipeline import make_pipeline
     except ImportError:
         return WordsReference(problem="needs scikit-learn: pip install scikit-learn")
+    except Exception as error:  # one that was built for another NumPy raises ValueError
+        return WordsReference(problem=f"scikit-learn cannot be imported: {one_line(error)}")
     classes = [example.gold[0] for example in fitted]
     if len(set(classes)) < 2:
         return WordsReference(problem="all training rows have the same class")
