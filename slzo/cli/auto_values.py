@@ -2,9 +2,10 @@
 
 ``lr: auto`` becomes a special number, because torch's optimizers take only numbers. ``SGD`` and other names of torch's optimizers
 become class paths, because another loaded package may have a class of the same name. Options that only other LightningCLIs have
-are left out if they are null.
+are left out if they are null. A prompt such as ``Review: {text}`` would be read as a mapping, so it becomes an entry of one.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ _NUMBER = ".inf"
 _RATES = ("model.optimizer.lr", "model.optimizer.init_args.lr")
 _CLASSES = ("model.optimizer", "model.optimizer.class_path")
 _FILES = ("config", "model", "model.optimizer")
+_TASK = "data.task.init_args"
+_TEXTS = ("prompt", "system")  # of tasks
 _UNUSED = ("optimizer", "lr_scheduler", "weights_only")  # null in configs that other LightningCLIs have saved
 
 
@@ -40,13 +43,29 @@ def as_yaml(value: Any) -> str:
 
 
 def encode_words(words: Sequence[str]) -> list[str]:
-    """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
+    """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs.
+
+    Texts of a task that YAML reads as something else are entries of a mapping.
+    """
     found = []
     for word in words:
         name, _, value = word.partition("=")
-        text = _text(_spelled(value, name.removeprefix("--")))
+        option = name.removeprefix("--")
+        task, _, argument = option.rpartition(".")
+        if task in ("data.task", _TASK) and argument in _TEXTS and _is_nested(value):
+            found.append(f"--{_TASK}={json.dumps({argument: value})}")
+            continue
+        text = _text(_spelled(value, option))
         found.append(word if text == value else f"{name}={text}")
     return found
+
+
+def _is_nested(value: str) -> bool:
+    """Whether YAML reads a text as a mapping or a list."""
+    try:
+        return isinstance(get_loader("yaml")(value), dict | list)
+    except yaml.YAMLError:
+        return False
 
 
 def decode_words(dumped: str) -> str:
