@@ -317,6 +317,21 @@ def test_a_metric_that_a_task_does_not_have_is_refused():
         TaskData(Answers())
 
 
+def test_a_backslash_and_an_n_are_no_line_break(capsys):
+    TemplateTask("{t}\n", ["a", "b"])
+    assert capsys.readouterr().err == ""
+    TemplateTask(r"{t}\n", ["a", "b"])
+    assert (
+        r"has a backslash and an n, not a line break; for a line break write $'...\n...' in a shell"
+        in capsys.readouterr().err
+    )
+
+
+def test_bytes_are_no_list_of_answers():
+    with pytest.raises(ValueError, match=r"field 'a' is b'Paris'; it must be text or a number"):
+        TemplateTask("{t}", answer_field="a").example({"t": "x", "a": b"Paris"}, "0")
+
+
 def test_spaces_between_a_prompt_and_its_candidates(capsys):
     with pytest.raises(SlzoError, match="spaces at its end are removed, and candidate 'good' has none; begin each"):
         TemplateTask("{t} It was ", [" bad", "good"])

@@ -73,6 +73,11 @@ class TemplateTask(Task):
         self.answer_field, self.references_field = answer_field, references_field
         self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
         self._in_prompt = _fields_of(prompt)
+        if r"\n" in prompt:
+            rank_zero_warn(
+                f"data.task.prompt {prompt!r}: has a backslash and an n, not a line break; for a line break write "
+                r"$'...\n...' in a shell, or double quotes in YAML"
+            )
         generation = {
             "answer_field": answer_field,
             "references_field": references_field,
@@ -228,7 +233,7 @@ def _as_text(value: object, field: str) -> str:
 
 
 def _answer_texts(value: object, field: str) -> tuple[str, ...]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     answers = tuple(_as_text(item, field) for item in values)
     if not all(answer.strip() for answer in answers):
         raise ValueError(f"field {field!r} is {short_repr(value)}; an answer must not be empty")
