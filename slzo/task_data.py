@@ -551,8 +551,8 @@ class TaskData:
 
     @property
     def decoding(self) -> Decoding:
-        """Stop texts and length limit of generated answers."""
-        return Decoding((*self.encoder.stop, *self.task.stop), self.task.max_new_tokens)
+        """Stop texts and length limit of generated answers, and what a chat template writes before them."""
+        return Decoding((*self.encoder.stop, *self.task.stop), self.task.max_new_tokens, self.encoder.lead)
 
     def profile_batches(self, num_sequences: int) -> list[PackedBatch]:
         """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""

@@ -15,6 +15,7 @@ from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits, split_off_test
+from slzo.evaluation.generation import answer_text, ends_with
 from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import load_pair
@@ -197,6 +198,29 @@ def test_the_template_of_the_tokenizer_is_used():
     tokenizer.chat_template = TEMPLATES["chatml"]
     own = ChatEncoder(tokenizer, 512, ChatFormat())
     assert (own.note, own.stop) == (None, ("<|im_end|>",))
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{{ '<think>\n\n</think>\n\n' if m['role'] == 'assistant' }}"
+    "{{ m['content'] + '</s>' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+)
+
+
+def test_an_empty_reasoning_of_the_template_is_not_part_of_an_answer(tmp_path, model_dir):
+    path = tmp_path / "thinks.jinja"
+    path.write_text(THINKS)
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"Film {i}?", "completion": "great"} for i in range(8)])
+    task = ChatTask(train_file=str(rows), template=str(path), stop=["\n"], metrics=["exact_match"], max_new_tokens=40)
+    data = TaskData(task, tokenizer=str(model_dir), max_length=256, seed=0)
+    made, decoding = data.encoder, data.decoding
+    (sequence,) = made.encode(example_of({"prompt": "A?", "completion": "great"}), 0).sequences
+    answer = [sequence.ids[place] for place in sequence.places][:-1]
+    assert text_of(answer) == "<think>\n\n</think>\n\ngreat"
+    assert answer_text(made.tokenizer, answer, decoding.stop, decoding.lead) == "great"
+    ended = ends_with(made.tokenizer, decoding.stop, decoding.lead)
+    assert not any(ended(answer[:length]) for length in range(len(answer) + 1))
+    assert ended([*answer, *made.tokenizer("\n")["input_ids"]])
+    assert answer_text(made.tokenizer, answer[1:], (), decoding.lead) == text_of(answer[1:])  # not the whole of it
 
 
 def test_a_template_with_a_clock_gives_the_same_tokens_every_day(tmp_path):

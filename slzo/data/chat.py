@@ -85,7 +85,7 @@ class ChatEncoder(Encoder):
         super().__init__(tokenizer, max_length)
         self.chat = chat
         self.template, self.note = find_template(tokenizer, chat.template)
-        self._end = self._end_of_turn()
+        self.lead, self._end = self._around_answer()
         self.stop = (self._end,) if self._end else ()
 
     def encode(
@@ -219,7 +219,8 @@ class ChatEncoder(Encoder):
         """Remove white space after the end of the last turn, which is not part of the answer."""
         return text.rstrip() if self._end and text.rstrip().endswith(self._end) else text
 
-    def _end_of_turn(self) -> str:
+    def _around_answer(self) -> tuple[tuple[int, ...], str]:
+        """Return the tokens that the template writes before an answer, and the text of the end of its turn."""
         turns = (Message("user", "a"),)
         try:
             prompt = self._render(turns, True)
@@ -227,8 +228,11 @@ class ChatEncoder(Encoder):
         except ValueError as error:
             name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
-        _, answer, end = full[len(prompt) :].partition("b")
-        return (end.strip() or end) if answer else ""  # some templates end a turn with white space alone
+        lead, answer, end = full[len(prompt) :].partition("b")
+        if not answer or not full.startswith(prompt):
+            lead = ""
+        # some templates end a turn with white space alone
+        return tuple(self._ids_after(prompt, lead)) if lead.strip() else (), (end.strip() or end) if answer else ""
 
     def _ids_after(self, before: str, text: str) -> list[int]:
         """Return the tokens of a text that follows another one; no token contains characters of both.

@@ -36,12 +36,14 @@ class Encoder:
         note: Sentence for the log if conversations are put in a template that is not the tokenizer's, else ``None``.
         template: The chat template.
         stop: Texts that end a generated answer.
+        lead: Tokens that a chat template writes before each answer, after the prompt: an empty reasoning (Qwen3), or a channel.
         shortening: How sequences that are too long are shortened, for a message.
     """
 
     note: str | None = None
     template: str | None = None
     stop: tuple[str, ...] = ()
+    lead: tuple[int, ...] = ()
     shortening = "cut on the left"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:

@@ -144,7 +144,7 @@ class Evaluator:
         varied: VariedLayers | None = None,
     ) -> tuple[list[Answer], Decoded]:
         """Generate answers to rows, see :func:`decode`; ``with_gold`` adds the losses of the gold answers."""
-        tokenizer, stop = self.tokenizer, self.decoding.stop
+        tokenizer, stop, lead = self.tokenizer, self.decoding.stop, self.decoding.lead
         examples = [row.encoded for row in rows]
         # cached states of a prompt that runs with its gold answer include those of the answer
         keys = [example.index if with_gold else prompt_key(example.index) for example in examples]
@@ -154,7 +154,7 @@ class Evaluator:
             stop_tokens(tokenizer, self.parts.model, stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
-            ended=ends_with(tokenizer, stop),
+            ended=ends_with(tokenizer, stop, lead),
             sampling=sampling,
             kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
             prompt_of=prompt_of,
@@ -162,7 +162,7 @@ class Evaluator:
             gold=examples if with_gold else None,
         )
         answers = [
-            Answer(answer_text(tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
+            Answer(answer_text(tokenizer, ids, stop, lead), len(ids), tuple(ids) if end is None else (*ids, end))
             for ids, end in zip(decoded.answers, decoded.ends, strict=True)
         ]
         return answers, decoded

@@ -26,11 +26,13 @@ Ended = Callable[[Sequence[int]], bool]
 class Decoding:
     """Where an answer ends: at EOS, before one of the texts of ``stop``, or after ``max_new_tokens`` tokens, >= 1.
 
-    The EOS tokens are those of the tokenizer and of the model's generation config.
+    The EOS tokens are those of the tokenizer and of the model's generation config. The tokens of ``lead``, with which an answer
+    may begin, are not part of its text, see :class:`slzo.data.encoding.Encoder`.
     """
 
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = MAX_NEW_TOKENS
+    lead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,19 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, stop
     return {token for token in tokens if token is not None}.union([own] if isinstance(own, int) else own or ())
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str] = ("\n",)) -> str:
-    """Decode generated tokens and return the text before the first stop text, stripped."""
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    stop: Sequence[str] = ("\n",),
+    lead: tuple[int, ...] = (),
+) -> str:
+    """Decode generated tokens without a ``lead`` and return the text before the first stop text, stripped."""
+    text = str(tokenizer.decode(list(_without_lead(ids, lead)), skip_special_tokens=True))
     return text[: min((text.find(end) for end in stop if end in text), default=len(text))].strip()
+
+
+def _without_lead(ids: Sequence[int], lead: tuple[int, ...]) -> Sequence[int]:
+    return ids[len(lead) :] if tuple(ids[: len(lead)]) == lead else ids
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
@@ -67,14 +78,20 @@ def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     return newline_token(tokenizer) if text == "\n" else tokenizer.get_added_vocab().get(text)
 
 
-def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Ended | None:
-    """Return a function that says whether the last tokens contain a stop text; ``None`` if :func:`stop_tokens` has them all."""
+def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], lead: tuple[int, ...] = ()) -> Ended | None:
+    """Return a function that says whether the last tokens after a ``lead`` contain a stop text.
+
+    ``None`` if :func:`stop_tokens` has them all.
+    """
     texts = [text for text in stop if text not in tokenizer.get_added_vocab()]  # added tokens are never part of others
     if not texts:
         return None
     longest = max(len(text.encode()) for text in texts) + 1
 
     def ended(ids: Sequence[int]) -> bool:
+        if tuple(ids) == lead[: len(ids)]:
+            return False
+        ids = _without_lead(ids, lead)
         tail = str(tokenizer.decode(list(ids[-longest:]), skip_special_tokens=True))
         return any(text in tail for text in texts)
 
