@@ -301,6 +301,18 @@ def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tmp_path):
     assert family_table.largest_error(parts, model) < 1e-5
 
 
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_lora_leaves_the_image_encoder_alone(layers):
+    """Its layers have the same numbers, and linear maps of the same names."""
+    parts = ModelParts(family_table.tiny_model("llava"), onednn=False)
+    model = TunedModel.from_scope(parts, LoRA(2, target_modules=["q_proj"], layers=layers), 1)
+    chosen = [1] if layers is None else range(parts.num_layers)
+    assert {name.partition(".self_attn")[0] for name in model.tensors.names} == {
+        f"{parts.layers_path}.{layer}" for layer in chosen
+    }
+    assert model.span.inside
+
+
 def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
     tiny_model("mixtral", scale=1.0, **EXPERTS).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
+from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError, one_line
 
@@ -40,12 +42,15 @@ class LoRAMatrices(Adapter):
 
     def inject(self, model: PreTrainedModel) -> None:
         peft = import_peft("model.scope LoRA")
+        decoder = re.escape(find_decoder_layers(model)[0])
         try:
             config = peft.LoraConfig(
                 r=self.rank,
                 lora_alpha=self.alpha,
                 target_modules=None if self.target_modules is None else list(self.target_modules),
                 layers_to_transform=list(self.layers),
+                # an image encoder has layers with the same numbers and names
+                exclude_modules=rf"(?!{decoder}\.).*",
             )
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed GPUs
