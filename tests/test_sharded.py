@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import layer_forward
 from torch import distributed
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
@@ -75,6 +76,10 @@ def seen(folder):
     found["values"] = all(same) and len(same) == len(list(whole.parameters()))
     found |= loaded_again(model, placement, whole)
     found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
+    half, placement = load_sharded(folder, "bfloat16", False, group, CPU)
+    forward = layer_forward(ModelParts(half, onednn=False, placement=placement), LAYER)
+    entering = plain.run(batch, 0, LAYER + 1).bfloat16()
+    found["half"] = bool(forward.parts_above.run(batch, LAYER + 1, plain.num_layers, entering).isfinite().all())
     group.barrier()
     return found
 

@@ -18,11 +18,13 @@ class Placement:
         num_kept: Number of such layers whose weights stay after their use, until those of others are needed.
         elsewhere: Where the layers are if some run on another device, such as ``layers 0 to 3 on cuda:0, 4 to 29 on cuda:1``;
             otherwise empty.
+        runs_copies: Whether a copy of a layer, also one in another dtype, can run in its place.
     """
 
     offloads: bool = False
     num_kept: int = 0
     elsewhere: str = ""
+    runs_copies: bool = True
 
     @property
     def is_on_main_device(self) -> bool:

@@ -43,6 +43,7 @@ class ShardedLayers(Placement):
 
     offloads = True
     num_kept = MOST_IDLE
+    runs_copies = False  # the processes gather the weights of the layer itself
 
     def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device) -> None:
         self.group = group

@@ -83,7 +83,8 @@ class SuffixForward:
         parts, above = self.parts, self.parts.layers[self.span.stop :]
         dtype = parts.model.dtype
         plain = all(is_plain(tensor) and tensor.dtype == dtype for tensor in above.parameters())
-        if dtype.itemsize > 2 or not plain or len(above) > MOST_FLOAT32 or not can_run_last_tokens(parts):
+        can_be_copied = plain and parts.placement.runs_copies
+        if dtype.itemsize > 2 or not can_be_copied or len(above) > MOST_FLOAT32 or not can_run_last_tokens(parts):
             return parts
         return parts.in_float32(self.span.stop)
 
