@@ -11,7 +11,7 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import get_args, get_type_hints
 
 import pytest
@@ -790,6 +790,22 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
     assert Path(newest_checkpoint("runs").path).name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
         newest_checkpoint("nothing", "best")
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"monitor": "val/accuracy"}, "max"),
+        ({"monitor": "val/accuracy", "mode": "min"}, "min"),
+        ({"monitor": "train/loss"}, "min"),
+        ({}, "min"),
+    ],
+)
+def test_the_best_value_of_a_metric_is_the_better_one(options, mode, data_dir, monkeypatch):
+    monkeypatch.setattr(ModelCheckpoint, "setup", lambda *_: None)
+    best = BestCheckpoint(**options)
+    best.setup(SimpleNamespace(datamodule=rows(data_dir)), None, "fit")
+    assert (best.mode, float(best.kth_value)) == (mode, math.inf if mode == "min" else -math.inf)
 
 
 def test_names_are_those_of_the_trainers_own_run(model_dir, data_dir, capsys):

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,8 @@ _REPLACED = {
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run takes over the best state of the run that it continues.
 
-    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric.
+    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric. Left out, ``mode`` is
+    max for a monitored metric whose larger values are better, such as val/accuracy, and min otherwise.
 
     Raises:
         SlzoError: An option is set that would write ``last.ckpt``, or save states that are not validated.
@@ -44,7 +45,7 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         monitor: str | None = AUTO_MONITOR,
-        mode: str = "min",
+        mode: str | None = None,
         filename: str | None = "step={step}",
         auto_insert_metric_name: bool = False,
         **options: Any,
@@ -55,19 +56,30 @@ class BestCheckpoint(ModelCheckpoint):
         # the state is saved after a validation, before LastCheckpoint saves, which names it
         options["save_on_train_epoch_end"] = False
         super().__init__(
-            monitor=monitor, mode=mode, filename=filename, auto_insert_metric_name=auto_insert_metric_name, **options
+            monitor=monitor,
+            mode="min" if mode is None else mode,
+            filename=filename,
+            auto_insert_metric_name=auto_insert_metric_name,
+            **options,
         )
+        self._chooses_mode = mode is None
         self._resumed: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")
         data = getattr(trainer, "datamodule", None)
-        if self.monitor == AUTO_MONITOR and isinstance(data, TaskData):
-            metric = data.selection_metric
-            self.monitor = f"val/{metric.name}"
-            self.mode = metric.mode
-            self.kth_value = torch.tensor(math.inf if metric.mode == "min" else -math.inf)
+        if isinstance(data, TaskData):
+            if self.monitor == AUTO_MONITOR:
+                metric = data.selection_metric
+                self.monitor = f"val/{metric.name}"
+                self._set_mode(metric.mode)
+            elif self._chooses_mode:
+                self._set_mode("max" if self.monitor in data.maximized_metrics else "min")
         super().setup(trainer, pl_module, stage)
+
+    def _set_mode(self, mode: Literal["min", "max"]) -> None:
+        self.mode = mode
+        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note which checkpoint is resumed: the paths in it are relative to the folder in which its run was started."""
