@@ -109,6 +109,9 @@ def test_the_python_of_the_page_on_runs(name, model_dir, data_dir, tmp_path, mon
     assert Path("predictions.jsonl").exists() == (name == "zo_trainer")
     for path in (folder / "checkpoints").iterdir():  # the format of slzo
         assert read_checkpoint(path).content["global_step"] <= 4
+    if name == "zo_trainer":
+        exec(page_code("docs/runs.md", "export_python"), {})
+        assert Path("tuned-model/model.safetensors").exists()
 
 
 def test_the_adapter_of_the_tutorial_loads(options, model_dir):
