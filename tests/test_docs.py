@@ -94,6 +94,7 @@ def test_the_check_finds_a_wrong_option():
     assert is_known("--model.optimizer.init_args.lr", known)
     assert not is_known("--model.lyer", known)
     assert len(list(commands_of("slzo"))) > 15
+    assert not parser_of(COMMANDS["fit"]).allow_abbrev  # tests share the parsers with slzo's own
 
 
 def test_every_command_is_in_the_docs():

@@ -11,7 +11,7 @@ class _ParserOnly(SlzoCLI):
     def __init__(self, command: Command) -> None:
         self._command = command
         self.seed_everything_default, self.parser_class, self.auto_configure_optimizers = 0, AppParser, False
-        self.setup_parser(False, {"description": command.help}, {})
+        self.setup_parser(False, {"description": command.help, "allow_abbrev": False}, {})
 
 
 def parser_of(command: Command) -> CommandParser:
