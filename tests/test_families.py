@@ -313,6 +313,14 @@ def test_lora_leaves_the_image_encoder_alone(layers):
     assert model.span.inside
 
 
+def test_all_parameters_are_those_of_the_text_model():
+    parts = ModelParts(family_table.tiny_model("llava"), onednn=False)
+    names = set(TunedModel.from_scope(parts, AllParameters()).tensors.names)
+    others = {name for name, _ in parts.model.named_parameters()} - names
+    assert {name.partition(".")[0] for name in names} == {"model", "lm_head"}
+    assert {".".join(name.split(".")[:2]) for name in others} == {"model.vision_tower", "model.multi_modal_projector"}
+
+
 def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
     tiny_model("mixtral", scale=1.0, **EXPERTS).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -6,7 +6,7 @@ from slzo.zo.tuned import TunedTensors
 
 
 class AllParameters(Scope):
-    """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
+    """Every parameter of the text model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
 
     Args:
         routers: Also tune the routers of a mixture of experts; left out, they are not tuned.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slzo.models.decoder_layers import decoder_of
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 
@@ -43,14 +44,23 @@ def check_own_tensors(parts: ModelParts, layer: int) -> None:
 
 
 def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
-    """Return the parameters of the model by name, with or without the routers of mixtures of experts."""
+    """Return the parameters of the text model by name, with or without the routers of mixtures of experts.
+
+    Encoders of images and audio are left out: they are beside the text decoder, and text does not run through them.
+    """
+    decoder, _ = decoder_of(parts.model, parts.layers_path)
+    around = decoder.rpartition(".")[0] or decoder
     left_out = {
         f"{parts.layers_path}.{number}.{name}"
         for number, layer in enumerate(parts.layers)
         for name, _ in layer.named_parameters()
         if not routers and is_router(layer, name)
     }
-    return {name: tensor for name, tensor in parts.model.named_parameters() if name not in left_out}
+    return {
+        name: tensor
+        for name, tensor in parts.model.named_parameters()
+        if name not in left_out and (name.startswith(f"{decoder}.") or not name.startswith(f"{around}."))
+    }
 
 
 def part_of(layer: nn.Module, name: str) -> str:
