@@ -255,10 +255,16 @@ def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
     text = tokenizer.decode(made, skip_special_tokens=True)
     model.generation_config.update(**settings)
 
-    def written(*stop):
+    def written(*stop, lead=()):
         out = StringIO()
-        write_continuation(model, tokenizer, ids, LENGTH, out.write, stop)
+        write_continuation(model, tokenizer, ids, LENGTH, out.write, stop, lead)
         return out.getvalue()
 
     assert written() == f"{text}\n"
     assert written(text[4:7]) == f"{text[: text.index(text[4:7])]}\n"
+    # what a chat template writes before an answer is not shown, and a stop text in it does not end the answer
+    before = tokenizer.decode(made[:3])
+    rest = text.removeprefix(before)
+    assert rest != text
+    assert written(before, lead=tuple(made[:3])) == f"{rest}\n"
+    assert written(lead=(made[1], made[0])) == f"{text}\n"

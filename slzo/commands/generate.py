@@ -72,6 +72,5 @@ def generate(
                         ", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True))
                     )
                 else:
-                    write_continuation(
-                        model, pair.tokenizer, ids, max_new_tokens, partial(rank_zero_print, end=""), pair.stop
-                    )
+                    write = partial(rank_zero_print, end="")
+                    write_continuation(model, pair.tokenizer, ids, max_new_tokens, write, pair.stop, pair.lead)

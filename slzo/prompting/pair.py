@@ -72,6 +72,11 @@ class Pair:
             )
         return encoded.ids
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Tokens that the chat template writes before each answer."""
+        return self._encoder.lead
+
     @cached_property
     def _encoder(self) -> Encoder:
         length = sys.maxsize if self.prompt_length is None else self.prompt_length

@@ -11,16 +11,21 @@ from slzo.utils.errors import SlzoError
 
 
 class _Stream(TextStreamer):
-    """Writes complete words as soon as they are generated, up to the first stop text."""
+    """Writes complete words as soon as they are generated, without ``lead``, up to the first stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object], stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object], stop: Sequence[str], lead: str
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write, self._stop = write, stop
+        self._write, self._stop, self._lead = write, stop, lead
         self._text, self._written = "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a piece of text, except what may be the beginning of a stop text."""
+        """Write a piece of text, except what may be the beginning of the lead or of a stop text."""
         self._text += text
+        if self._lead.startswith(self._text) and not stream_end:
+            return
+        self._text, self._lead = self._text.removeprefix(self._lead), ""
         found = min((self._text.find(stop) for stop in self._stop if stop in self._text), default=len(self._text))
         begun = 0 if stream_end else max((len(stop) - 1 for stop in self._stop), default=0)
         end = max(self._written, min(found, len(self._text) - begun))
@@ -36,8 +41,11 @@ def write_continuation(
     max_new_tokens: int,
     write: Callable[[str], object],
     stop: Sequence[str],
+    lead: tuple[int, ...] = (),
 ) -> None:
     """Generate the most likely tokens with transformers up to EOS or a text of ``stop``; ``write`` their text meanwhile.
+
+    The tokens of ``lead``, with which an answer may begin, are not written, see :class:`slzo.evaluation.generation.Decoding`.
 
     Raises:
         SlzoError: Prompt and new tokens exceed the model's maximum length.
@@ -48,13 +56,14 @@ def write_continuation(
             f"the prompt has {len(ids)} tokens; with max_new_tokens {max_new_tokens} this exceeds the model's limit of "
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
-    stream, prompt = _Stream(tokenizer, write, stop), torch.tensor([list(ids)], device=model.device)
+    stream = _Stream(tokenizer, write, stop, str(tokenizer.decode(list(lead), skip_special_tokens=True)))
+    prompt = torch.tensor([list(ids)], device=model.device)
     ends = stop_tokens(tokenizer, model, stop)
     generate_plainly(
         model,
         prompt,
         ends,
-        ends_with(tokenizer, stop),
+        ends_with(tokenizer, stop, lead),
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         do_sample=False,
