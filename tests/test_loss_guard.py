@@ -237,6 +237,16 @@ def test_of_equal_rewards_the_newest_weights_are_good(options, monkeypatch, caps
     )
 
 
+def test_an_unknown_reward_is_no_spike(options, monkeypatch):
+    """A reward function that failed at every dev row, such as a judge that timed out, says nothing about the weights."""
+    found = iter([0.5, *[math.nan] * 9])
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": next(found))
+    monkeypatch.setattr(TaskDataModule, "selection_metric", SelectionMetric("loss", "accuracy", 1.0))
+    steps = ["--model.layer=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    assert main(["fit", *options, *steps, "--record.test_before=false"]) == 0
+    assert summary()["rollbacks"] == 0
+
+
 def test_the_first_score_is_that_of_the_same_rows_as_the_others(options):
     """With weights that do not move, all scores of the same rows are equal."""
     still = ["--model.optimizer.lr=1e-12", "--guard.factor=1.0001", "--trainer.limit_val_batches=1"]

@@ -24,7 +24,7 @@ class LossGuard(Callback):
 
     A rollback also clears the optimizer's momentum. The guard keeps one more float32 copy of the tuned tensors. If that takes
     more than 2 GiB, the guard only halves the rate, and the momentum stays. It ignores a validation that is not scheduled, such
-    as the one at the end of a run.
+    as the one at the end of a run, and one whose reward is unknown because its functions failed at every row.
 
     Args:
         factor: Largest allowed dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200
@@ -76,6 +76,8 @@ class LossGuard(Callback):
         module = zo_module(pl_module)
         metric = module.datamodule.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
+        if metric.best is not None and math.isnan(loss):
+            return  # the reward failed at every row, which says nothing about the weights
         if (factor := self.factor) == "auto":
             noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
             factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, module.datamodule)))
