@@ -27,7 +27,7 @@ from slzo.evaluation.rewarding import check_columns
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
-from slzo.rewards.registry import PERPLEXITY, REWARDS
+from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
@@ -268,8 +268,7 @@ class TaskData:
     @property
     def maximized_metrics(self) -> list[str]:
         """Those of :attr:`metric_names` whose larger values are better."""
-        others = {f"val/{name}" for name in ("loss", PERPLEXITY, "reward_std", "answer_tokens")}
-        return [name for name in self.metric_names if name not in others]
+        return [f"val/{name}" for name in self.running_score(torch.device("cpu")).maximized]
 
     @property
     def selection_metric(self) -> SelectionMetric:

@@ -159,7 +159,7 @@ def test_a_long_config_as_text_is_no_file_name():
         assert yaml.safe_load(found)["model"]["optimizer"]["init_args"]["lr"] == math.inf
 
 
-@pytest.mark.parametrize("prompt", ["Review: {text}", "Q: {text}\nA:", "- {text}", "{text} It was", "Q: {text} A:"])
+@pytest.mark.parametrize("prompt", ["Review 😀: {text}", "Q: {text}\nA:", "- {text}", "{text} It was", "Q: {text} A:"])
 def test_a_prompt_of_the_command_line_is_a_text(prompt, capsys):
     task = ["--data.task=TemplateTask", '--data.task.candidates=[" a", " b"]', f"--data.task.prompt={prompt}"]
     with pytest.raises(SystemExit):

@@ -418,7 +418,7 @@ def test_answers_of_demonstrations_are_not_scored():
     assert scored_text(last) == scored_text(encoder().encode(shown, 0).sequences[0])
 
 
-def test_a_template_that_drops_the_answer_or_refuses_a_turn_names_the_row():
+def test_a_template_that_drops_the_answer_or_refuses_a_turn_names_the_row(tmp_path):
     drops = "{% for m in messages %}{{ m['role'] if m['role'] == 'assistant' else m['content'] }}{% endfor %}"
     only_user = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     only_user += "{{ m['role'] + m['content'] }}{% endfor %}"
@@ -426,8 +426,9 @@ def test_a_template_that_drops_the_answer_or_refuses_a_turn_names_the_row():
         (drops + "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}", "leaves nothing of the answer"),
         (only_user, r"the chat template cannot format a conversation of system, user.*no system"),
     ):
-        made = encoder()
-        made.template = template
+        path = tmp_path / "own.jinja"
+        path.write_text(template)
+        made = encoder(template=str(path))
         with pytest.raises(RowError, match=rf"^example '7': .*{message}"):
             made.encode(example_of({"messages": [TALK[0], *TALK[3:]]}), 0)
 
@@ -440,10 +441,12 @@ def test_rows_to_predict_may_have_an_empty_cell_for_the_answer(tmp_path):
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
-def test_a_template_whose_generation_prompt_is_not_in_the_conversation_is_refused(turns):
-    made = encoder(turns=turns)
-    made.template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
-    made.template += "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+def test_a_template_whose_generation_prompt_is_not_in_the_conversation_is_refused(turns, tmp_path):
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+    path = tmp_path / "own.jinja"
+    path.write_text(template)
+    made = encoder(template=str(path), turns=turns)
     with pytest.raises(
         SlzoError, match=r"an answer does not begin with the generation prompt, .*use data.task.template"
     ):

@@ -806,6 +806,9 @@ def test_the_best_value_of_a_metric_is_the_better_one(options, mode, data_dir, m
     best = BestCheckpoint(**options)
     best.setup(SimpleNamespace(datamodule=rows(data_dir)), None, "fit")
     assert (best.mode, float(best.kth_value)) == (mode, math.inf if mode == "min" else -math.inf)
+    best.kth_value = torch.tensor(0.5)
+    best.setup(SimpleNamespace(datamodule=rows(data_dir)), None, "test")
+    assert float(best.kth_value) == 0.5  # a later stage keeps it
 
 
 def test_names_are_those_of_the_trainers_own_run(model_dir, data_dir, capsys):

@@ -78,7 +78,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def _set_mode(self, mode: Literal["min", "max"]) -> None:
-        self.mode = mode
+        self.mode, self._chooses_mode = mode, False  # once: a later stage keeps the best value
         self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 ``lr: auto`` becomes a special number, because torch's optimizers take only numbers. ``SGD`` and other names of torch's optimizers
 become class paths, because another loaded package may have a class of the same name. Options that only other LightningCLIs have
-are left out if they are null. A prompt such as ``Review: {text}`` would be read as a mapping, so it becomes an entry of one.
+are left out if they are null. A prompt such as ``Review: {text}``, which would be read as a mapping, is passed
+in quotes.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -45,7 +45,7 @@ def as_yaml(value: Any) -> str:
 def encode_words(words: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs.
 
-    Texts of a task that YAML reads as something else are entries of a mapping.
+    A text of a task that YAML reads as a mapping or a list is passed inside a mapping, in quotes.
     """
     found = []
     for word in words:
@@ -53,7 +53,7 @@ def encode_words(words: Sequence[str]) -> list[str]:
         option = name.removeprefix("--")
         task, _, argument = option.rpartition(".")
         if task in ("data.task", _TASK) and argument in _TEXTS and _is_nested(value):
-            found.append(f"--{_TASK}={json.dumps({argument: value})}")
+            found.append(f"--{_TASK}={as_yaml({argument: value})}")
             continue
         text = _text(_spelled(value, option))
         found.append(word if text == value else f"{name}={text}")

@@ -84,7 +84,9 @@ class ChatEncoder(Encoder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
         super().__init__(tokenizer, max_length)
         self.chat = chat
-        self.template, self.note = find_template(tokenizer, chat.template)
+        template, self.note = find_template(tokenizer, chat.template)
+        self.template = template
+        self._undated = _CLOCK.sub(lambda call: repr(_DATE.strftime(call[2])), template)
         self.lead, self._end = self._around_answer()
         self.stop = (self._end,) if self._end else ()
 
@@ -203,10 +205,9 @@ class ChatEncoder(Encoder):
 
     def _render(self, turns: Sequence[Message], generate: bool) -> str:
         messages = [asdict(turn) for turn in turns]
-        template = _CLOCK.sub(lambda call: repr(_DATE.strftime(call[2])), self.template or "")
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, chat_template=template
+                messages, tokenize=False, add_generation_prompt=generate, chat_template=self._undated
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(turn.role for turn in turns)

@@ -231,6 +231,7 @@ class RunningScore:
 
     Attributes:
         names: Names of the values.
+        maximized: Names of those whose larger values are better.
     """
 
     def __init__(self, task: Task, device: torch.device, rewarded: bool = False) -> None:
@@ -245,6 +246,7 @@ class RunningScore:
             self.names.append(PERPLEXITY)
         if rewarded:
             self.names += ["reward", "reward_std", "answer_tokens"]
+        self.maximized = [*self._metrics.names, *(["reward"] if rewarded else [])]
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""

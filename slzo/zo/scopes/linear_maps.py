@@ -46,7 +46,7 @@ def check_own_tensors(parts: ModelParts, layer: int) -> None:
 def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
     """Return the parameters of the text model by name, with or without the routers of mixtures of experts.
 
-    Encoders of images and audio are left out: they are beside the text decoder, and text does not run through them.
+    Image and audio encoders, which do not process text, are left out.
     """
     decoder, _ = decoder_of(parts.model, parts.layers_path)
     around = decoder.rpartition(".")[0] or decoder
