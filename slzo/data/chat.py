@@ -87,6 +87,8 @@ class ChatEncoder(Encoder):
         template, self.note = find_template(tokenizer, chat.template)
         self.template = template
         self._undated = _CLOCK.sub(lambda call: repr(_DATE.strftime(call[2])), template)
+        # many SentencePiece tokenizers put a space before a text
+        self._adds_space = self._ids("\na")[len(self._ids("\n")) :] != self._ids("a")
         self.lead, self._end = self._around_answer()
         self.stop = (self._end,) if self._end else ()
 
@@ -236,10 +238,9 @@ class ChatEncoder(Encoder):
         return tuple(self._ids_after(prompt, lead)) if lead.strip() else (), (end.strip() or end) if answer else ""
 
     def _ids_after(self, before: str, text: str) -> list[int]:
-        """Return the tokens of a text that follows another one; no token contains characters of both.
-
-        Alone it may have others: many SentencePiece tokenizers put a space before a text.
-        """
+        """Return the tokens of a text that follows another one; no token contains characters of both."""
+        if not self._adds_space:
+            return self._ids(text)
         first, both = self._ids(before), self._ids(before + text)
         return both[len(first) :] if both[: len(first)] == first else self._ids(text)
 
