@@ -322,7 +322,7 @@ def test_a_backslash_and_an_n_are_no_line_break(capsys):
     assert capsys.readouterr().err == ""
     TemplateTask(r"{t}\n", ["a", "b"])
     assert (
-        r"has a backslash and an n, not a line break; for a line break write $'...\n...' in a shell"
+        r"contains a backslash and an n instead of a line break; for a line break write $'...\n...' in a shell"
         in capsys.readouterr().err
     )
 

@@ -75,7 +75,7 @@ class TemplateTask(Task):
         self._in_prompt = _fields_of(prompt)
         if r"\n" in prompt:
             rank_zero_warn(
-                f"data.task.prompt {prompt!r}: has a backslash and an n, not a line break; for a line break write "
+                f"data.task.prompt {prompt!r}: contains a backslash and an n instead of a line break; for a line break write "
                 r"$'...\n...' in a shell, or double quotes in YAML"
             )
         generation = {
