@@ -55,7 +55,9 @@ def swap_two_tokens(folder):
     [
         ("train", lambda row: row | {"sentence": row["sentence"] + " indeed"}, "train"),
         pytest.param("train", lambda row: row | {"label": 1 - row["label"]}, "train", marks=pytest.mark.slow),
-        ("validation", lambda row: row | {"sentence": row["sentence"] + " indeed"}, "test"),
+        pytest.param(
+            "validation", lambda row: row | {"sentence": row["sentence"] + " indeed"}, "test", marks=pytest.mark.slow
+        ),
     ],
     ids=["text", "label", "held-out"],
 )

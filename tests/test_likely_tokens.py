@@ -129,7 +129,9 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
     torch.testing.assert_close(*outputs[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [AnswerLikelihood(), CandidateCrossEntropy()], ids=described)
+@pytest.mark.parametrize(
+    "objective", [AnswerLikelihood(), pytest.param(CandidateCrossEntropy(), marks=pytest.mark.slow)], ids=described
+)
 def test_the_mean_of_many_queries_is_near_the_gradient(few, examples, objective):
     """In the last layer. Of the probability 40 tokens leave out a tenth; all 320 leave out nothing."""
     model, batch = tuned_model(layer=3), pack(examples)

@@ -152,7 +152,8 @@ def test_the_shape_knows_what_attention_keeps(family):
     assert shape_of(skeleton_of(model.config)).key_values == max(held)
 
 
-@pytest.mark.parametrize("model_type", [pytest.param("gemma4_text", marks=pytest.mark.slow), "mamba"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba"])
 def test_a_shape_without_one_number_of_heads_has_no_key_values(model_type):
     """Of unequal layers transformers' config refuses to give one; this must not end a run before it begins."""
     if model_type not in family_table.all_types():
@@ -270,7 +271,7 @@ def test_a_plan_compares_with_first_order(options, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("_not_loaded")
-@pytest.mark.parametrize("generates", [True, False])
+@pytest.mark.parametrize("generates", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_layer_that_is_not_chosen_yet_is_where_more_memory_is_taken(options, generates, capsys, monkeypatch):
     """Of a model of 4 layers, layer 2 is both in the middle and next to the last one."""
     model = tiny_model("llama", num_hidden_layers=8)

@@ -144,7 +144,7 @@ SOURCES = {
     "code": lambda: CODE,
     "words": lambda: [f"{word} is" for word in WORDS],
 }
-QUICK = ("sst2", "10 movie reviews", "plain text")
+QUICK = ("10 movie reviews", "plain text")
 ANSWERS = {"smollm2-135m": 28, "gemma3-270m": 16}
 
 

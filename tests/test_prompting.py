@@ -70,7 +70,10 @@ def generated(capsys, *args):
     return {name: text.rstrip("\n") for name, text in blocks}
 
 
-@pytest.mark.parametrize(("scope", "formats"), [("LayerScope", ("merged", "delta")), ("LoRA", ("adapter",))])
+@pytest.mark.parametrize(
+    ("scope", "formats"),
+    [("LayerScope", ("merged", "delta")), pytest.param("LoRA", ("adapter",), marks=pytest.mark.slow)],
+)
 def test_texts_are_those_of_the_engine(tuned, scope, formats, model_dir, capsys, recwarn):
     checkpoint = tuned(scope)
     expected = engine_texts(checkpoint, model_dir)

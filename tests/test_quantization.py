@@ -165,7 +165,7 @@ def test_a_run_is_continued_scored_and_exported_into_the_plain_base(folder, opti
         assert (name in masters) == (f"layers.{LAYER}." in name)
 
 
-@pytest.mark.parametrize("quantization", BOTH)
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=[needs("torchao"), pytest.mark.slow]), BOTH[1]])
 def test_a_quantized_folder_is_tuned_and_exported_quantized(folder, options, tmp_path, quantization):
     source = quantized_folder(folder, tmp_path / "quantized", quantization)
     options = [*options, f"--model.model={source}", f"--model.layer={LAYER}", "--trainer.max_steps=2"]
