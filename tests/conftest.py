@@ -3,5 +3,5 @@
 
 def pytest_configure(config):
     """Import ``fixtures.py``, except in the process that only hands out tests: it need not wait for PyTorch."""
-    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+    if not config.getoption("numprocesses", 0) or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("fixtures")
