@@ -63,6 +63,15 @@ FAMILIES = {
     "gemma2": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 2},
     "phi3": {"head_dim": None},
+    # as in Gemma 4 E2B the upper half takes keys and values from layers 0 and 1
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 6,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": tiny.VOCABULARY,
+    },
 }
 
 

@@ -299,14 +299,16 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     # only the head reads the last layer's output
     read = batch.logit_positions if packed and layer == LAST else slice(None)
     torch.testing.assert_close(output[read], expected_output[read])
-    at_needed = torch.randn(len(batch.logit_positions), output.shape[1], generator=torch.Generator().manual_seed(0))
-    everywhere = torch.zeros_like(output).index_copy_(0, batch.logit_positions, at_needed)
+    at_needed = torch.randn(len(batch.logit_positions), parts.width, generator=torch.Generator().manual_seed(0))
+    everywhere = torch.zeros_like(output)
+    everywhere[batch.logit_positions, : parts.width] = at_needed
     _, total = found(at_needed).total(torch.zeros(2), Partition(0, 1), identity)
-    torch.testing.assert_close(total, tuned.with_zeros(expected(everywhere)), rtol=1e-4, atol=1e-5)
+    for name, own in tuned.with_zeros(expected(everywhere)).items():
+        torch.testing.assert_close(total[name], own, rtol=1e-4, atol=1e-5 * max(1.0, float(own.abs().max())))
 
 
 @pytest.mark.parametrize(
-    "family", [*(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt2")), "gemma3_text"]
+    "family", [*(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt2", "gemma4_text")), "gemma3_text"]
 )
 def test_the_mean_is_the_gradient(family, examples):
     """In a middle layer: the gradient with the output constant at all positions that predict no answer token."""

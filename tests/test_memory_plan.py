@@ -40,7 +40,10 @@ from write_shape import Shape, write_shape
 PROGRAM = PROGRAM_BYTES + 32000 * TOKENIZER_BYTES  # with the vocabulary of Llama 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+EQUAL_LAYERS = [family for family in FAMILIES if family != "gemma4_text"]
+
+
+@pytest.mark.parametrize("family", EQUAL_LAYERS)
 def test_the_shape_counts_the_parameters(family):
     model = tiny_model(family)
     shape = shape_of(skeleton_of(model.config))
@@ -138,7 +141,7 @@ def test_a_derivative_takes_activations_keys_and_values_and_directions(llama):
     assert not generates.keys() & {"activations for the derivative", "keys and values above", "directions of tokens"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EQUAL_LAYERS)
 def test_the_shape_knows_what_attention_keeps(family):
     """As much as transformers' own cache holds for a token, where all layers attend alike."""
     model = tiny_model(family)

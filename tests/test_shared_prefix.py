@@ -21,8 +21,8 @@ def blocks_of(examples):
     return [[Block(examples[:2]), Block(examples[2:4])], [Block(examples[4:5]), Block(examples[5:])]]
 
 
-def model_with_plan(blocks, cache_gb=1.0):
-    model = tune_scope(LayerScope(), tiny_model("llama", scale=1.0), engine=Engine(cache_gb=cache_gb))
+def model_with_plan(blocks, cache_gb=1.0, family="llama"):
+    model = tune_scope(LayerScope(), tiny_model(family, scale=1.0), engine=Engine(cache_gb=cache_gb))
     model.plan_prefix([block for own in blocks for block in own])
     return model
 
@@ -41,12 +41,13 @@ def computed(monkeypatch):
     return sizes
 
 
-def test_each_block_is_computed_once_and_sent_to_all(examples, computed):
+@pytest.mark.parametrize("family", ["llama", "gemma4_text"])
+def test_each_block_is_computed_once_and_sent_to_all(family, examples, computed):
     blocks = blocks_of(examples)
     expected = {}
     for block in (each for own in blocks for each in own):
         packed = block.pack()
-        states = model_with_plan(blocks).forward.prefix(packed).split(packed.example_tokens)
+        states = model_with_plan(blocks, family=family).forward.prefix(packed).split(packed.example_tokens)
         expected |= dict(zip(packed.example_index, states, strict=True))
     computed.clear()
     # the first epoch, and one with other rows; a process may have rows that are in no block
@@ -57,7 +58,7 @@ def test_each_block_is_computed_once_and_sent_to_all(examples, computed):
     ]
 
     def states(processes):
-        model, rank = model_with_plan(blocks), processes.rank
+        model, rank = model_with_plan(blocks, family=family), processes.rank
         shared, total = SharedPrefix(model.forward, blocks, rank), CountedSum(processes.sum_rows)
         sent, found = [], []
         for batches in steps:

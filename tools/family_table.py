@@ -191,6 +191,8 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
         "- **Note**: for padded models, why they do not run packed.",
         "- **(MoE)** marks mixtures of experts.",
         "- **(images)** marks models with image input. Their text decoder is tuned.",
+        "- Gemma 4 E2B and E4B, whose later layers take keys and values from earlier ones, run packed. They were",
+        "  tested on tiny models (`tests/test_shared_key_values.py`). `PrefixTuning` refuses them.",
         "",
         "| type | class | runs | note |",
         "|---|---|---|---|",

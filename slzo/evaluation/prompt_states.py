@@ -29,7 +29,8 @@ class PromptStates:
     @property
     def token_bytes(self) -> int:
         """Size of one token's states in the cache, in bytes."""
-        columns = self.parts.width + sum(sum(sizes) for _, _, sizes in self._columns)
+        columns = self.parts.width + self.parts.extra_columns(self.cache.start)
+        columns += sum(sum(sizes) for _, _, sizes in self._columns)
         return columns * self.parts.model.dtype.itemsize
 
     def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:

@@ -52,7 +52,8 @@ class ModelParts:
         virtual_tokens: Keys and values that every sequence sees before its tokens, see :meth:`rebuilt`; at first ``None``.
         limits: What the model can do; at first everything.
 
-    Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
+    Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype. If later layers take keys and values from
+    earlier ones, these are further columns of the states, see :meth:`extra_columns`.
     """
 
     def __init__(
@@ -104,6 +105,10 @@ class ModelParts:
     def width(self) -> int:
         """Size of a hidden state."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    def extra_columns(self, layer: int) -> int:
+        """Return how many columns of the states before a layer, after the hidden state, are keys and values of earlier layers."""
+        return sum(each.columns for each in self._decoder.outputs.sharing.below(layer, self.num_layers))
 
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered."""

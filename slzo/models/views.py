@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from slzo.models.decoder_layers import decoder_of, refusal
 from slzo.models.linear import OneDNNLinear, SelectedHead, is_plain_linear, with_onednn
+from slzo.models.shared_key_values import ARGUMENT, KeyValueSharing, SharedKeyValues, join_states, split_states
 from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed
 from slzo.private.modules import with_submodule
 
@@ -32,11 +33,13 @@ class Outputs(NamedTuple):
         of_layer: Length of a decoder layer's output tuple, 0 if it returns no tuple.
         of_decoder: Class of the decoder's output.
         after_layers: Names of the decoder's modules that run after the layers, such as the final norm.
+        sharing: Keys and values that later layers take from earlier ones.
     """
 
     of_layer: int
     of_decoder: type[ModelOutput]
     after_layers: tuple[str, ...]
+    sharing: KeyValueSharing
 
 
 class Decoder:
@@ -65,7 +68,8 @@ class Decoder:
                 hooks.enter_context(
                     module.register_forward_hook(lambda module, _, output: seen.update({module: output}))
                 )
-            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.model.device), use_cache=False)
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
+            self.model(input_ids=ids, use_cache=False)
         returned, output = seen[layer], seen[self.module]
         is_tuple = isinstance(returned, tuple | list)
         hidden = returned[0] if is_tuple else returned
@@ -77,7 +81,10 @@ class Decoder:
         called = list(seen)
         after = called[called.index(last) + 1 :]
         names = tuple(name for name, module in inner.items() if module in after)
-        return Outputs(len(returned) if is_tuple else 0, type(output), names)
+        config = self.model.config.get_text_config(decoder=True)
+        shares = bool(getattr(config, "num_kv_shared_layers", None))
+        sharing = KeyValueSharing.of(self.module, self.layers, ids) if shares else KeyValueSharing()
+        return Outputs(len(returned) if is_tuple else 0, type(output), names, sharing)
 
     @property
     def head_follows(self) -> bool:
@@ -109,11 +116,17 @@ class LayersView:
         module: The view.
         inject: Stands before the first layer; ``None`` if this is the first layer of the model.
         capture: Stands after the last layer; ``None`` if the final norm follows.
+        sharing: Keys and values that later layers take from earlier ones.
+        entering: Those that come with the states that enter the first layer.
+        leaving: Those that go with the states after the last layer.
     """
 
     module: nn.Module
     inject: Inject | None
     capture: Capture | CaptureOutput | None
+    sharing: KeyValueSharing
+    entering: tuple[SharedKeyValues, ...]
+    leaving: tuple[SharedKeyValues, ...]
 
     def run(self, hidden: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """Return the states after the layers, in the model's shape.
@@ -123,12 +136,15 @@ class LayersView:
             inputs: Arguments of the model's own forward.
         """
         try:
+            known: dict[str, tuple[Tensor, Tensor]] = {}
             if self.inject is not None:
-                self.inject.value = hidden
-            output = self.module(**inputs, use_cache=False)
+                assert hidden is not None
+                self.inject.value, known = split_states(hidden, self.entering)
+            states = self.sharing.mapping(known)
+            output = self.module(**inputs, **({ARGUMENT: states} if self.sharing.shared else {}), use_cache=False)
             final = output.last_hidden_state if self.capture is None else self.capture.value
             assert final is not None
-            return final
+            return join_states(final, states, self.leaving)
         finally:
             for stand_in in (self.inject, self.capture):
                 if stand_in is not None:
@@ -203,7 +219,10 @@ class Views:
         elif not norm:
             layers[-1] = capture = CaptureOutput(layers[-1])
         replaced = nn.ModuleList(layers).eval()
-        return LayersView(with_submodule(self._decoder.module, self._decoder.layers_name, replaced), inject, capture)
+        module = with_submodule(self._decoder.module, self._decoder.layers_name, replaced)
+        sharing = self._decoder.outputs.sharing
+        entering, leaving = (sharing.below(layer, len(own)) for layer in (start, stop))
+        return LayersView(module, inject, capture, sharing, entering, leaving)
 
     def _make_head(self, selects: bool) -> HeadView:
         model = self._decoder.model

@@ -98,12 +98,20 @@ def layers_vjp(
     run = partial(parts.run, batch, start, stop, entering, norm=False)
     if not can_run_last_tokens(parts):
         output, vjp_fn = factored_vjp(tuned, run)
-        return output, lambda gradient: vjp_fn(torch.zeros_like(output).index_copy_(0, batch.logit_positions, gradient))
+
+        def from_needed(gradient: Tensor) -> FactoredGradient:
+            of_output = torch.zeros_like(output)
+            of_output[:, : gradient.shape[1]].index_copy_(0, batch.logit_positions, gradient)
+            return vjp_fn(of_output)
+
+        return output, from_needed
+
+    width = entering.shape[1] - parts.extra_columns(start)
 
     def at_needed() -> Tensor:
-        return states_at_needed(parts, batch, start, stop, entering, norm=False)[0]
+        return states_at_needed(parts, batch, start, stop, entering, norm=False)[0][:, :width]
 
     if stop == parts.num_layers:  # only the head reads the output, at the needed positions
         found, vjp_fn = factored_vjp(tuned, at_needed)
-        return torch.zeros_like(entering).index_copy_(0, batch.logit_positions, found), vjp_fn
+        return torch.zeros_like(entering[:, :width]).index_copy_(0, batch.logit_positions, found), vjp_fn
     return run(), lambda gradient: factored_vjp(tuned, at_needed)[1](gradient)

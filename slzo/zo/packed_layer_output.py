@@ -58,8 +58,8 @@ class PackedLayerOutput(LayerOutput):
     Args:
         forward: The model and its tuned layer.
         batch: The rows, T tokens.
-        entered: States that enter the tuned layer, shape (T, width).
-        output: Its output at the masters, shape (T, width).
+        entered: States that enter the tuned layer, shape (T, width), with their extra columns.
+        output: Its output at the masters, in the same way.
         objective: The loss as a function of logits.
         max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
         checks: Check the losses of positions, which waits for a GPU.
@@ -88,10 +88,11 @@ class PackedLayerOutput(LayerOutput):
             check_positions(objective, found, batch)
 
         self._forward, self._batch, self._objective, self._unshifted = forward, batch, objective, unshifted
-        self._here = here = output[batch.logit_positions]
+        width = output.shape[1] - forward.parts.extra_columns(start)
+        self._here = here = output[batch.logit_positions, :width]
         self.sums = found.sum()
-        self.keys, self.counts, self.width = batch.example_index, batch.num_logits, output.shape[1]
-        self.size = _size_of_added(entered[batch.logit_positions], here)
+        self.keys, self.counts, self.width = batch.example_index, batch.num_logits, width
+        self.size = _size_of_added(entered[batch.logit_positions, :width], here)
         self.per_token = per_token
         self.term = torch.arange(len(batch.logit_positions), device=output.device) if per_token else batch.logit_example
         self.num_layers_above = unshifted.parts.num_layers - forward.span.stop
@@ -128,7 +129,7 @@ class PackedLayerOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         unshifted = self._unshifted
         hidden = unshifted.output[unshifted.above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, unshifted.logit_index] = self._moved(shifts)
+        hidden[:, unshifted.logit_index, : self.width] = self._moved(shifts)
         found = self._row_losses(self._logits(unshifted.above.run(hidden)))
         return found.by_position if self.per_token and found.by_position is not None else found.totals
 

@@ -140,7 +140,8 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> list[La
         for index, own in enumerate(found):
             hidden = parts.run(batch, index, index + 1, hidden, norm=False)
             _check_finite(hidden, index)
-            each = zip(hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True)
+            output = hidden[:, : parts.width]
+            each = zip(output.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True)
             own.extend(_sequence_statistics(index, states, ids) for states, ids in each if len(ids) > 1)
     return [_average(sequences) for sequences in found]
 

@@ -62,10 +62,11 @@ class SharedPrefix:
 
     def _exchange(self, numbers: Sequence[int], sum_rows: Callable[[Tensor], Tensor], max_tokens: int | None) -> None:
         """Send the states of some blocks, of which this process computes its own, to all processes, and store them."""
-        model, cache = self._forward.parts.model, self._forward.cache
+        parts, cache = self._forward.parts, self._forward.cache
+        model, columns = parts.model, parts.width + parts.extra_columns(self._forward.span.start)
         blocks = [self._blocks[number] for number in numbers]
         sizes = [block.num_tokens for block in blocks]
-        states = torch.zeros(sum(sizes), self._forward.parts.width, dtype=model.dtype, device=model.device)
+        states = torch.zeros(sum(sizes), columns, dtype=model.dtype, device=model.device)
         for number, block, own in zip(numbers, blocks, states.split(sizes), strict=True):
             if self._owners[number] == self._rank:
                 computed = self._forward.prefix(block.pack().to(model.device), keep=False, max_tokens=max_tokens)

@@ -37,9 +37,9 @@ class PrefixTokens(Adapter):
         ids = torch.tensor([self.first_tokens], device=model.device)
         cache = model(input_ids=ids, use_cache=True).past_key_values
         layers = getattr(cache, "layers", ())
-        if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
             raise SlzoError(
-                f"model.scope PrefixTuning: this model keeps a {type(cache).__name__} without keys and values; use LoRA"
+                "model.scope PrefixTuning: not every layer of this model keeps its own keys and values; use LoRA"
             )
         states = [
             part[0].to(model.device) for layer in layers for part in (layer.keys, layer.values)

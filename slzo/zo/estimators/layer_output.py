@@ -40,7 +40,8 @@ class LayerOutputPerturbation(Estimator):
 
     Only the positions that predict an answer token get noise. The result estimates the gradient with h constant at all other
     positions. The states of the other tokens are then the same at all points, so the layers above run over them only once a
-    step. In the last layer this is the whole gradient, since the loss depends on no other output there.
+    step. In the last layer this is the whole gradient, since the loss depends on no other output there. If later layers take keys
+    and values from the tuned one (layers 13 and 14 of Gemma 4 E2B), these are constant too.
 
     If the loss is also a sum over answer tokens (AnswerLikelihood), :math:`l_i` is the loss of token i, so each position is
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
