@@ -23,6 +23,7 @@ from slzo.callbacks import time_limit
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.lightning.trainer import ZOTrainer
 from slzo.lightning.trainer_checks import check_interval
 from slzo.lightning.trainer_options import limit_defaults
@@ -353,6 +354,18 @@ def test_a_race_is_part_of_the_time():
     found = Race(layers=[5, 29]).plan(layers, trials)
     assert asked == [(found.reference, 0.25)]
     assert found == Race(layers=[5, 29]).plan(layers, FakeTrials({}, steps=250))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("seconds", "limit", "steps"),
+    [(900.0, 160, 160), (20.0, 160, 144), (20.0, -1, 144), (900.0, -1, 6480)],
+)
+def test_steps_that_all_fit_next_to_a_race_are_planned_as_without_a_limit_of_time(seconds, limit, steps):
+    """Steps of 0.1 s; the race takes a fifth of the time, and a tenth is left over."""
+    budget = TimeBudget(seconds, time.monotonic() + seconds, max_steps=limit)
+    trials = SimpleNamespace(time=budget, _times={2: RunTimes(step=0.1)})
+    assert LayerTrials.planned_steps(trials, 2, 0.25) == pytest.approx(steps, abs=1)
 
 
 def test_a_race_plans_with_the_steps_that_the_time_allows(options, measured, capsys):

@@ -82,7 +82,10 @@ class LayerTrials(Trials):
         if layer not in self._times:
             with self.tuned(layer) as model:
                 self._times[layer] = measure_times(model, self.options, self.data, self.time)
-        return int(TimePlan.of(self._times[layer], self.time, self.time.left).new_steps / (1 + share))
+        time_alone = TimePlan.of(self._times[layer], replace(self.time, max_steps=-1), self.time.left)
+        # if all steps fit next to the trials, the run is that without a limit of time
+        steps = int(time_alone.new_steps / (1 + share))
+        return steps if self.time.max_steps < 0 else min(steps, self.time.max_steps - self.time.done)
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
