@@ -378,6 +378,9 @@ def finish(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: Path
         raise SlzoError(f"{reason}; no step was taken, so nothing was trained")
     first = data.processes.rank == 0
     best = best_state(outcome.best, data.processes)
+    if best is None and outcome.best is not None:  # of a run that this one continues, for example
+        rank_zero_warn(f"the best checkpoint {outcome.best!r} is missing; the last weights are scored instead")
+        outcome = replace(outcome, best=None)
     name = "last weights" if best is None else Path(str(outcome.best)).name
     with _weights(prepared.model, best):
         after, samples = score_test_rows(prepared, data, f"after training, {name}")

@@ -4,7 +4,7 @@ import shutil
 from itertools import count
 
 import pytest
-from helpers import last_checkpoint, run_dir, same_tensors, tuned
+from helpers import last_checkpoint, run_dir, same_tensors, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
@@ -125,3 +125,17 @@ def test_the_best_checkpoint_of_the_last_validation_is_known_afterwards(options,
         paths = [state["best_model_path"] for state in callbacks if "best_model_path" in state]
         assert [path.endswith(f"step={longer}.ckpt") for path in paths] == [True]
     assert main(["export", "--ckpt_path=best", "--output=exported"]) == 0
+
+
+def test_the_last_weights_are_not_reported_as_a_best_checkpoint_that_is_missing(options, monkeypatch, capsys):
+    losses = count(1, 1)
+    monkeypatch.setattr(RunningScore, "compute", lambda self: {"loss": float(next(losses)), "accuracy": 0.5})
+    options = [*options, "--guard.factor=null", "--record.test_before=false"]
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    best = run_dir() / "checkpoints/step=2.ckpt"
+    assert summary()["best_checkpoint"] == str(best)
+    best.unlink()
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
+    assert f"the best checkpoint {str(best.absolute())!r} is missing" in capsys.readouterr().err
+    assert summary(1)["best_checkpoint"] is None
+    assert str(last_checkpoint(1)) in summary(1)["use"][-1]
