@@ -1,6 +1,7 @@
 """Short trainings in one process on a tiny model: what they compute, the layer sweep, and the sweep over learning rates."""
 
 import csv
+import importlib.util
 import json
 import math
 import re
@@ -143,6 +144,14 @@ def test_some_dev_rows_are_spread_over_the_batches():
     assert [batch.place for batch in spaced_batches(batches, 32)] == [3]
     assert spaced_batches(batches, 1000) == batches
     assert spaced_batches([], 96) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_the_score_before_training_has_the_tuned_layer_in_full_precision(options):
+    """The rest of the model is quantized, so it differs from layer to layer."""
+    shared, own = (trials_of(options, "--model.quantization=int8") for _ in range(2))
+    before = [shared.run(layer, steps=1, seed=0, dev_rows=4).scores[0].loss for layer in (1, 3)]
+    assert before[0] != before[1] == own.run(3, steps=1, seed=0, dev_rows=4).scores[0].loss
 
 
 def test_a_trial_may_use_few_batches_and_dev_rows_and_end_early(options):

@@ -68,7 +68,7 @@ class LayerTrials(Trials):
         )
         self.generates = data.objective.generates
         self.num_train, self.num_dev = len(data.rows("train")), len(data.rows("dev"))
-        self._before: dict[int | None, Score] = {}
+        self._before: dict[tuple[int | None, int | None], Score] = {}
         self._cache: PrefixCache | None = None
         self._measured: dict[int, AutoStep] = {}
         self._times: dict[int, RunTimes] = {}
@@ -170,9 +170,11 @@ class LayerTrials(Trials):
             batches: Iterator[TrainBatch] = self.data.training_batches(self._row_seed(seed))
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
-            if dev_rows not in self._before:  # the same for every trial
-                self._before[dev_rows] = self._score(model, dev_rows)
-            scores.append(self._before[dev_rows])
+            # the same for every trial, unless the model is quantized except for the tuned layer
+            key = (dev_rows, None if model.full_precision is None else layer)
+            if key not in self._before:
+                self._before[key] = self._score(model, dev_rows)
+            scores.append(self._before[key])
             continues = dict(checks or {})
             if seconds is not None:
                 fill_prefix(model, self.data)
