@@ -7,6 +7,7 @@
 optimizer before the first step.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -382,13 +383,16 @@ def finish(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: Path
         rank_zero_warn(f"the best checkpoint {outcome.best!r} is missing; the last weights are scored instead")
         outcome = replace(outcome, best=None)
     name = "last weights" if best is None else Path(str(outcome.best)).name
+    started = time.monotonic()
     with _weights(prepared.model, best):
         after, samples = score_test_rows(prepared, data, f"after training, {name}")
-    summary = summarize(_run_facts(prepared, data, outcome, folder), outcome.history.before, after)
+    history = outcome.history
+    outcome = replace(outcome, history=replace(history, seconds=history.seconds + time.monotonic() - started))
+    summary = summarize(_run_facts(prepared, data, outcome, folder), history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
         if samples:
-            before = outcome.history.samples
+            before = history.samples
             shown = [sample_row(record, before.get(place)) for place, record in sorted(samples.items())]
             write_json(folder / SAMPLES_FILE, {"rows": shown})
     rank_zero_print(format_summary(summary))

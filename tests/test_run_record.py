@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +123,12 @@ def test_after_a_chain_of_crashes_the_record_is_that_of_an_uninterrupted_run(opt
     assert recorded(last) == whole
     continued = read_checkpoint(record("environment.json", last)["continued_from"]).content["callbacks"]["RunRecord"]
     assert all(summary(last)[name] > continued[name] > 0 for name in ("seconds", "train_seconds"))
+
+
+def test_the_whole_time_includes_the_scores_after_training(options, monkeypatch):
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=count(0, 1000).__next__))  # they take 1,000 s
+    assert main(["fit", *options, "--trainer.max_steps=1", "--record.test_before=false"]) == 0
+    assert summary()["seconds"] > 1000 > summary()["train_seconds"]
 
 
 def test_a_run_without_validations_has_a_history(options, once):
