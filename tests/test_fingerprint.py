@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
-from helpers import error_line, read_lines, run_dir, run_fit, write_lines
+import torch
+from helpers import error_line, read_lines, run_dir, run_fit, summary, write_lines
 from tokenizers import normalizers
 
 from slzo.__main__ import main
@@ -14,7 +16,8 @@ from slzo.batches.encoded import prompt_alone
 from slzo.data.batch import Row
 from slzo.data.fingerprint import DataFingerprint, hash_tokenizer
 from slzo.models.load import load_tokenizer
-from slzo.tasks.base import Example
+from slzo.tasks.base import Example, Kind
+from slzo.training.resume import scores_are_comparable
 from tiny import make_tokenizer
 
 ALLOW = "--data.allow_changed_rows=true"
@@ -76,6 +79,40 @@ def test_one_changed_row_is_named(run, tmp_path, capsys):
     line = error_line(capsys, "fit", *run, "--ckpt_path=last")
     named = re.search(r"row \d+ of the train rows, example 'train-(\d+)'", line)
     assert int(named[1]) % 7 == 0
+
+
+def test_scores_of_changed_rows_are_not_compared(run, capsys):
+    fewer = ["--data.num_dev=8", "--data.num_test=12"]
+    assert main(["fit", *run, "--ckpt_path=last", *fewer, ALLOW]) == 0
+    told = "its validations and its best state are left out and its held-out score before training is left out"
+    assert told in capsys.readouterr().err
+    content = summary(1)
+    assert (content["score_before"], content["score_change"], content["rollbacks"]) == (None, None, 0)
+    assert [each["step"] for each in content["validations"]] == [4]
+    assert content["best_checkpoint"] == str(run_dir(1) / "checkpoints" / "step=4.ckpt")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("change", "is_generated", "expected"),
+    [
+        ({"data.task.stop": ["."]}, True, False),
+        ({"data.task.train_file": "moved.jsonl", "data.task.name": "new", "data.batch_size": 4}, False, True),
+        ({"data.objective.functions": ["other"]}, True, False),
+        ({"data.objective.best": 2.0}, True, False),
+        ({"data.objective.timeout": 9.0, "data.objective.samples": 8}, True, True),
+        ({"data.objective": "AnswerF1"}, True, False),
+        ({"data.objective": "ErrorRate"}, False, True),  # dev rows still have the task's loss
+    ],
+)
+def test_which_options_change_scores(change, is_generated, expected):
+    before = {"data.task": "mine", "data.objective": "Reward", "data.objective.functions": ["one"]}
+    rows = {"dev": torch.arange(3, dtype=torch.int32), "test": torch.arange(4, dtype=torch.int32)}
+    data = SimpleNamespace(task=SimpleNamespace(kind=Kind.GENERATION if is_generated else Kind.CLASSIFICATION))
+    prepared = SimpleNamespace(settings=before | change, fingerprint=SimpleNamespace(rows=rows | {"test": rows["dev"]}))
+    checkpoint = {"slzo": {"settings": before, "data": {"rows": rows}}}
+    assert scores_are_comparable(checkpoint, prepared, data, "dev") is expected
+    assert not scores_are_comparable(checkpoint, prepared, data, "test")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
 from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
+from slzo.module import ZOModule
 from slzo.private.lightning import count_epoch_as_started, count_step_as_open
 from slzo.task_data import TaskData
+from slzo.training.resume import scores_are_comparable
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least
@@ -82,8 +84,15 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which checkpoint is resumed: the paths in it are relative to the folder in which its run was started."""
+        """Note which checkpoint is resumed: the paths in it are relative to the folder in which its run was started.
+
+        Its best state is not taken over if its score cannot be compared with later ones.
+        """
         self._resumed = trainer.ckpt_path if trainer.state.fn == "fit" else None
+        if self._resumed is not None and isinstance(pl_module, ZOModule):
+            data = pl_module.datamodule
+            if not scores_are_comparable(checkpoint, pl_module.prepared, data, "dev"):
+                self._resumed = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score and path; the file of an earlier run in another folder is never deleted.

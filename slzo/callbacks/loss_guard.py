@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.lightning.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.module import ZOModule, zo_module
+from slzo.training.resume import scores_are_comparable
 from slzo.training.time_plan import Passes
 from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError
@@ -44,6 +45,7 @@ class LossGuard(Callback):
         self.rolled_back_at = -1
         self._first = self._lowest = math.inf
         self._good: Snapshot | None = None
+        self._goes_on = True
 
     @property
     def passes(self) -> Passes:
@@ -115,6 +117,16 @@ class LossGuard(Callback):
         good = None if self._good is None else self._good._asdict()
         return {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest, "good": good}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether the dev loss of the checkpoint can be compared with later ones."""
+        module = zo_module(pl_module)
+        in_fit = trainer.state.fn == "fit"
+        self._goes_on = in_fit and scores_are_comparable(checkpoint, module.prepared, module.datamodule, "dev")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
+        self.rollbacks = state_dict["rollbacks"]
+        if not self._goes_on:
+            self._first, self._lowest, self._good = math.inf, math.inf, None
+            return
+        self._first, self._lowest = state_dict["first"], state_dict["lowest"]
         self._good = None if state_dict["good"] is None else Snapshot(**state_dict["good"])

@@ -18,13 +18,19 @@ from slzo.module import ZOModule, zo_module
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
 from slzo.task_data import TaskData
-from slzo.training.resume import loaded_from_hub
+from slzo.training.resume import loaded_from_hub, scores_are_comparable
 from slzo.training.run import Prepared
 from slzo.training.time_plan import Passes
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.environment import environment
 from slzo.utils.files import write_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.utils.runtime import peak_memory_gb
+
+_LEFT_OUT = {
+    "dev": "its validations and its best state are left out",
+    "test": "its held-out score before training is left out",
+}
 
 
 class RunRecord(Callback):
@@ -51,6 +57,7 @@ class RunRecord(Callback):
         self._started = self._train_started = time.monotonic()
         self._history = History()  # of the runs that this one continues, and points of this run
         self._saved: Mapping[str, Any] | None = None
+        self._goes_on = {"dev": True, "test": True}  # whether scores of the checkpoint can be compared with later ones
         self._device = torch.device("cpu")
 
     def begin(self) -> None:
@@ -73,6 +80,10 @@ class RunRecord(Callback):
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_environment_facts(trainer, module, prepared)})
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
+            if not self._goes_on["dev"]:
+                self._history.points.clear()
+            if not self._goes_on["test"]:
+                self._history.before, self._history.samples = None, {}
         else:
             kept = self._history if trainer.global_step > 0 else History()  # of an earlier fit of this trainer
             self._history = History(before=kept.before, samples=kept.samples)
@@ -164,6 +175,19 @@ class RunRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._so_far())
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which scores of the checkpoint's run can be compared with later ones."""
+        if trainer.state.fn != "fit":
+            return
+        module = zo_module(pl_module)
+        for split in self._goes_on:
+            self._goes_on[split] = scores_are_comparable(checkpoint, module.prepared, module.datamodule, split)
+        if left_out := [name for name, goes_on in self._goes_on.items() if not goes_on]:
+            rank_zero_warn(
+                "rows, task or rewards are not those of the checkpoint's run, so its scores cannot be compared with later ones: "
+                + " and ".join(_LEFT_OUT[name] for name in left_out)
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the record of a checkpoint for a resumed run; commands that score need none."""

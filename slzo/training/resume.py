@@ -148,6 +148,30 @@ def apply_changed_settings(checkpoint: Mapping[str, Any], own: Mapping[str, Any]
         )
 
 
+# what the score of a row depends on besides the row, the model and the task's class
+_REWARDS = ("data.objective", "data.reward")
+_OF_REWARDS = ("functions", "best")
+_NAMES = ("_file", ".name")  # of tasks; the rows themselves are compared
+
+
+def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, data: TaskData, split: str) -> bool:
+    """Return whether scores of ``dev`` or ``test`` rows in a checkpoint can be compared with those of the run that continues it.
+
+    They cannot be compared if rows, task or rewards have changed, or if free answers are now scored for another objective.
+    """
+
+    def scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
+        names = {f"{name}.{argument}" for name in _REWARDS for argument in _OF_REWARDS}
+        names.update(_REWARDS if data.task.kind is Kind.GENERATION else ())
+        names.update(name for name in settings if name.startswith("data.task") and not name.endswith(_NAMES))
+        return {name: settings[name] for name in names if name in settings}
+
+    metadata = checkpoint["slzo"]
+    before, now = metadata["data"]["rows"].get(split), prepared.fingerprint.rows[split]
+    same_rows = before is not None and torch.equal(before, now)
+    return same_rows and not differences(scoring(metadata["settings"]), scoring(prepared.settings))
+
+
 def check_environment(metadata: Mapping[str, Any], device: torch.device, processes: int) -> None:
     """Warn of versions and hardware that differ from those of a checkpoint."""
     old, new = metadata["environment"], numerics(device, processes)
