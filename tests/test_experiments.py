@@ -333,8 +333,19 @@ def test_a_sensitivity_may_be_followed_by_trainings_of_any_length(options, capsy
     for length in ("--steps=3", "--steps=2 --seconds=0.05", "--steps=2 --seconds=0.06"):
         assert main([*common, *length.split()]) == 0
     cells = {path.stem for path in Path("swept/cells").glob("train-1-seed-*.json")}
-    ends = ["2", "2-seconds-0.05", "2-seconds-0.06", "3"]
+    threads = torch.get_num_threads()
+    ends = ["2", f"2-seconds-0.05-threads-{threads}", f"2-seconds-0.06-threads-{threads}", "3"]
     assert sorted(cell.partition("-steps-")[2] for cell in cells) == ends
+
+
+@pytest.mark.fast
+def test_trainings_for_a_time_are_those_of_one_number_of_threads(monkeypatch):
+    timed, plain = (SweepPlan((1,), 2, (0,), 0, seconds) for seconds in (60.0, None))
+    names = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        names += [timed.training_cell(1, 0), plain.training_cell(1, 0)]
+    assert len(set(names)) == 3
 
 
 def test_layers_can_be_added_to_a_sweep(options, capsys):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
+
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.zo.scopes.base import check_layer
 
@@ -66,8 +68,11 @@ class SweepPlan:
         return list(product(self.layers or (), self.seeds)) if self.steps else []
 
     def training_cell(self, layer: int, seed: int) -> str:
-        """Return the name of the cell that trains a layer with a seed, for the steps and seconds of this plan."""
-        seconds = "" if self.seconds is None else f"-seconds-{self.seconds}"
+        """Return the name of the cell that trains a layer with a seed, for the steps and seconds of this plan.
+
+        What fits into a time depends on the number of threads, so cells for a time name it.
+        """
+        seconds = "" if self.seconds is None else f"-seconds-{self.seconds}-threads-{torch.get_num_threads()}"
         return f"train-{layer}-seed-{seed}-steps-{self.steps}{seconds}"
 
     def sensitivity_cell(self, layer: int) -> str:
