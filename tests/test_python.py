@@ -45,6 +45,7 @@ from slzo.export.write import export_checkpoint
 from slzo.fit import best_state
 from slzo.lightning.checkpoint_io import AtomicCheckpointIO
 from slzo.lightning.loggers import RunLogger
+from slzo.lightning.trainer_options import check_callbacks
 from slzo.lightning.trainer_state import callback_of
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
@@ -272,6 +273,20 @@ def test_all_logged_metrics_can_be_watched(module, monitor, model_dir, data_dir)
         ZOTrainer(callbacks=[EarlyStopping("my/metrc")], **QUIET).fit(
             ZOModule(str(model_dir), 2), datamodule=rows(data_dir)
         )
+
+
+@pytest.mark.fast
+def test_a_mode_that_looks_for_the_worst_value_is_named(capsys):
+    metrics, maximized = ["val/loss", "val/accuracy"], ["val/accuracy"]
+    good = [EarlyStopping("val/loss"), EarlyStopping("val/accuracy", mode="max"), BestCheckpoint("val/accuracy")]
+    check_callbacks(good, metrics, maximized, logs_more=False)
+    assert not capsys.readouterr().err
+    for callback, option in (
+        (EarlyStopping("val/accuracy"), "EarlyStopping"),
+        (BestCheckpoint("val/accuracy", mode="min"), "checkpoint"),
+    ):
+        check_callbacks([callback], metrics, maximized, logs_more=False)
+        assert f"{option}.mode min: larger values of val/accuracy are better" in capsys.readouterr().err
 
 
 def test_a_scheduler_is_not_added_to_a_run(model_dir, data_dir, once):

@@ -42,6 +42,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     Raises:
         SlzoError: An option is set that would write ``last.ckpt``, or save states that are not validated.
+
+    Attributes:
+        chooses_mode: Whether ``mode`` was left out and is not chosen yet.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=auto_insert_metric_name,
             **options,
         )
-        self._chooses_mode = mode is None
+        self.chooses_mode = mode is None
         self._resumed: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,12 +78,12 @@ class BestCheckpoint(ModelCheckpoint):
                 metric = data.selection_metric
                 self.monitor = f"val/{metric.name}"
                 self._set_mode(metric.mode)
-            elif self._chooses_mode:
+            elif self.chooses_mode:
                 self._set_mode("max" if self.monitor in data.maximized_metrics else "min")
         super().setup(trainer, pl_module, stage)
 
     def _set_mode(self, mode: Literal["min", "max"]) -> None:
-        self.mode, self._chooses_mode = mode, False  # once: a later stage keeps the best value
+        self.mode, self.chooses_mode = mode, False  # once: a later stage keeps the best value
         self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

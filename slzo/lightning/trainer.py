@@ -123,7 +123,8 @@ class ZOTrainer(Trainer):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(datamodule, TaskData):
             model.options.check_objective(datamodule.objective)
-            check_callbacks(self.callbacks, datamodule.metric_names, logs_more=type(model) is not ZOModule)
+            metrics, maximized = datamodule.metric_names, datamodule.maximized_metrics
+            check_callbacks(self.callbacks, metrics, maximized, logs_more=type(model) is not ZOModule)
         checkpoint = self._find(ckpt_path, to_continue=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.step)
         if path is None and self._trained is not None and self._trained != (model, datamodule):

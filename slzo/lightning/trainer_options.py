@@ -15,6 +15,7 @@ from slzo.callbacks.time_limit import TimeLimit
 from slzo.lightning.strategy import SHARDED
 from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
 from slzo.private.lightning import copies_process
+from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.files import check_local
 
@@ -171,10 +172,13 @@ def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> No
             )
 
 
-def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool) -> None:
-    """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist.
+def check_callbacks(
+    callbacks: Sequence[Callback], metrics: Sequence[str], maximized: Sequence[str], logs_more: bool
+) -> None:
+    """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist; warn of a wrong mode.
 
-    ``metrics`` lists the metrics of the dev rows; with ``logs_more`` the module may log others.
+    ``metrics`` lists the metrics of the dev rows, and ``maximized`` those whose larger values are better; with ``logs_more`` the
+    module may log others.
 
     Raises:
         SlzoError: There is no such metric, or a file cannot be named.
@@ -193,6 +197,9 @@ def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str], logs_
         )
         if own and wrong:
             raise SlzoError(f"{option}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}")
+        chooses_mode = isinstance(callback, BestCheckpoint) and callback.chooses_mode
+        if monitor in maximized and getattr(callback, "mode", None) == "min" and not chooses_mode:
+            rank_zero_warn(f"{option}.mode min: larger values of {monitor} are better; set {option}.mode to max")
         if isinstance(callback, ModelCheckpoint):
             _check_files(callback, option, metrics)
 
