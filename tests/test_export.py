@@ -158,6 +158,20 @@ def test_an_adapter_with_its_card(run, model_dir, capsys, monkeypatch):
     assert "output '.': is the current folder; give the name of a new one" in line
 
 
+def test_the_card_of_a_best_state_of_an_interrupted_run_has_the_scores_of_the_run_that_went_on(run):
+    best = Path(run("--guard.factor=null"))
+    (run_dir() / "summary.json").rename(run_dir() / "another.json")  # as if it had been stopped
+    other = run_dir(1)
+    other.mkdir()
+    told = json.loads((run_dir() / "another.json").read_text())
+    other.joinpath("summary.json").write_text(json.dumps(told | {"best_checkpoint": "elsewhere/" + best.name}))
+    assert main(["export", f"--ckpt_path={best}", "--output=no"]) == 0
+    assert "This state was not scored on held-out rows." in card("no")[1]
+    other.joinpath("summary.json").write_text(json.dumps(told | {"best_checkpoint": str(best.absolute())}))
+    assert main(["export", f"--ckpt_path={best}", "--output=out"]) == 0
+    assert f"| after | {told['score_after']:.4f}" in card("out")[1]
+
+
 def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
     own = tmp_path / "own"
     shutil.copytree(model_dir, own)

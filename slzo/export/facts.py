@@ -97,7 +97,7 @@ def facts_of(
     checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
 ) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    metadata, summary = checkpoint.metadata, read_json(checkpoint.run_folder / SUMMARY_FILE)
+    metadata, summary = checkpoint.metadata, _summary_of(checkpoint)
     best = summary.get("best_checkpoint")
     return Facts(
         format,
@@ -114,3 +114,16 @@ def facts_of(
         and Path(best).name == Path(checkpoint.path).name
         and summary.get("score_after") is not None,  # null if it is not a number
     )
+
+
+def _summary_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the summary of a checkpoint's run; if it was stopped early, of a run that continued it and has scored this state."""
+    folder = checkpoint.run_folder
+    own = read_json(folder / SUMMARY_FILE)
+    if own:
+        return own
+    for file in folder.parent.glob(f"*/{SUMMARY_FILE}"):
+        summary = read_json(file)
+        if Path(summary.get("best_checkpoint") or "").resolve() == Path(checkpoint.path).resolve():
+            return summary
+    return own
