@@ -649,6 +649,11 @@ def test_a_sweep_over_rates_recommends_one_and_goes_on(options, capsys, monkeypa
     assert [pair["lr"] for pair in content["tried"]] == [1e-3, 1e-2, 1e38]
     assert content["tried"][2]["loss"] is None
     assert content["reason"] in output
+    layer, best = content["settings"]["model.layer"], content["recommendation"]
+    assert (
+        f"Options    --model.layer {layer} --model.eps {best['eps']:.6g} --model.optimizer.lr {best['lr']:.6g}"
+        in output
+    )
     monkeypatch.setattr(LayerTrials, "run", None)
     assert main(command) == 0
     assert "num_queries: 1 -> 2" in error_line(capsys, *command, "--model.num_queries=2")

@@ -124,7 +124,9 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, choose_layer: Callable[[], 
     rank_zero_print(f"\n{words}")
     if best is not None:  # the optimizer's other options stay as they are configured
         eps_option = "" if best.eps is None else f"--model.eps {best.eps:.6g} "
-        rank_zero_print(f"\nOptions    {eps_option}--model.optimizer.lr {best.lr:.6g}")
+        # with a given rate, a rule may choose another layer than with a measured one
+        layer_option = "" if layer is None else f"--model.layer {layer} "
+        rank_zero_print(f"\nOptions    {layer_option}{eps_option}--model.optimizer.lr {best.lr:.6g}")
     rank_zero_print(f"Files      {store.folder}")
 
 
