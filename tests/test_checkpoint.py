@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint
-from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import read_checkpoint, read_tuned, write_checkpoint
+from slzo.checkpoints import checkpoint_file, find
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, read_tuned, write_checkpoint
 from slzo.checkpoints.find import RUNS, best_file, find_checkpoint, newest_checkpoint
 from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
@@ -340,6 +340,16 @@ def test_the_best_state_is_never_that_of_another_project(run):
     (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
     shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
     assert find_checkpoint(Path("moved/version_1").absolute(), RUNS).path == str(foreign.absolute())
+
+
+@pytest.mark.fast
+def test_the_best_state_is_that_of_the_first_callback_that_saves(tmp_path):
+    """Another one may watch another metric, and save what the guard has rolled back."""
+    other = tmp_path / "step=2.ckpt"
+    other.touch()
+    for saved, expected in (("", None), ("gone.ckpt", None), (str(other), other)):
+        states = {"guard": {}, "first": {"best_model_path": saved}, "second": {"best_model_path": str(other)}}
+        assert find._best_of(Checkpoint(str(tmp_path / "last.ckpt"), {"callbacks": states})) == expected
 
 
 @pytest.mark.usefixtures("own_folder")

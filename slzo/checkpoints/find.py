@@ -140,11 +140,15 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
 def _best_of(last: Checkpoint) -> Path | None:
     """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
     states = [state for state in last.content.get("callbacks", {}).values() if isinstance(state, dict)]
-    paths = [best_file(state["best_model_path"], last.path) for state in states if state.get("best_model_path")]
-    found = next((path for path in paths if path.is_file()), None)
-    if paths and found is None:
-        rank_zero_warn(f"{last.path}: its best checkpoint {str(paths[0])!r} is missing")
-    return found
+    # as with Lightning, "best" is that of the first callback that saves; others may watch another metric
+    saved = next((state["best_model_path"] for state in states if "best_model_path" in state), None)
+    if not saved:
+        return None
+    path = best_file(saved, last.path)
+    if path.is_file():
+        return path
+    rank_zero_warn(f"{last.path}: its best checkpoint {str(path)!r} is missing")
+    return None
 
 
 def best_file(saved: str, checkpoint: str | Path) -> Path:
