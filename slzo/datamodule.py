@@ -48,6 +48,9 @@ class TaskDataModule(TaskData, LightningDataModule):
         """Whether the trainer's device is not a CPU."""
         return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
 
+    def __str__(self) -> str:  # Lightning's lists the data sets of data loaders, which these do not have
+        return f"{type(self).__name__} of task {self.task.name}"
+
     def prepare_data(self) -> None:
         """Download the tokenizer once per machine."""
         self._follow_module()

@@ -24,7 +24,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
 from slzo.lightning.strategy import shard_group_of
-from slzo.lightning.trainer_checks import check_trainer
+from slzo.lightning.trainer_checks import check_torch, check_trainer
 from slzo.lightning.trainer_state import (
     callback_of,
     folder_of,
@@ -248,6 +248,7 @@ class ZOModule(LightningModule):
         data = self.datamodule
         if is_compiled(self):
             raise SlzoError(NOT_COMPILED)
+        check_torch(fits=stage == "fit")
         # after a stage Lightning leaves the module on the CPU, and moves it back only after this hook
         self.to(trainer.strategy.root_device)
         if self.options.device_map is not None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -537,6 +538,35 @@ def test_a_fit_that_fails_leaves_nothing_in_the_model(model_dir, data_dir, monke
 
 def fail(*_, **__):
     raise SlzoError("out of luck")
+
+
+def test_modes_of_torch_in_which_scores_or_weights_would_be_wrong_are_refused(model_dir, data_dir, monkeypatch):
+    module, trainer = ZOModule(str(model_dir), 2), ZOTrainer(**QUIET)
+    with torch.inference_mode(), pytest.raises(SlzoError, match=r"^fit: torch.inference_mode is on"):
+        trainer.fit(module, datamodule=rows(data_dir))
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    with pytest.raises(SlzoError, match=r"^torch.set_default_dtype: is torch.bfloat16, .* back to torch.float32"):
+        trainer.test(module, datamodule=rows(data_dir))
+
+
+def test_ctrl_c_works_again_after_one_that_ended_the_preparation(model_dir, data_dir, monkeypatch, listening):
+    monkeypatch.setattr("slzo.module.prepare", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit):  # of Lightning, which then ignores Ctrl-C
+        ZOTrainer(**QUIET).fit(ZOModule(str(model_dir), 2), datamodule=rows(data_dir))
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_rows_are_printed_before_and_after_they_are_read(data_dir, model_dir):
+    data = rows(data_dir, tokenizer=str(model_dir))
+    assert str(data) == "TaskDataModule of task sst2"
+    data.setup("fit")
+    assert str(data) == "TaskDataModule of task sst2"
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_steps", 8.0), ("max_steps", None), ("max_epochs", 2.0)])
+def test_a_number_of_steps_or_epochs_is_a_whole_one(name, value):
+    with pytest.raises(SlzoError, match=rf"^trainer.{name} {value}: is a {type(value).__name__}; give a whole number"):
+        ZOTrainer(**{name: value})
 
 
 def test_the_layer_of_a_checkpoint_is_not_replaced(model_dir, data_dir, once):

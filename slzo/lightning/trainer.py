@@ -1,7 +1,7 @@
 """Lightning's Trainer with slzo's defaults: its callbacks, its checkpoint files and one folder per run."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import check_local
+from slzo.utils.signals import interrupts_restored
 from slzo.utils.slurm import is_restarted, job_id
 
 
@@ -219,11 +220,13 @@ class ZOTrainer(Trainer):
                 weights_only=weights_only,
             )
 
-    def _running(self, begun: int = 0) -> AbstractContextManager[None]:
-        """Return the context in which Lightning runs; see :func:`slzo.lightning.loggers.run_folder`."""
+    @contextmanager
+    def _running(self, begun: int = 0) -> Iterator[None]:
+        """Prepare the context in which Lightning runs; see :func:`slzo.lightning.loggers.run_folder`."""
         if (watch := callback_of(self, RankWatch)) is not None:
             watch.watch_launcher(self)
-        return run_folder(self, self._run_folders, begun)
+        with interrupts_restored(), run_folder(self, self._run_folders, begun):
+            yield
 
     def _find(self, ckpt_path: str | Path | None, to_continue: bool = False) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of this trainer's run, otherwise of the newest one.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -26,6 +27,25 @@ _REFUSED: Mapping[type[Callback], str] = {
     BaseFinetuning: "leave it out; model.layer and model.scope say what is tuned",
     ModelPruning: "leave it out; it prunes all weights, and slzo keeps the tuned ones only",
 }
+
+
+def check_torch(fits: bool) -> None:
+    """Check the modes of torch that hold for the whole process or for the block around a call.
+
+    Raises:
+        SlzoError: Scores would be rounded to another type than float32, or, if ``fits``, nothing could be differentiated or
+            changed later.
+    """
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
+        raise SlzoError(
+            f"torch.set_default_dtype: is {dtype}, in which losses and scores would be computed; set it back to torch.float32, "
+            "and give the type of the model as model.dtype"
+        )
+    if fits and torch.is_inference_mode_enabled():
+        raise SlzoError(
+            "fit: torch.inference_mode is on, in which nothing can be trained; call it outside of that block"
+        )
 
 
 def check_trainer(trainer: Trainer, data: TaskData) -> None:

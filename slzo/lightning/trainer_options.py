@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slzo.lightning.strategy import SHARDED
 from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
 from slzo.private.lightning import copies_process
 from slzo.utils.console import rank_zero_warn
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError, check_at_least, short_repr
 from slzo.utils.files import check_local
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -110,6 +111,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if isinstance(value, int):
             check_at_least(f"trainer.{name}", value, least)
+    for name in ("max_steps", "max_epochs", "min_steps", "min_epochs"):
+        value = options.get(name, 1)
+        is_number = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_number and (value is not None or name == "max_steps"):
+            raise SlzoError(f"trainer.{name} {short_repr(value)}: is a {type(value).__name__}; give a whole number")
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         value = options.get(name)
         if value == 0 and value is not False:

@@ -34,6 +34,17 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | N
 
 
 @contextmanager
+def interrupts_restored() -> Iterator[None]:
+    """Restore the handler of Ctrl-C after a block, in which Lightning may have ignored it for the rest of the process."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def signals_held() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and the preemption signal of SLURM until the context ends.
 
