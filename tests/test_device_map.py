@@ -7,14 +7,14 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 from helpers import each_family, error_line, last_checkpoint, random_example, tiny_model, tuned
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, cache_utils
 
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.lightning.trainer import ZOTrainer
 from slzo.models import device_map
-from slzo.models.device_map import DeviceMapOptions
+from slzo.models.device_map import DeviceMapOptions, LayerDevices
 from slzo.models.device_placement import DevicePlacement, load_with_device_map
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
@@ -328,3 +328,15 @@ def test_wrong_options_are_one_line(options, capsys):
         error = error_line(capsys, "fit", *options, f"--model.device_map={given}")
         assert error.startswith("slzo: error: model.device_map")
     assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not hasattr(cache_utils, "KVSharingDict"), reason="older transformers move them in the layers")
+def test_keys_and_values_that_layers_share_come_back_from_another_device(monkeypatch):
+    """``cpu:0`` stands for the other device."""
+    moves = []
+    monkeypatch.setattr(cache_utils.KVSharingDict, "to", lambda self, device, **_: moves.append(str(device)) or self)
+    model = tiny_model("gemma4_text")
+    DevicePlacement(model, LayerDevices("model.layers", "cpu", ("cpu", "cpu:0", "cpu", "cpu")), {})
+    model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    assert moves == ["cpu:0", "cpu"]

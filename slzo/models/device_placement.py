@@ -23,6 +23,7 @@ from slzo.models.engine import DType
 from slzo.models.load import load_config, load_model
 from slzo.models.placement import ON_MAIN_DEVICE, Placement
 from slzo.models.shape import skeleton_of
+from slzo.models.shared_key_values import ARGUMENT as SHARED_ARGUMENT
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
 
@@ -117,7 +118,7 @@ class DevicePlacement(Placement):
         self._visitors[number] = visitor = _Visitor(hook, layer)
         self._handles[number] = [
             layer.register_forward_pre_hook(visitor.before, with_kwargs=True),
-            layer.register_forward_hook(visitor.after, always_call=True),
+            layer.register_forward_hook(visitor.after, with_kwargs=True, always_call=True),
         ]
 
 
@@ -138,8 +139,13 @@ class _Visitor:
     def before(self, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
         return (args, kwargs) if self.stays else self.hook.pre_forward(self.layer, *args, **kwargs)
 
-    def after(self, _copy: nn.Module, _args: Any, output: Any) -> Any:
-        return output if self.stays else self.hook.post_forward(self.layer, output)
+    def after(self, _copy: nn.Module, _args: Any, kwargs: Any, output: Any) -> Any:
+        if self.stays:
+            return output
+        shared = kwargs.get(SHARED_ARGUMENT)
+        if self.hook.io_same_device and hasattr(shared, "to"):  # older transformers move them in the layers
+            shared.to(self.hook.input_device)  # layers on the main device have no hook that would bring them
+        return self.hook.post_forward(self.layer, output)
 
     @contextmanager
     def staying(self) -> Iterator[None]:
