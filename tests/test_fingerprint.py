@@ -97,7 +97,9 @@ def test_scores_of_changed_rows_are_not_compared(run, capsys):
     ("change", "is_generated", "expected"),
     [
         ({"data.task.stop": ["."]}, True, False),
-        ({"data.task.train_file": "moved.jsonl", "data.task.name": "new", "data.batch_size": 4}, False, True),
+        ({"data.task.train_file": "moved.jsonl", "data.batch_size": 4}, False, True),
+        ({"data.task": "new", "data.task.name": "new"}, False, True),
+        ({"data.task": "new", "data.task.name": None}, False, False),
         ({"data.objective.functions": ["other"]}, True, False),
         ({"data.objective.best": 2.0}, True, False),
         ({"data.objective.timeout": 9.0, "data.objective.samples": 8}, True, True),
@@ -106,10 +108,12 @@ def test_scores_of_changed_rows_are_not_compared(run, capsys):
     ],
 )
 def test_which_options_change_scores(change, is_generated, expected):
-    before = {"data.task": "mine", "data.objective": "Reward", "data.objective.functions": ["one"]}
+    before = {"data.task": "mine", "data.task.name": "mine"}
+    before |= {"data.objective": "Reward", "data.objective.functions": ["one"]}
     rows = {"dev": torch.arange(3, dtype=torch.int32), "test": torch.arange(4, dtype=torch.int32)}
     data = SimpleNamespace(task=SimpleNamespace(kind=Kind.GENERATION if is_generated else Kind.CLASSIFICATION))
-    prepared = SimpleNamespace(settings=before | change, fingerprint=SimpleNamespace(rows=rows | {"test": rows["dev"]}))
+    settings = {name: value for name, value in (before | change).items() if value is not None}
+    prepared = SimpleNamespace(settings=settings, fingerprint=SimpleNamespace(rows=rows | {"test": rows["dev"]}))
     checkpoint = {"slzo": {"settings": before, "data": {"rows": rows}}}
     assert scores_are_comparable(checkpoint, prepared, data, "dev") is expected
     assert not scores_are_comparable(checkpoint, prepared, data, "test")

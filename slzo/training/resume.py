@@ -164,6 +164,8 @@ def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, dat
         names = {f"{name}.{argument}" for name in _REWARDS for argument in _OF_REWARDS}
         names.update(_REWARDS if data.task.kind is Kind.GENERATION else ())
         names.update(name for name in settings if name.startswith("data.task") and not name.endswith(_NAMES))
+        if "data.task.name" in settings:  # data.task is this name
+            names.discard("data.task")
         return {name: settings[name] for name in names if name in settings}
 
     metadata = checkpoint["slzo"]
