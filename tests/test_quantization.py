@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -197,8 +198,12 @@ def test_the_fingerprint_tells_quantized_models_apart(folder, tmp_path):
 @needs("bitsandbytes")
 def test_a_model_that_the_quantization_cannot_run_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)  # narrower than a block of nf4
+    model = load_model(str(tmp_path), quantization="nf4")
+    with suppress(RuntimeError, AssertionError):
+        model(input_ids=torch.tensor([[5]]))
+        pytest.skip("this bitsandbytes runs narrow models")
     with pytest.raises(SlzoError, match=r"^model\.quantization: a plain forward pass failed"):
-        split_and_verify(load_model(str(tmp_path), quantization="nf4"))
+        split_and_verify(model)
 
 
 @needs("bitsandbytes")

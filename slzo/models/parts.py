@@ -108,11 +108,11 @@ class ModelParts:
 
     def extra_columns(self, layer: int) -> int:
         """Return how many columns of the states before a layer, after the hidden state, are keys and values of earlier layers."""
-        return sum(each.columns for each in self._decoder.outputs.sharing.below(layer, self.num_layers))
+        return sum(each.columns for each in self._decoder.sharing.below(layer, self.num_layers))
 
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered."""
-        _ = self._decoder.outputs
+        _ = self._decoder.outputs, self._decoder.sharing
 
     def run(
         self,

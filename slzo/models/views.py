@@ -33,13 +33,11 @@ class Outputs(NamedTuple):
         of_layer: Length of a decoder layer's output tuple, 0 if it returns no tuple.
         of_decoder: Class of the decoder's output.
         after_layers: Names of the decoder's modules that run after the layers, such as the final norm.
-        sharing: Keys and values that later layers take from earlier ones.
     """
 
     of_layer: int
     of_decoder: type[ModelOutput]
     after_layers: tuple[str, ...]
-    sharing: KeyValueSharing
 
 
 class Decoder:
@@ -68,8 +66,7 @@ class Decoder:
                 hooks.enter_context(
                     module.register_forward_hook(lambda module, _, output: seen.update({module: output}))
                 )
-            ids = torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
-            self.model(input_ids=ids, use_cache=False)
+            self.model(input_ids=self._two_tokens, use_cache=False)
         returned, output = seen[layer], seen[self.module]
         is_tuple = isinstance(returned, tuple | list)
         hidden = returned[0] if is_tuple else returned
@@ -81,10 +78,19 @@ class Decoder:
         called = list(seen)
         after = called[called.index(last) + 1 :]
         names = tuple(name for name, module in inner.items() if module in after)
-        config = self.model.config.get_text_config(decoder=True)
-        shares = bool(getattr(config, "num_kv_shared_layers", None))
-        sharing = KeyValueSharing.of(self.module, self.layers, ids) if shares else KeyValueSharing()
-        return Outputs(len(returned) if is_tuple else 0, type(output), names, sharing)
+        return Outputs(len(returned) if is_tuple else 0, type(output), names)
+
+    @cached_property
+    @torch.no_grad()
+    def sharing(self) -> KeyValueSharing:
+        """Keys and values that later layers take from earlier ones; found by forward passes if the config has some."""
+        if not getattr(self.model.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
+            return KeyValueSharing()
+        return KeyValueSharing.of(self.module, self.layers, self._two_tokens)
+
+    @property
+    def _two_tokens(self) -> Tensor:
+        return torch.zeros(1, 2, dtype=torch.int64, device=self.model.device)
 
     @property
     def head_follows(self) -> bool:
@@ -220,7 +226,7 @@ class Views:
             layers[-1] = capture = CaptureOutput(layers[-1])
         replaced = nn.ModuleList(layers).eval()
         module = with_submodule(self._decoder.module, self._decoder.layers_name, replaced)
-        sharing = self._decoder.outputs.sharing
+        sharing = self._decoder.sharing
         entering, leaving = (sharing.below(layer, len(own)) for layer in (start, stop))
         return LayersView(module, inject, capture, sharing, entering, leaving)
 
