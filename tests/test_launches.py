@@ -332,6 +332,26 @@ def test_a_process_that_hangs_right_after_the_start_is_lost():
     assert lost == [1]
 
 
+def test_no_thread_is_in_a_call_of_the_store_after_the_end():
+    """Python would end with SIGABRT."""
+
+    class SlowStore:
+        calls = 0
+
+        def add(self, key, amount):
+            self.calls += 1
+            time.sleep(0.1)
+            self.calls -= 1
+            return 1
+
+    store = SlowStore()
+    watching = Heartbeat(store, 0, 2, lambda _: None, interval=0.01)
+    while not store.calls:
+        time.sleep(0.001)
+    watching.stop()
+    assert not store.calls
+
+
 def test_a_rank_that_cannot_reach_the_first_one_goes_on_with_a_warning(monkeypatch, capsys):
     class Strategy:
         def broadcast(self, value):

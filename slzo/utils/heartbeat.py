@@ -9,6 +9,8 @@ BEAT_S = 5.0
 """Seconds between two beats."""
 MISSED_BEATS = 8
 """A process is lost after this number of beats in a row without news of it."""
+# seconds to wait for the end of the threads; one of them may wait for a server that hangs
+_PATIENCE_S = 1.0
 
 
 def send_beat(store: TCPStore, rank: int) -> None:
@@ -36,12 +38,16 @@ class Heartbeat:
         self._counts = self._read()
         self._stopped = threading.Event()
         # if the process with the server hangs, the first thread waits for it, and the second one notices
-        for name, run in (("slzo-beat", self._beat), ("slzo-watch", self._watch)):
-            threading.Thread(target=run, name=name, daemon=True).start()
+        of_threads = (("slzo-beat", self._beat), ("slzo-watch", self._watch))
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in of_threads]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Send and expect no more beats. Call it when all processes have reached the same point."""
         self._stopped.set()
+        for thread in self._threads:  # Python ends with SIGABRT if a thread is in a call of the store
+            thread.join(_PATIENCE_S)
 
     def _beat(self) -> None:
         while not self._stopped.wait(self._interval):
