@@ -29,8 +29,7 @@ class PromptStates:
     @property
     def token_bytes(self) -> int:
         """Size of one token's states in the cache, in bytes."""
-        columns = self.parts.width + self.parts.extra_columns(self.cache.start)
-        columns += sum(sum(sizes) for _, _, sizes in self._columns)
+        columns = self.parts.num_columns(self.cache.start) + sum(sum(sizes) for _, _, sizes in self._columns)
         return columns * self.parts.model.dtype.itemsize
 
     def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:

@@ -44,7 +44,7 @@ def check_torch(fits: bool) -> None:
         )
     if fits and torch.is_inference_mode_enabled():
         raise SlzoError(
-            "fit: torch.inference_mode is on, in which nothing can be trained; call it outside of that block"
+            "fit: torch.inference_mode is on, and nothing can be trained in it; call fit outside of that block"
         )
 
 

@@ -110,6 +110,10 @@ class ModelParts:
         """Return how many columns of the states before a layer, after the hidden state, are keys and values of earlier layers."""
         return sum(each.columns for each in self._decoder.sharing.below(layer, self.num_layers))
 
+    def num_columns(self, layer: int) -> int:
+        """Return how many columns the states before a layer have."""
+        return self.width + self.extra_columns(layer)
+
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered."""
         _ = self._decoder.outputs, self._decoder.sharing

@@ -63,7 +63,7 @@ class SharedPrefix:
     def _exchange(self, numbers: Sequence[int], sum_rows: Callable[[Tensor], Tensor], max_tokens: int | None) -> None:
         """Send the states of some blocks, of which this process computes its own, to all processes, and store them."""
         parts, cache = self._forward.parts, self._forward.cache
-        model, columns = parts.model, parts.width + parts.extra_columns(self._forward.span.start)
+        model, columns = parts.model, parts.num_columns(self._forward.span.start)
         blocks = [self._blocks[number] for number in numbers]
         sizes = [block.num_tokens for block in blocks]
         states = torch.zeros(sum(sizes), columns, dtype=model.dtype, device=model.device)

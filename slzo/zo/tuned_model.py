@@ -198,8 +198,7 @@ class TunedModel:
             blocks: Rows whose hidden states are cached.
             prompts: Prompts of rows whose answers are generated. They get the rest of the cache's budget.
         """
-        columns = self.parts.width + self.parts.extra_columns(self.span.start)
-        self.forward.cache.plan(blocks, columns * self.parts.model.dtype.itemsize)
+        self.forward.cache.plan(blocks, self.parts.num_columns(self.span.start) * self.parts.model.dtype.itemsize)
         if self.prompt_states is not None:
             prompts = list(prompts)
             self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes if prompts else 0)
