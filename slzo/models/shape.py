@@ -122,17 +122,18 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         linear=linear // count,
         layer_rest=(in_layers - linear) // count,
         outside=_count(model) - in_layers,
-        key_values=_key_values(config),
+        key_values=_key_values(config, layers),
     )
 
 
-def _key_values(config: PretrainedConfig) -> int:
+def _key_values(config: PretrainedConfig, layers: nn.ModuleList) -> int:
     try:
         heads = getattr(config, "num_attention_heads", None)
         key_value_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None)
     except RuntimeError:  # transformers raises this for numbers that differ between layers, as in Gemma 4
-        return 0
+        maps = [module for name, module in layers.named_modules() if name.endswith(".k_proj")]
+        return 2 * sum(module.weight.shape[0] for module in maps) // len(layers)
     if not (isinstance(heads, int) and isinstance(key_value_heads, int) and heads > 0):  # no attention, or a list
         return 0
     return int(2 * key_value_heads * (size or config.hidden_size // heads))
