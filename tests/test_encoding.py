@@ -206,6 +206,14 @@ def test_answers_without_tokens_are_errors():
     assert newline_token(wrap(words, None)) is None
 
 
+def test_candidates_with_the_same_tokens_are_errors():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    message = r"example 'w': the tokenizer makes the same tokens from the candidates ' yes' and ' no', so they cannot be told"
+    with pytest.raises(SlzoError, match=message):
+        Encoder(wrap(words, None)).encode(Example("w", "good", (" yes", " good", " no"), (0,)), 0)
+
+
 @pytest.mark.parametrize("maker", [lambda: byte_level(True), lambda: byte_level(True, "<s> $A </s>"), joining])
 def test_newline_token_is_the_one_that_ends_an_answer(maker):
     tokenizer = maker()

@@ -78,7 +78,7 @@ class Encoder:
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 
         Raises:
-            RowError: The answer does not fit in ``max_length``.
+            RowError: The answer does not fit in ``max_length``, or two candidates have the same tokens.
             SlzoError: A required label is missing.
         """
         candidates, gold = example.candidates, example.gold
@@ -98,6 +98,7 @@ class Encoder:
             ids, cut = self._cut(final.ids, self.max_length)
             sequences.append(EncodedSequence(ids, count))
             any_cut |= cut
+        _check_distinct(example, candidates, sequences)
         return EncodedExample(index, tuple(sequences), gold, any_cut)
 
     def encode_prompt(
@@ -182,6 +183,18 @@ def _num_specials(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
             if plain and full[start : start + len(plain)] == plain:
                 return start, len(full) - start - len(plain)
     return 0, 0
+
+
+def _check_distinct(example: Example, candidates: Sequence[str], sequences: Sequence[EncodedSequence]) -> None:
+    """Raise RowError if two candidates have the same tokens, and so always the same score."""
+    first: dict[EncodedSequence, str] = {}
+    for candidate, sequence in zip(candidates, sequences, strict=True):
+        other = first.setdefault(sequence, candidate)
+        if other is not candidate:
+            raise RowError(
+                f"{example.location}: the tokenizer makes the same tokens from the candidates {other!r} and {candidate!r}, so they "
+                "cannot be told apart; change one of them"
+            )
 
 
 def _gold_answer(example: Example) -> str:
