@@ -45,7 +45,7 @@ from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions
-from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
+from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata, task_settings
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.argument_checks import ArgumentTypes, check_types
 from slzo.utils.console import rank_zero_warn
@@ -340,11 +340,18 @@ class ZOModule(LightningModule):
         self._start = None
 
     def _check_scored(self, metadata: Mapping[str, Any]) -> None:
-        """Check that the rows have the tokenizer of a checkpoint that is scored; warn of other types, and of trained dev rows."""
+        """Check that the rows have the tokenizer of a checkpoint that is scored.
+
+        Warn of other types, of other options of the same task, and of trained dev rows.
+        """
         data = self.datamodule
+        same_task = data.task.name == metadata["settings"]["data.task"]
         types = ("dtype", "quantization")
         saved = {f"model.{name}": metadata[name] for name in types}
         own = {f"model.{name}": getattr(self.options, name) for name in types}
+        if same_task:
+            saved |= task_settings(metadata["settings"])
+            own |= task_settings(data.step_settings())
         if changes := differences(saved, own):
             rank_zero_warn(
                 f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run"
@@ -352,7 +359,6 @@ class ZOModule(LightningModule):
         if data.allow_changed_rows:
             return
         check_tokenizer(hash_tokenizer(data.encoder.tokenizer), metadata["data"])
-        same_task = data.task.name == metadata["settings"]["data.task"]
         validates = self.trainer.state.fn == "validate"
         if validates and same_task and not are_trained_rows(data.rows("train"), metadata["data"]):
             rank_zero_warn(

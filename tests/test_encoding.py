@@ -209,7 +209,9 @@ def test_answers_without_tokens_are_errors():
 def test_candidates_with_the_same_tokens_are_errors():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    message = r"example 'w': the tokenizer makes the same tokens from the candidates ' yes' and ' no', so they cannot be told"
+    message = (
+        r"example 'w': the tokenizer makes the same tokens from the candidates ' yes' and ' no', so they cannot be told"
+    )
     with pytest.raises(SlzoError, match=message):
         Encoder(wrap(words, None)).encode(Example("w", "good", (" yes", " good", " no"), (0,)), 0)
 

@@ -315,6 +315,22 @@ def test_other_types_of_a_checkpoint_are_reported_when_it_is_scored(model_dir, d
         assert words in error if words else "scores may differ" not in error
 
 
+@pytest.mark.parametrize("name", ["sst2", "other"])
+def test_another_prompt_of_the_same_task_is_reported_when_a_checkpoint_is_scored(
+    name, model_dir, data_dir, capsys, once
+):
+    once(fitted, model_dir, data_dir)
+    files = {
+        f"{split}_file": f"{data_dir}/sst2/{file}.jsonl" for split, file in (("train", "train"), ("test", "validation"))
+    }
+    task = TemplateTask("{sentence} is", [" terrible", " great"], name=name, **files)
+    data = TaskDataModule(task, num_test=12)
+    ZOTrainer(**QUIET).test(ZOModule(str(model_dir)), datamodule=data, ckpt_path=str(last_checkpoint()), verbose=False)
+    error = capsys.readouterr().err
+    assert ("data.task.prompt: None -> {sentence} is" in error) == (name == "sst2")
+    assert "_file" not in error
+
+
 def test_a_rate_that_replaces_an_automatic_one_is_used(model_dir, data_dir, capsys):
     ZOTrainer(max_steps=2, val_check_interval=2, **QUIET).fit(
         ZOModule(str(model_dir), 2, seed=0), datamodule=rows(data_dir)

@@ -192,8 +192,8 @@ def _check_distinct(example: Example, candidates: Sequence[str], sequences: Sequ
         other = first.setdefault(sequence, candidate)
         if other is not candidate:
             raise RowError(
-                f"{example.location}: the tokenizer makes the same tokens from the candidates {other!r} and {candidate!r}, so they "
-                "cannot be told apart; change one of them"
+                f"{example.location}: the tokenizer makes the same tokens from the candidates {other!r} and {candidate!r}, so "
+                "they cannot be told apart; change one of them"
             )
 
 

@@ -154,6 +154,13 @@ _OF_REWARDS = ("functions", "best")
 _NAMES = ("_file", ".name")  # of tasks; the rows themselves are compared
 
 
+def task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the task, such as its prompt, without files and name; ``settings`` are those of a checkpoint."""
+    return {
+        name: value for name, value in settings.items() if name.startswith("data.task.") and not name.endswith(_NAMES)
+    }
+
+
 def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, data: TaskData, split: str) -> bool:
     """Return whether scores of ``dev`` or ``test`` rows in a checkpoint can be compared with those of the run that continues it.
 
@@ -163,9 +170,9 @@ def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, dat
     def scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
         names = {f"{name}.{argument}" for name in _REWARDS for argument in _OF_REWARDS}
         names.update(_REWARDS if data.task.kind is Kind.GENERATION else ())
-        names.update(name for name in settings if name.startswith("data.task") and not name.endswith(_NAMES))
-        if "data.task.name" in settings:  # data.task is this name
-            names.discard("data.task")
+        names.update(task_settings(settings))
+        if "data.task.name" not in settings:  # otherwise data.task is this name
+            names.add("data.task")
         return {name: settings[name] for name in names if name in settings}
 
     metadata = checkpoint["slzo"]
