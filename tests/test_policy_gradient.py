@@ -414,7 +414,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(fit, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [pytest.param(1.0, "there is nothing left to learn", marks=pytest.mark.slow), (0.5, "so nothing is learned")],
+    [
+        pytest.param(1.0, "there is nothing left to learn", marks=pytest.mark.slow),
+        (0.5, "so nothing is learned"),
+        (3.0, "so nothing is learned"),
+    ],
 )
 def test_a_reward_that_is_always_the_same_is_named(value, said, fit, capfd):
     Path("same.py").write_text(f"def same(completions):\n    return [{value} for _ in completions]\n")

@@ -96,7 +96,8 @@ def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
         return f"the loss, {loss:.4g}, did not change along any direction for {pluralize(steps, 'step')}"
     answers = f"all {objective.sampling.samples} answers to each row"
     what = f"for {pluralize(steps, 'step')} {answers} were equally good (mean loss {loss:.4g})"
-    if loss <= objective.lowest:
+    # a reward above the largest possible one has another scale, which is not known
+    if math.isclose(loss, objective.lowest, rel_tol=1e-6):
         return f"{what}, the best one: there is nothing left to learn"
     return (
         f"{what}, so nothing is learned; use a reward or metric with more levels, a prompt with an example of a good answer, or "
