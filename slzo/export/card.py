@@ -1,5 +1,6 @@
 """Write the model card: README.md with the Hub's metadata, and how to use the folder, how it was trained, scores and licence."""
 
+import json
 import re
 import shlex
 import shutil
@@ -73,7 +74,7 @@ def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
 
 def _sections(facts: Facts, format: ExportFormat) -> Iterator[str]:
     yield _what(facts)
-    yield f"## Use\n\n```python\n{format.load_code(facts)}\n```{_vllm(facts)}{_system_prompt(facts)}"
+    yield f"## Use\n\n```python\n{format.load_code(facts)}\n```{_vllm(facts)}{_prompting(facts)}{_system_prompt(facts)}"
     yield f"## Training\n\n{_training(facts)}"
     yield f"## Scores\n\n{_scores(facts)}"
     yield f"## Licence\n\n{_licence(facts)}"
@@ -109,6 +110,19 @@ def _vllm(facts: Facts) -> str:
     if facts.metadata.get("chat_template"):
         command += f" --chat-template PATH/{CHAT_TEMPLATE}"
     return f"\n\nvLLM: {_code(command)}"
+
+
+def _prompting(facts: Facts) -> str:
+    """Return the template of the prompts, the candidates, and the texts that end an answer, as far as they are known."""
+    metadata = facts.metadata
+    told = {
+        "Prompts have the form": metadata["settings"].get("data.task.prompt"),
+        "The answer is the one with the highest mean log-likelihood of its tokens among": metadata.get("candidates"),
+        "A generated answer ends at the first of": metadata.get("stop"),
+    }
+    # as JSON, which shows spaces and line breaks
+    lines = [f"{words} {_code(json.dumps(value, ensure_ascii=False))}." for words, value in told.items() if value]
+    return "".join(f"\n\n{line}" for line in lines)
 
 
 def _system_prompt(facts: Facts) -> str:
