@@ -312,6 +312,25 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
         data.profile_batches(4)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_that_are_longer_than_generated_ones_are_told(chat, tmp_path, capsys):
+    # a space and each letter are a token, as is what ends an answer; earlier turns do not count
+    turns = [{"role": role, "content": "b" * 30} for role in ("user", "assistant", "user")]
+    rows = [{"text": f"film {i}", "answer": "b" * (8 + i)} for i in range(3)]
+    talks = [{"messages": [*turns, {"role": "assistant", "content": row["answer"]}]} for row in rows]
+    options = {"max_new_tokens": 10, "metrics": ["f1"]}
+    for file in ("train", "test"):
+        options[f"{file}_file"] = write(tmp_path / f"{file}.jsonl", talks if chat else rows)
+    task = ChatTask(**options) if chat else TemplateTask("{text}:", answer_field="answer", **options)
+    data = TaskData(task, tokenizer="smollm2-135m")
+    data.setup("test")
+    data.rows("test")
+    assert (
+        "data.task.max_new_tokens 10: the answers of 1 test row are longer, so generated answers are cut before they can"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("number", [0, -5])
 def test_the_number_of_held_out_rows_is_checked_for_a_single_file_too(tmp_path, number):
     path = write(tmp_path / "rows.jsonl", rows_of(20))

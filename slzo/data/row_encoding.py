@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slzo.batches.chunks import chunk_by_tokens
-from slzo.batches.encoded import EncodedPrompt, prompt_alone
+from slzo.batches.encoded import EncodedPrompt, EncodedSequence, prompt_alone
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import Row
 from slzo.data.encoding import Encoder
@@ -42,7 +42,7 @@ def encode_rows(
     """
     found: list[Row] = []
     bad = BadRows(skip_bad_rows)
-    num_cut = 0
+    num_cut = num_long = 0
     for place, example in numbered:
         try:
             prompt = EncodedPrompt((), cut=False)
@@ -57,6 +57,7 @@ def encode_rows(
             )
             found.append(Row(example, encoded, place, prompt.ids if generates else ()))
             num_cut += prompt.cut or encoded.cut
+            num_long += generates and _answer_length(encoded.sequences[0]) > max_new_tokens
         except RowError as error:
             bad.add(error)
     if note := bad.report(len(found), f"the {split} split"):
@@ -65,7 +66,18 @@ def encode_rows(
         rank_zero_warn(
             f"data.max_length {encoder.max_length}: shortened {pluralize(num_cut, f'{split} row')}, {encoder.shortening}"
         )
+    if num_long:
+        rank_zero_warn(
+            f"data.task.max_new_tokens {max_new_tokens}: the answers of {pluralize(num_long, f'{split} row')} are longer, so "
+            "generated answers are cut before they can equal them; raise it"
+        )
     return found
+
+
+def _answer_length(sequence: EncodedSequence) -> int:
+    """Return the number of tokens of the answer at the end of a sequence, without the one that ends it."""
+    counts = sequence.counts or (True,) * sequence.num_answer
+    return next((number for number, counted in enumerate(reversed(counts)) if not counted), len(counts)) - 1
 
 
 def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_embeddings: int | None) -> None:
