@@ -45,7 +45,13 @@ from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions
-from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata, task_settings
+from slzo.training.resume import (
+    agreed_settings,
+    apply_changed_settings,
+    draws_other_rows,
+    make_metadata,
+    task_settings,
+)
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.argument_checks import ArgumentTypes, check_types
 from slzo.utils.console import rank_zero_warn
@@ -342,7 +348,7 @@ class ZOModule(LightningModule):
     def _check_scored(self, metadata: Mapping[str, Any]) -> None:
         """Check that the rows have the tokenizer of a checkpoint that is scored.
 
-        Warn of other types, of other options of the same task, and of trained dev rows.
+        Warn of other types, of other options of the same task, and of rows that it may have been trained on.
         """
         data = self.datamodule
         same_task = data.task.name == metadata["settings"]["data.task"]
@@ -364,6 +370,11 @@ class ZOModule(LightningModule):
             rank_zero_warn(
                 "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
                 "rows that it was trained on; use its options, or slzo test"
+            )
+        if self.trainer.state.fn == "test" and same_task and draws_other_rows(metadata, data):
+            rank_zero_warn(
+                f"{data.task.files['train']} has changed since the checkpoint's run, and held-out rows are drawn from it, so "
+                "some may be among the rows that it was trained on; restore the file, or give data.task.test_file"
             )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

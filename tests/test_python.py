@@ -331,6 +331,30 @@ def test_another_prompt_of_the_same_task_is_reported_when_a_checkpoint_is_scored
     assert "_file" not in error
 
 
+def test_held_out_rows_of_a_file_that_has_changed_are_reported_when_a_checkpoint_is_scored(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"film {number}", "label": number % 2} for number in range(40)]
+
+    def scored(rows, **options):
+        write_lines("rows.jsonl", rows)
+        task = TemplateTask("{text} is", [" bad", " good"], train_file="rows.jsonl")
+        data = TaskDataModule(task, num_dev=4, batch_size=4, **options)
+        module = ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+        if not run_dir().exists():
+            ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=data)
+        capsys.readouterr()
+        checkpoint = str(last_checkpoint())
+        ZOTrainer(logger=False, **QUIET).test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+        return "rows.jsonl has changed since the checkpoint's run" in capsys.readouterr().err
+
+    assert not scored(rows)
+    assert not scored(rows, num_test=3)
+    assert not scored(rows, num_demonstrations=2)
+    assert scored(rows[1:])
+
+
 def test_a_rate_that_replaces_an_automatic_one_is_used(model_dir, data_dir, capsys):
     ZOTrainer(max_steps=2, val_check_interval=2, **QUIET).fit(
         ZOModule(str(model_dir), 2, seed=0), datamodule=rows(data_dir)

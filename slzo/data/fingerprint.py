@@ -94,6 +94,12 @@ def are_trained_rows(rows: Sequence[Row], saved: Mapping[str, Any]) -> bool:
     return torch.equal(_hash_rows(rows), saved["rows"]["train"])
 
 
+def are_drawn_alike(rows: Sequence[Row], saved: Mapping[str, Any]) -> bool:
+    """Return whether held-out ``rows`` are those of a checkpoint's run, or more or fewer of the same; ``saved`` as above."""
+    own, before = (set(hashes.tolist()) for hashes in (_hash_rows(rows), saved["rows"]["test"]))
+    return own <= before or before <= own
+
+
 def _hash_rows(rows: Sequence[Row]) -> Tensor:
     hashes = (_digest((repr(part) for part in _parts(row)), 4) for row in rows)
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes], dtype=torch.int32)

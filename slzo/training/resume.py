@@ -15,6 +15,7 @@ from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
+from slzo.data.fingerprint import are_drawn_alike
 from slzo.task_data import TaskData
 from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
@@ -159,6 +160,23 @@ def task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in settings.items() if name.startswith("data.task.") and not name.endswith(_NAMES)
     }
+
+
+def draws_other_rows(metadata: Mapping[str, Any], data: TaskData) -> bool:
+    """Return whether the held-out rows, drawn from the training file, are not those of a checkpoint's run: the file has changed.
+
+    ``False`` if it cannot be known, because other options encode the rows in another way.
+    """
+    assert data.splits is not None
+
+    def encoding(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return task_settings(settings) | {name: settings[name] for name in settings if name.startswith(_REWARDS)}
+
+    lengths = (metadata["num_demonstrations"], metadata["prompt_length"])
+    known = lengths == (data.num_demonstrations, data.prompt_length) and not differences(
+        encoding(metadata["settings"]), encoding(data.step_settings())
+    )
+    return bool(data.splits.origin) and known and not are_drawn_alike(data.rows("test"), metadata["data"])
 
 
 def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, data: TaskData, split: str) -> bool:
