@@ -1051,6 +1051,16 @@ def test_a_callback_refuses_another_module(callback):
         trainer.fit(BoringModel())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("callbacks", [3]), ("callbacks", Trainer), ("logger", "csv"), ("logger", [None])]
+)
+def test_callbacks_and_loggers_of_another_class_are_refused_at_once(option, value):
+    with pytest.raises(
+        SlzoError, match=rf"^trainer\.{option} .*: is no (Callback|Logger) of lightning\.pytorch; give an object"
+    ):
+        ZOTrainer(**{option: value})
+
+
 def test_nothing_is_saved_before_a_training(model_dir, data_dir):
     trainer = ZOTrainer(**QUIET)
     trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir))

@@ -151,6 +151,15 @@ def test_an_optimizer_of_ones_own_may_have_any_name():
     assert OptimizerOptions.of(partial(Muon, lr=0.1)).name == "Muon"
 
 
+def test_an_optimizer_or_a_scheduler_of_ones_own_must_return_one():
+    with pytest.raises(
+        SlzoError, match=r"^model\.optimizer: returned NoneType; let it return a torch\.optim\.Optimizer"
+    ):
+        OptimizerOptions.of(lambda params: None)
+    with pytest.raises(SlzoError, match=r"^model\.lr_scheduler: returned int; let it return a scheduler of torch"):
+        OptimizerOptions.of(partial(torch.optim.SGD, lr=0.1), lambda optimizer: 3)
+
+
 def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt(examples, one_token_examples):
     objective = CandidateCrossEntropy()
     assert not objective.needs_vocabulary(pack(one_token_examples))

@@ -27,6 +27,7 @@ from slzo.lightning.trainer_options import (
     check_options,
     check_saving,
     limit_defaults,
+    listed,
     take_time_limit,
 )
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
@@ -60,7 +61,7 @@ class ZOTrainer(Trainer):
         limit = take_time_limit(kwargs)
         kwargs["logger"] = _run_logger(kwargs.get("logger"), kwargs.get("default_root_dir"))
         self._writes = kwargs["logger"] is not False
-        callbacks = [*_listed(kwargs.get("callbacks")), *([] if limit is None else [limit])]
+        callbacks = [*listed(kwargs.get("callbacks")), *([] if limit is None else [limit])]
         saves = kwargs.get("enable_checkpointing") is not False
         check_saving(callbacks, saves, self._writes)
         if saves and not self._writes:  # Lightning would write into the current folder
@@ -68,7 +69,7 @@ class ZOTrainer(Trainer):
             saves = kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         progress = kwargs.get("enable_progress_bar") is not False
         kwargs["callbacks"] = with_defaults(callbacks, checkpoints=saves, progress=progress)
-        plugins = _listed(kwargs.pop("plugins", None))
+        plugins = listed(kwargs.pop("plugins", None))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         if kwargs.get("strategy") == SHARDED:
@@ -280,18 +281,13 @@ def _checked(model: object) -> ZOModule:
     return model
 
 
-def _listed(given: Any) -> list[Any]:
-    """Return one or several callbacks, plugins or loggers as a list."""
-    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-
-
 def _run_logger(given: Any, root: str | Path | None) -> Any:
     """Return the loggers of a trainer: the given ones, or one that makes run folders below ``root``; ``False`` for none."""
     runs = RUNS if root is None else str(Path(root) / RUNS)
     if given in (None, True):
         return RunLogger(runs)
-    if given is False or not _listed(given):
+    if given is False or not listed(given):
         return False if root is None else FolderLogger(runs)
-    for logger in _listed(given):
+    for logger in listed(given):
         check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
     return given

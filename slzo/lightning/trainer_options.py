@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
@@ -84,6 +85,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         SlzoError: An option cannot be used.
     """
+    _check_objects("callbacks", options.get("callbacks"), Callback, "EarlyStopping('val/loss')")
+    if not isinstance(options.get("logger"), bool):
+        _check_objects("logger", options.get("logger"), Logger, "CSVLogger('logs')")
     check_precision(options.get("precision"))
     if options.get("barebones"):
         raise SlzoError("trainer.barebones: slzo's callbacks log and save; leave it out")
@@ -129,6 +133,21 @@ def check_options(options: Mapping[str, Any]) -> None:
     most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
     if str(devices).isdecimal() and int(str(devices)) > most:
         raise SlzoError(f"trainer.devices {devices}: each device has a process of its own; give at most {most}")
+
+
+def _check_objects(name: str, given: Any, kind: type, example: str) -> None:
+    """Check that one or several objects are of the class that an option needs; Lightning would use any others."""
+    for each in listed(given):
+        if not isinstance(each, kind):
+            raise SlzoError(
+                f"trainer.{name} {short_repr(each)}: is no {kind.__name__} of lightning.pytorch; give an object of one, such as "
+                f"{example}"
+            )
+
+
+def listed(given: Any) -> list[Any]:
+    """Return one or several callbacks, plugins or loggers as a list."""
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def _check_strategy(strategy: Any) -> None:

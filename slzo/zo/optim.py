@@ -12,14 +12,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from slzo.private.modules import nested_schedulers
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.pluralize import pluralize
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
-MakeScheduler = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 _REASONS = {
     "LBFGS": "it evaluates a closure several times per step",
@@ -127,6 +127,10 @@ class OptimizerOptions:
         except (ValueError, TypeError) as error:
             raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
         name = type(probe).__name__
+        if not isinstance(probe, Optimizer):
+            raise SlzoError(
+                f"model.optimizer: returned {name}; let it return a torch.optim.Optimizer of its parameters"
+            )
         if name in _REASONS and f"{type(probe).__module__}.".startswith("torch.optim."):
             raise SlzoError(
                 f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
@@ -230,6 +234,11 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
     """Return class and state of a scheduler. The optimizer's learning rate may change."""
     try:
         scheduler = make(probe)
+        if not isinstance(scheduler, LRScheduler):
+            raise SlzoError(
+                f"model.lr_scheduler: returned {type(scheduler).__name__}; let it return a scheduler of "
+                "torch.optim.lr_scheduler"
+            )
         if isinstance(scheduler, ReduceLROnPlateau):
             raise SlzoError(
                 "model.lr_scheduler ReduceLROnPlateau: needs a metric at every step, and there is one only after validations; "
