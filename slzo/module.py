@@ -19,7 +19,6 @@ from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.metadata import checkpoint_metadata
 from slzo.data.batch import EvalBatch, TrainBatch
-from slzo.data.fingerprint import are_trained_rows, check_tokenizer, hash_tokenizer
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
@@ -45,22 +44,16 @@ from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
 from slzo.training.profiling import ProfileOptions
-from slzo.training.resume import (
-    agreed_settings,
-    apply_changed_settings,
-    draws_other_rows,
-    make_metadata,
-    task_settings,
-)
+from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
 from slzo.training.run import Prepared, RunContext
+from slzo.training.scored import check_scored
 from slzo.utils.argument_checks import ArgumentTypes, check_types
-from slzo.utils.console import rank_zero_warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import differences, flat_settings
+from slzo.utils.settings import flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerOptions, default_optimizer, set_rate
 from slzo.zo.processes import Parallel
@@ -345,38 +338,6 @@ class ZOModule(LightningModule):
             self._restore(start, for_training=True)
         self._start = None
 
-    def _check_scored(self, metadata: Mapping[str, Any]) -> None:
-        """Check that the rows have the tokenizer of a checkpoint that is scored.
-
-        Warn of other types, of other options of the same task, and of rows that it may have been trained on.
-        """
-        data = self.datamodule
-        same_task = data.task.name == metadata["settings"]["data.task"]
-        types = ("dtype", "quantization")
-        saved = {f"model.{name}": metadata[name] for name in types}
-        own = {f"model.{name}": getattr(self.options, name) for name in types}
-        if same_task:
-            saved |= task_settings(metadata["settings"])
-            own |= task_settings(data.step_settings())
-        if changes := differences(saved, own):
-            rank_zero_warn(
-                f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run"
-            )
-        if data.allow_changed_rows:
-            return
-        check_tokenizer(hash_tokenizer(data.encoder.tokenizer), metadata["data"])
-        validates = self.trainer.state.fn == "validate"
-        if validates and same_task and not are_trained_rows(data.rows("train"), metadata["data"]):
-            rank_zero_warn(
-                "with these data options the training rows are not those of the checkpoint's run, so dev rows may be among the "
-                "rows that it was trained on; use its options, or slzo test"
-            )
-        if self.trainer.state.fn == "test" and same_task and draws_other_rows(metadata, data):
-            rank_zero_warn(
-                f"{data.task.files['train']} has changed since the checkpoint's run, and held-out rows are drawn from it, so "
-                "some may be among the rows that it was trained on; restore the file, or give data.task.test_file"
-            )
-
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the module, together with the constants of the scope, which are not a registered submodule."""
         if self.tuned_model is not None:
@@ -528,7 +489,7 @@ class ZOModule(LightningModule):
     def on_validation_start(self) -> None:
         """Check that the rows fit the checkpoint that the module was made from, unless another one was just loaded."""
         if self._start is not None and self.trainer.ckpt_path is None:  # Lightning sets the path after setup
-            self._check_scored(self._start.metadata)
+            check_scored(self.options, self.datamodule, self._start.metadata, self.trainer.state.fn)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -616,7 +577,7 @@ class ZOModule(LightningModule):
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(data, self.parts, self.options)
-            self._check_scored(metadata)
+            check_scored(self.options, data, metadata, trainer.state.fn)
             return
         # before Lightning restores the optimizer
         apply_changed_settings(checkpoint, agreed_settings(self.options, data))

@@ -1056,7 +1056,7 @@ def test_a_callback_refuses_another_module(callback):
 )
 def test_callbacks_and_loggers_of_another_class_are_refused_at_once(option, value):
     with pytest.raises(
-        SlzoError, match=rf"^trainer\.{option} .*: is no (Callback|Logger) of lightning\.pytorch; give an object"
+        SlzoError, match=rf"^trainer\.{option} .*: is not a (Callback|Logger) of lightning\.pytorch; give one"
     ):
         ZOTrainer(**{option: value})
 

@@ -136,12 +136,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_objects(name: str, given: Any, kind: type, example: str) -> None:
-    """Check that one or several objects are of the class that an option needs; Lightning would use any others."""
+    """Check the class of one or several objects, which Lightning does not check."""
     for each in listed(given):
         if not isinstance(each, kind):
             raise SlzoError(
-                f"trainer.{name} {short_repr(each)}: is no {kind.__name__} of lightning.pytorch; give an object of one, such as "
-                f"{example}"
+                f"trainer.{name} {short_repr(each)}: is not a {kind.__name__} of lightning.pytorch; give one, such as {example}"
             )
 
 

@@ -15,7 +15,6 @@ from slzo.checkpoints.metadata import CHECKPOINT_FORMAT
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
-from slzo.data.fingerprint import are_drawn_alike
 from slzo.task_data import TaskData
 from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
@@ -150,7 +149,8 @@ def apply_changed_settings(checkpoint: Mapping[str, Any], own: Mapping[str, Any]
 
 
 # what the score of a row depends on besides the row, the model and the task's class
-_REWARDS = ("data.objective", "data.reward")
+REWARDS = ("data.objective", "data.reward")
+"""Groups of options with rewards."""
 _OF_REWARDS = ("functions", "best")
 _NAMES = ("_file", ".name")  # of tasks; the rows themselves are compared
 
@@ -162,23 +162,6 @@ def task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def draws_other_rows(metadata: Mapping[str, Any], data: TaskData) -> bool:
-    """Return whether the held-out rows, drawn from the training file, are not those of a checkpoint's run: the file has changed.
-
-    ``False`` if it cannot be known, because other options encode the rows in another way.
-    """
-    assert data.splits is not None
-
-    def encoding(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return task_settings(settings) | {name: settings[name] for name in settings if name.startswith(_REWARDS)}
-
-    lengths = (metadata["num_demonstrations"], metadata["prompt_length"])
-    known = lengths == (data.num_demonstrations, data.prompt_length) and not differences(
-        encoding(metadata["settings"]), encoding(data.step_settings())
-    )
-    return bool(data.splits.origin) and known and not are_drawn_alike(data.rows("test"), metadata["data"])
-
-
 def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, data: TaskData, split: str) -> bool:
     """Return whether scores of ``dev`` or ``test`` rows in a checkpoint can be compared with those of the run that continues it.
 
@@ -186,8 +169,8 @@ def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, dat
     """
 
     def scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
-        names = {f"{name}.{argument}" for name in _REWARDS for argument in _OF_REWARDS}
-        names.update(_REWARDS if data.task.kind is Kind.GENERATION else ())
+        names = {f"{name}.{argument}" for name in REWARDS for argument in _OF_REWARDS}
+        names.update(REWARDS if data.task.kind is Kind.GENERATION else ())
         names.update(task_settings(settings))
         if "data.task.name" not in settings:  # otherwise data.task is this name
             names.add("data.task")
