@@ -38,8 +38,8 @@ from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.pluralize import pluralize
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
-from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
-from slzo.zo.objectives.choice import choose_objective, selection_metric
+from slzo.zo.objectives import OBJECTIVES, Objective
+from slzo.zo.objectives.choice import choose_objective, reported_loss, selection_metric
 from slzo.zo.processes import SINGLE_PROCESS, Processes
 from slzo.zo.tuned_model import TunedModel
 
@@ -147,8 +147,8 @@ class TaskData:
         self.task = task
         self.tokenizer_name = None if tokenizer is None else str(tokenizer)
         self._follows_model = tokenizer is None
-        self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
         self.objective, self.reward = choose_objective(self.task, objective, reward)
+        self.loss: LogitLoss = reported_loss(self.task, self.objective)
         # recorded before training, because checkpoints contain them
         identity = {"class": self.task.name, "version": self.task.version}
         self._task_settings = {
@@ -446,7 +446,7 @@ class TaskData:
                 role = examples[0].messages[-1].role
                 wanted = f"the last turn must have role 'assistant', but in {examples[0].location} it has role {role!r}"
             raise SlzoError(f"data.task: no training row has a label, and training needs one; {wanted}")
-        if is_train:
+        if is_train or objective is self.loss:
             objective.check_examples([example for _, example in kept])
         self._rows[split] = encode_rows(
             kept,

@@ -63,10 +63,10 @@ def quiet_trainer(folder, **options):
     return ZOTrainer(accelerator="cpu", default_root_dir=folder, **off, **options)
 
 
-def scored(model_dir, data_dir, task, folder):
+def scored(model_dir, data_dir, task, folder, **options):
     """Results of ``test`` in Python, with what was used."""
     module = ZOModule(str(model_dir))
-    rows = TaskDataModule(task, str(model_dir), data_dir=str(data_dir))
+    rows = TaskDataModule(task, str(model_dir), data_dir=str(data_dir), **options)
     return quiet_trainer(folder).test(module, datamodule=rows)[0], module, rows
 
 
@@ -100,6 +100,17 @@ def test_predict_writes_the_rows_in_file_order(sst2_options, data_dir, capsys):
         assert len(line["scores"]) == 2
         assert line["prediction"] == line["scores"].index(max(line["scores"]))
         assert line["prediction_text"] == (" terrible", " great")[line["prediction"]]
+
+
+def test_the_reported_loss_uses_class_weights(sst2_options, model_dir, data_dir, tmp_path):
+    weights = [1.0, 3.0]
+    options = [*sst2_options, "--data.objective=CandidateCrossEntropy", f"--data.objective.class_weights={weights}"]
+    assert main(["predict", *options, "--output=here.jsonl"]) == 0
+    lines = read_lines("here.jsonl")
+    scores, gold = (torch.tensor([line[name] for line in lines]) for name in ("scores", "gold"))
+    expected = torch.nn.functional.cross_entropy(scores, gold, torch.tensor(weights))
+    result, _, _ = scored(model_dir, data_dir, "sst2", tmp_path, objective=CandidateCrossEntropy(weights))
+    assert result["test/loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_predict_agrees_with_test_and_takes_an_output_file(sst2_options, model_dir, data_dir, tmp_path):
@@ -403,7 +414,7 @@ def test_the_objective_must_be_known():
         TaskData("sst2", objective="accuracy")
 
 
-def test_class_weights_are_those_of_torch(options, capsys, monkeypatch):
+def test_class_weights_are_those_of_torch(options, model_dir, data_dir, capsys, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(8, generator=generator)
     gold = torch.tensor([0, 1, -1, 1])
@@ -418,6 +429,9 @@ def test_class_weights_are_those_of_torch(options, capsys, monkeypatch):
         SlzoError, match=r"class_weights \[1.0\]: example 'r1' has 2 candidates; give one weight for each"
     ):
         CandidateCrossEntropy([1.0]).check_examples([row])
+    rows = set_up("sst2", model_dir, data_dir, "test", objective=CandidateCrossEntropy([1.0]))
+    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: example '0' \(.*:1\) has 2"):
+        rows.rows("test")
     monkeypatch.setattr("slzo.fit.load_parts", pytest.fail)  # the rows are checked before the model is loaded
     weights = "--data.objective.class_weights=[1,2,3]"
     line = error_line(capsys, "fit", *options, "--data.objective=CandidateCrossEntropy", weights)

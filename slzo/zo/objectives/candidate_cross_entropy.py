@@ -19,7 +19,7 @@ class CandidateCrossEntropy(CandidateObjective):
 
     Args:
         class_weights: Weight of the rows of each candidate, in the candidates' order, for classes of unequal size; left out, all
-            rows count the same. The mean is over the weights; dev and held-out losses are reported without them.
+            rows count the same. The mean is over the weights. They also apply to dev and held-out losses.
 
     Raises:
         SlzoError: A weight is not a number above 0.

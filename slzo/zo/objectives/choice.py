@@ -1,10 +1,10 @@
-"""The choice of the objective, of the rewards that are reported, and of the metric that selects a checkpoint."""
+"""The choice of the objective, of the loss and the rewards that are reported, and of the metric that selects a checkpoint."""
 
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, CandidateObjective, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, CandidateObjective, LogitObjective, Objective, Reward
 
 
 def choose_objective(
@@ -51,6 +51,12 @@ def choose_objective(
             "or the rows' answers in data.task.answer_field"
         )
     return objective, rewards
+
+
+def reported_loss(task: Task, objective: Objective) -> LogitObjective:
+    """Return the loss of dev and held-out rows: the default of the kind of task, or the objective if it is of this class."""
+    default = LOSS_OBJECTIVES[task.kind]
+    return objective if type(objective) is default else default()
 
 
 def selection_metric(task: Task, objective: Objective, rewards: Reward | None) -> SelectionMetric:
