@@ -12,7 +12,7 @@ from types import FrameType
 from slzo.commands.registry import COMMANDS
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import Interrupted, SlzoError
-from slzo.utils.launcher import launcher_ends
+from slzo.utils.peers import launcher_ends
 from slzo.utils.signals import handle_signals, termination_signals
 from slzo.version import __version__
 

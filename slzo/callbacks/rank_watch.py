@@ -16,8 +16,7 @@ from slzo.lightning.trainer_state import callback_of
 from slzo.private.lightning import keep_process_group_at_exit
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat, send_beat
-from slzo.utils.launcher import LAUNCHER
-from slzo.utils.peers import Peer, PeerWatch, end_process
+from slzo.utils.peers import LAUNCHER, Peer, PeerWatch, end_process
 from slzo.utils.process_group import gather_from_processes, leave_process_group
 
 _STATUS = 2

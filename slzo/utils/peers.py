@@ -5,11 +5,15 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_TICK_MS = 500
+LAUNCHER = "SLZO_LAUNCHER"
+"""Environment variable with the ID of the process that started the others on a machine."""
+
+_TICK_MS, _LAUNCHER_TICK_S = 500, 0.05
 # seconds in which this process can report a common cause itself
 _GRACE_S = 2.0
 
@@ -77,6 +81,21 @@ class PeerWatch:
         if gone and not self._stopped.is_set() and (_was_killed(gone[0].pid) or not self._stopped.wait(_GRACE_S)):
             alive = [peer.rank for peer in self._others if peer not in gone]
             self._ended(gone[0], self._own.rank < min(alive, default=self._own.rank + 1))
+
+
+def launcher_ends(seconds: float) -> bool:
+    """Whether another process of the run started this one and ends within ``seconds``.
+
+    If it does so after an error of this process, it had an error of its own, and has printed it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or LAUNCHER not in os.environ:
+        return False
+    launcher, end = int(os.environ[LAUNCHER]), time.monotonic() + seconds
+    while os.getppid() == launcher:
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LAUNCHER_TICK_S)
+    return True
 
 
 def end_process(status: int, text: str) -> None:
