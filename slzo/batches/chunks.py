@@ -10,16 +10,13 @@ def chunk_by_tokens(
     max_rows: int | None = None,
     shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Cut sequences, in order, into chunks of at most ``max_tokens`` tokens and ``max_rows`` sequences; ``None`` is no limit.
+    """Cut sequences, in order, into chunks of limited size; return the numbers of the sequences in each; ``None`` is no limit.
 
     Args:
         lengths: Number of tokens of each sequence. A sequence of more than ``max_tokens`` is a chunk by itself.
         max_tokens: Most tokens of a chunk.
         max_rows: Most sequences of a chunk.
         shared: How many tokens of each sequence are not counted if the sequence before it is in the same chunk.
-
-    Returns:
-        The numbers of the sequences in each chunk.
     """
     chunks: list[list[int]] = []
     used = 0

@@ -152,7 +152,7 @@ def _best_of(last: Checkpoint) -> Path | None:
 
 
 def best_file(saved: str, checkpoint: str | Path) -> Path:
-    """Return the file of a best state.
+    """Return the file of a best state, or ``saved`` if no place has it.
 
     A relative path was saved by the checkpoint's own run. It counts from the folder in which that run was started, which may hold
     another project's runs now, so the file is looked for next to the checkpoint. A run that continues another one saves an
@@ -162,9 +162,6 @@ def best_file(saved: str, checkpoint: str | Path) -> Path:
     Args:
         saved: Path of the best state in a checkpoint.
         checkpoint: Path of this checkpoint, of the same run or of one that continued it.
-
-    Returns:
-        The first place that has the file; ``saved`` if none has it.
     """
     path, folder = Path(saved), Path(checkpoint).parent
     places = [folder / path.name, run_folder_of(checkpoint).parent.joinpath(*path.parts[-3:])]

@@ -27,9 +27,6 @@ def gguf_to_folder(gguf: Path) -> Path:
     Args:
         gguf: The user's file; it is not modified.
 
-    Returns:
-        ``<cache>/gguf/<name>-<key>``.
-
     Raises:
         SlzoError: The file is missing or not GGUF, or transformers cannot read it.
     """
@@ -46,15 +43,12 @@ def gguf_to_folder(gguf: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path, name: str) -> Path:
-    """Write the model and tokenizer of a GGUF file as a Hugging Face folder, in the smallest dtype that is exact.
+    """Write the model and tokenizer of a GGUF file to ``folder``, in the smallest dtype that is exact; return the folder.
 
     Args:
         gguf: The file.
         folder: Folder to create.
         name: The user's name of the model, for messages.
-
-    Returns:
-        ``folder``.
 
     Raises:
         SlzoError: transformers cannot read the file.

@@ -27,7 +27,7 @@ def last_layer_share(parts: ModelParts, batch: PackedBatch) -> float:
 def final_states(
     parts: ModelParts, batch: PackedBatch, start: int, hidden: Tensor | None, num_points: int = 1
 ) -> Tensor:
-    """Run layer ``start`` and all above; return the final states at the needed positions.
+    """Run layer ``start`` and all above; return the final states at the needed positions, shape (N, U, hidden).
 
     In the last layer, only keys and values are computed for the tokens before the first needed position of a sequence.
 
@@ -37,9 +37,6 @@ def final_states(
         start: The first layer.
         hidden: States that enter it at N points, one after the other, shape (N T, hidden); not needed for ``start == 0``.
         num_points: N.
-
-    Returns:
-        Shape (N, U, hidden).
     """
     tokens, stop = batch.repeat(num_points), parts.num_layers
     if start == stop or last_layer_share(parts, batch) == 1:
@@ -60,7 +57,9 @@ def states_at_needed(
     num_points: int = 1,
     norm: bool = True,
 ) -> Tensor:
-    """Run layers for the last tokens of each sequence, to which the others contribute keys and values.
+    """Run layers for the last tokens of each sequence; return the states at the needed positions, shape (N, U, hidden).
+
+    The other tokens contribute keys and values.
 
     Args:
         parts: A model for which :func:`can_run_last_tokens` is true.
@@ -70,9 +69,6 @@ def states_at_needed(
         hidden: States that enter the first layer at N points, one after the other, shape (N T, hidden).
         num_points: N.
         norm: Whether the final norm follows the last layer of the model.
-
-    Returns:
-        The states after the layers at the needed positions, shape (N, U, hidden).
     """
     last = batch.last_tokens
     chosen = last.repeat(num_points, batch.num_tokens)

@@ -95,7 +95,7 @@ class PrefixCache:
         keep: bool,
         max_tokens: int | None,
     ) -> Tensor:
-        """Return the states of a batch.
+        """Return the states of a batch, shape (T, hidden).
 
         Only missing examples are computed. With ``keep``, a planned example is computed together with the rest of its block.
 
@@ -104,9 +104,6 @@ class PrefixCache:
             run: Computes the states of tokens.
             keep: Whether to store the new states.
             max_tokens: Most tokens to compute at once; ``None`` for no limit. The examples must not share tokens then.
-
-        Returns:
-            The states, shape (T, hidden).
         """
         keys, device = batch.example_index, batch.input_ids.device
         if keep:

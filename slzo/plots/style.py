@@ -78,10 +78,7 @@ def svg_of(figure: Figure, name: str) -> str:
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Write ``name.png`` and ``name.svg``.
-
-    Returns:
-        The SVG as text.
+    """Write ``name.png`` and ``name.svg``; return the SVG as text.
 
     Raises:
         SlzoError: The files cannot be written.

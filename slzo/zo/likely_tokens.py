@@ -42,8 +42,7 @@ class LikelyTokens:
     def of(cls, logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Self | None:
         """Choose the likely tokens from logits without a shift, shape (U, vocabulary), which ``temperature`` divides.
 
-        Returns:
-            ``None`` if the vocabulary is small.
+        For a small vocabulary return ``None``.
         """
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:

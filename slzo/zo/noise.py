@@ -35,7 +35,7 @@ def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Ten
 
 
 def row_noise(rows: Sequence[int], counts: Sequence[int], like: Tensor, seed: int, step: int, query: int) -> Tensor:
-    """Draw standard normal noise for some rows of a training set.
+    """Draw standard normal noise for some rows of a training set, shape (P, width), float32.
 
     The noise of a row does not depend on the other rows, nor on the process or the pass that holds it.
 
@@ -46,9 +46,6 @@ def row_noise(rows: Sequence[int], counts: Sequence[int], like: Tensor, seed: in
         seed: Seed of the run.
         step: Training step.
         query: Query of the step.
-
-    Returns:
-        The noise, shape (P, width), float32.
     """
     noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     generator = torch.Generator(device=like.device)
