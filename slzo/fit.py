@@ -43,13 +43,7 @@ from slzo.training.build import (
     tune,
 )
 from slzo.training.memory_estimate import MemoryPlan
-from slzo.training.memory_plan import (
-    check_memory,
-    first_order_bytes,
-    format_memory,
-    memory_inputs,
-    with_reserved,
-)
+from slzo.training.memory_plan import check_memory, first_order_bytes, format_memory, memory_inputs
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import ChosenLayer, choose, profile_model
@@ -229,7 +223,8 @@ def _load(
         if inputs is not None:
             plan = inputs.plan()
             free = free_bytes(run.device)
-            options = with_reserved(options, inputs)
+            if options.device_map is not None:
+                options = replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))
             rank_zero_print(format_memory(inputs, free))
             check_memory(inputs, free, options.model)
         loaded = load_parts(options, run.device, run.shard_group, data.processes.broadcast)

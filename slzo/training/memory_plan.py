@@ -31,13 +31,6 @@ _GIB = 2**30
 _CLOSE = 1.1
 
 
-def with_reserved(options: TrainingOptions, inputs: MemoryInputs) -> TrainingOptions:
-    """Return the options, whose device map, if there is one, now reserves memory for all but the weights."""
-    if options.device_map is None:
-        return options
-    return replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))
-
-
 def format_memory(inputs: MemoryInputs, free: int | None) -> str:
     """Describe a plan in one line; parts of at most 2% are added up."""
     plan = inputs.plan()
