@@ -47,12 +47,7 @@ from slzo.training.memory_plan import check_memory, first_order_bytes, format_me
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import ChosenLayer, choose, profile_model
-from slzo.training.resume import (
-    agreed_settings,
-    check_environment,
-    continued_settings,
-    open_step_log,
-)
+from slzo.training.resume import agreed_settings, check_environment, continued_settings, open_step_log
 from slzo.training.run import Prepared, RunContext
 from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time

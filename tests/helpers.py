@@ -267,10 +267,7 @@ def page_code(page, name, language="python"):
 def on_tiny(code, model_dir, data_dir, changes):
     """Code of a page with the tiny model, the made-up rows and further changes."""
     rows = f'"sst2", data_dir={str(data_dir)!r}, tokenizer={str(model_dir)!r}, num_train=40, num_dev=16, num_test=12'
-    usual = {
-        '"movie_reviews", num_train=1000, num_dev=200, num_test=500': rows,
-        '"smollm2-135m"': repr(str(model_dir)),
-    }
+    usual = {'"movie_reviews", num_train=1000, num_dev=200, num_test=500': rows, '"smollm2-135m"': repr(str(model_dir))}
     for old, new in {**usual, **changes}.items():
         assert code.count(old) == 1, old
         code = code.replace(old, new)

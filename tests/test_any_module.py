@@ -56,9 +56,7 @@ def test_a_number_out_of_range_is_named(estimator, wrong):
 
 
 @pytest.mark.parametrize(
-    "estimator",
-    [SPSA(), OneSided(), FZOO(), LOZO(), EvolutionStrategy(), Backprop()],
-    ids=described,
+    "estimator", [SPSA(), OneSided(), FZOO(), LOZO(), EvolutionStrategy(), Backprop()], ids=described
 )
 def test_every_estimator_takes_a_step(estimator):
     model = cnn()

@@ -169,13 +169,7 @@ def test_a_prompt_of_the_command_line_is_a_text(prompt, capsys):
 
 
 def test_only_the_rate_of_an_optimizer_is_replaced():
-    args = [
-        "fit",
-        "--data.task=auto",
-        "--model.optimizer.momentum=auto",
-        "--trainer.accelerator=auto",
-        "--config=no",
-    ]
+    args = ["fit", "--data.task=auto", "--model.optimizer.momentum=auto", "--trainer.accelerator=auto", "--config=no"]
     assert encode_words(args) == args
     assert decode_words("a: {}\nlr: .inf\n  lr: .inf\nmax_lr: .inf\nlr: .infx\n") == (
         "a: {}\nlr: auto\n  lr: auto\nmax_lr: .inf\nlr: .infx\n"

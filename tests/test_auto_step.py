@@ -337,12 +337,7 @@ def train(tuned, loss, make, steps, **options):
 
 
 @pytest.mark.parametrize(
-    ("make", "options"),
-    [
-        (torch.optim.SGD, {}),
-        (torch.optim.SGD, {"momentum": 0.9}),
-        (torch.optim.Adam, {}),
-    ],
+    ("make", "options"), [(torch.optim.SGD, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {})]
 )
 def test_a_classifier_learns_with_measured_steps(make, options):
     model, (held_x, held_y) = cnn(), images(seed=1)

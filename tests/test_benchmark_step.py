@@ -73,10 +73,7 @@ def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [
-        (["--task=sst9"], "data.task 'sst9': unknown task"),
-        (["--task=sst2", "--data_dir=nowhere"], "data.data_dir"),
-    ],
+    [(["--task=sst9"], "data.task 'sst9': unknown task"), (["--task=sst2", "--data_dir=nowhere"], "data.data_dir")],
 )
 def test_bad_options_give_one_line(model_dir, options, expected, capsys):
     assert tool.main([f"--model={model_dir}", *options]) == 2

@@ -176,10 +176,7 @@ def test_every_row_of_the_table_is_tested():
     assert list(table()) == list(CHANGES)
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    CASES,
-)
+@pytest.mark.parametrize(("name", "number"), CASES)
 def test_a_change_has_the_outcome_of_the_table(runs, tmp_path, monkeypatch, capsys, name, number):
     folder, options, expected = runs
     here = tmp_path / "here"

@@ -125,11 +125,7 @@ def test_the_tree_names_every_folder_and_tool_and_the_files_above_them():
         assert path.name in TREE or path.name == "__init__.py", path
 
 
-@pytest.mark.parametrize(
-    "document",
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.stem)
 def test_documents_hold_figures_not_placeholders(document):
     text = document.read_text()
     variables = "OMP_NUM_THREADS OMP_WAIT_POLICY GOMP_SPINCOUNT ONEDNN_PRIMITIVE_CACHE_CAPACITY LRU_CACHE_CAPACITY"

@@ -241,10 +241,7 @@ def test_a_layer_may_be_named_in_pieces_that_are_in_one_place():
 
 @pytest.mark.parametrize(
     ("engine", "quantization", "message"),
-    [
-        (Engine(paired=False), None, "model.engine.paired false"),
-        (Engine(), "int8", "model.quantization int8"),
-    ],
+    [(Engine(paired=False), None, "model.engine.paired false"), (Engine(), "int8", "model.quantization int8")],
 )
 def test_options_that_do_not_go_together(engine, quantization, message):
     with pytest.raises(SlzoError, match=f"model.device_map 'auto': cannot be combined with {message}; leave one out"):

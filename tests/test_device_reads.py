@@ -132,10 +132,7 @@ def test_a_step_reads_its_losses_and_nothing_else(case, dtype):
 
 @pytest.mark.parametrize(
     ("queries", "more"),
-    [
-        (3, {"engine": Engine(queries_at_once=3)}),
-        (1, {"objective": CandidateCrossEntropy(class_weights=[1.0, 2.0])}),
-    ],
+    [(3, {"engine": Engine(queries_at_once=3)}), (1, {"objective": CandidateCrossEntropy(class_weights=[1.0, 2.0])})],
     ids=["queries together", "class weights"],
 )
 def test_one_read_is_enough(queries, more):

@@ -9,16 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers import (
-    cnn,
-    described,
-    error_line,
-    image_loss,
-    images,
-    slzo_error,
-    tiny_loss,
-    tuned_model,
-)
+from helpers import cnn, described, error_line, image_loss, images, slzo_error, tiny_loss, tuned_model
 
 from slzo.__main__ import main
 from slzo.batches.packing import pack
@@ -30,21 +21,9 @@ from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.training.build import auto_rate, make_stepper
 from slzo.zo.estimators import SPSA, Backprop, EstimatorContext, LayerOutputPerturbation
-from slzo.zo.objectives import (
-    AnswerF1,
-    AnswerObjective,
-    CandidateCrossEntropy,
-    CandidateErrors,
-    Reward,
-)
+from slzo.zo.objectives import AnswerF1, AnswerObjective, CandidateCrossEntropy, CandidateErrors, Reward
 from slzo.zo.processes import SINGLE_PROCESS
-from slzo.zo.scopes import (
-    AllParameters,
-    LayerScope,
-    LoRA,
-    PrefixTuning,
-    SmallestWeights,
-)
+from slzo.zo.scopes import AllParameters, LayerScope, LoRA, PrefixTuning, SmallestWeights
 from slzo.zo.stepper import StepOptions, Stepper
 
 pytestmark = pytest.mark.fast

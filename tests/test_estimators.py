@@ -4,27 +4,10 @@ from weakref import ref
 
 import pytest
 import torch
-from helpers import (
-    LossAt,
-    Quadratic,
-    autograd_gradient,
-    described,
-    estimate,
-    flat,
-    plain_losses,
-    tiny_loss,
-)
+from helpers import LossAt, Quadratic, autograd_gradient, described, estimate, flat, plain_losses, tiny_loss
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import (
-    FZOO,
-    LOZO,
-    SPSA,
-    Backprop,
-    EstimatorContext,
-    EvolutionStrategy,
-    OneSided,
-)
+from slzo.zo.estimators import FZOO, LOZO, SPSA, Backprop, EstimatorContext, EvolutionStrategy, OneSided
 from slzo.zo.noise import rademacher
 from slzo.zo.scopes import AllParameters, LayerScope, RandomLayers
 from slzo.zo.tuned import TunedTensors
@@ -126,11 +109,7 @@ def variance(problem, estimator, steps=1500, **settings):
 
 @pytest.mark.parametrize(
     ("estimator", "queries", "expected"),
-    [
-        (SPSA(), 1, D + 1),
-        (SPSA(), 4, (D + 1) / 4),
-        (OneSided(), 1, D + 1),
-    ],
+    [(SPSA(), 1, D + 1), (SPSA(), 4, (D + 1) / 4), (OneSided(), 1, D + 1)],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
 def test_variances_are_those_of_theory(estimator, queries, expected):

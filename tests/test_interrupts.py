@@ -145,7 +145,7 @@ def test_a_resume_after_a_signal_leaves_no_trace(run, whole, interval, place, st
                 ("on_before_optimizer_step", 8),
                 ("on_validation_batch_start", 7),
             ]
-        ),
+        )
     ],
 )
 def test_validations_by_epochs(run, whole, more, place, step):

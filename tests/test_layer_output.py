@@ -43,18 +43,10 @@ from slzo.zo.layer_output import LayerOutput
 from slzo.zo.layers_above import layers_vjp
 from slzo.zo.loss import OutputGradient
 from slzo.zo.noise import row_noise
-from slzo.zo.objectives import (
-    AnswerLikelihood,
-    CandidateCrossEntropy,
-)
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
 from slzo.zo.processes import Partition, identity
-from slzo.zo.scopes import (
-    ActivationSubspace,
-    LayerScope,
-    LoRA,
-    OutlierChannels,
-)
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.tuned_tensor import Masked, Subspace
 from tiny import VOCABULARY
 

@@ -155,12 +155,7 @@ class OwnScores(CandidateCrossEntropy):
 
 @pytest.mark.parametrize(
     ("objective", "temperature"),
-    [
-        (AnswerLikelihood(), 1.0),
-        (CandidateCrossEntropy(), 1.0),
-        (OwnScores(), 1.0),
-        (OwnLogits(), None),
-    ],
+    [(AnswerLikelihood(), 1.0), (CandidateCrossEntropy(), 1.0), (OwnScores(), 1.0), (OwnLogits(), None)],
     ids=lambda value: type(value).__name__,
 )
 def test_losses_say_whether_they_read_logits_themselves(objective, temperature, examples):

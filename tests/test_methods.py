@@ -208,11 +208,7 @@ def test_adam_without_memory_follows_signs():
 
 @pytest.mark.parametrize(
     ("kind", "options", "copies"),
-    [
-        (torch.optim.SGD, {}, 0),
-        (torch.optim.SGD, {"momentum": 0.9}, 1),
-        (torch.optim.Adam, {}, 2),
-    ],
+    [(torch.optim.SGD, {}, 0), (torch.optim.SGD, {"momentum": 0.9}, 1), (torch.optim.Adam, {}, 2)],
 )
 def test_optimizer_state_is_counted(kind, options, copies):
     assert OptimizerOptions.of(partial(kind, **options)).state_copies == copies

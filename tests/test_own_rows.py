@@ -484,10 +484,7 @@ def test_a_setup_that_failed_is_tried_again(tmp_path):
 
     task = {"answer_field": "label", "train_file": path}
     for rows, message in (
-        (
-            TaskData(template(train_file=path), num_demonstrations=99, seed=0),
-            "data.num_demonstrations 99: only",
-        ),
+        (TaskData(template(train_file=path), num_demonstrations=99, seed=0), "data.num_demonstrations 99: only"),
         (TaskData(TemplateTask("{text} is", **task), reward=needs, seed=0), "judged"),
     ):
         for _ in range(2):

@@ -11,10 +11,7 @@ from paper_tables.config import check_options, read_table
 TABLES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "methods" in yaml.safe_load(path.read_text())]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.slow, id=p.stem) for p in TABLES],
-)
+@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow, id=p.stem) for p in TABLES])
 def test_shipped_table_configs_parse(path):
     table = read_table(path)
     check_options(table, list(table.methods))

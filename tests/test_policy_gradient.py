@@ -178,8 +178,7 @@ def test_only_rows_whose_answers_differ_are_run(kept):
 
 @fast
 @pytest.mark.parametrize(
-    ("layer", "max_tokens", "packed"),
-    [(0, None, True), (2, None, True), (2, 15, True), (2, 15, False)],
+    ("layer", "max_tokens", "packed"), [(0, None, True), (2, None, True), (2, 15, True), (2, 15, False)]
 )
 def test_the_exact_gradient_is_that_of_plain_passes(layer, max_tokens, packed):
     stepper, rows = stepper_of(Letters(), layer, packed=packed), rows_of()

@@ -848,10 +848,7 @@ def fit(data_dir, model_dir, **options):
     """A short training; the trainer and the rows."""
     trainer = ZOTrainer(**{"max_steps": 2, "val_check_interval": 1, **QUIET, **options})
     data = rows(data_dir)
-    trainer.fit(
-        ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=torch.optim.SGD, eps=1e-3),
-        datamodule=data,
-    )
+    trainer.fit(ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=torch.optim.SGD, eps=1e-3), datamodule=data)
     return trainer, data
 
 
@@ -1108,12 +1105,7 @@ def test_a_step_logs_all_its_values_where_they_are_read(end, model_dir, data_dir
     """Every third step, before validations, and at the last step, whatever ends the training."""
     ends = Ends(end)
     trainer = ZOTrainer(
-        max_steps=9,
-        val_check_interval=5,
-        log_every_n_steps=3,
-        logger=CSVLogger("own"),
-        callbacks=[ends],
-        **QUIET,
+        max_steps=9, val_check_interval=5, log_every_n_steps=3, logger=CSVLogger("own"), callbacks=[ends], **QUIET
     )
     module = ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
     trainer.fit(module, datamodule=rows(data_dir))

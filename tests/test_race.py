@@ -247,8 +247,7 @@ def test_the_training_is_as_long_as_its_first_limit(limits, steps):
 
 
 @pytest.mark.parametrize(
-    ("processes", "steps"),
-    [(Processes(2), 7), (Processes(3), 5), (Processes(8, directions=8), 13)],
+    ("processes", "steps"), [(Processes(2), 7), (Processes(3), 5), (Processes(8, directions=8), 13)]
 )
 def test_an_epoch_of_several_processes_is_shorter(processes, steps):
     trainer = SimpleNamespace(max_steps=-1, max_epochs=1, limit_train_batches=1.0)

@@ -7,16 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import (
-    FakeTrials,
-    error_line,
-    last_checkpoint,
-    layer_statistics,
-    run_dir,
-    same_tensors,
-    summary,
-    tuned,
-)
+from helpers import FakeTrials, error_line, last_checkpoint, layer_statistics, run_dir, same_tensors, summary, tuned
 
 from slzo.__main__ import main
 from slzo.callbacks import time_limit
@@ -358,8 +349,7 @@ def test_a_race_is_part_of_the_time():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("seconds", "limit", "steps"),
-    [(900.0, 160, 160), (20.0, 160, 144), (20.0, -1, 144), (900.0, -1, 6480)],
+    ("seconds", "limit", "steps"), [(900.0, 160, 160), (20.0, 160, 144), (20.0, -1, 144), (900.0, -1, 6480)]
 )
 def test_steps_that_all_fit_next_to_a_race_are_planned_as_without_a_limit_of_time(seconds, limit, steps):
     """Steps of 0.1 s; the race takes a fifth of the time, and a tenth is left over."""
@@ -370,11 +360,7 @@ def test_steps_that_all_fit_next_to_a_race_are_planned_as_without_a_limit_of_tim
 
 def test_a_race_plans_with_the_steps_that_the_time_allows(options, measured, capsys):
     measured(step=100.0, rows_per_step=8)
-    race = [
-        "--profiler.rule=Race",
-        "--profiler.rule.share=3",
-        "--model.optimizer.lr=auto",
-    ]
+    race = ["--profiler.rule=Race", "--profiler.rule.share=3", "--model.optimizer.lr=auto"]
     timed = ["--trainer.max_steps=-1", "--trainer.max_time.seconds=8888"]  # 79 steps, of which the race takes 3/4
     assert main(["profile", *options, *race, *timed]) == 0
     first = capsys.readouterr().out

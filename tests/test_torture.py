@@ -18,13 +18,7 @@ def test_nothing_is_lost(tmp_path):
     trials = 30
     result = tmp_path / "outcomes.json"
     # a process of its own: it forks, and other tests have started threads
-    command = [
-        sys.executable,
-        "tools/torture.py",
-        f"--trials={trials}",
-        "--seed=1",
-        f"--json={result}",
-    ]
+    command = [sys.executable, "tools/torture.py", f"--trials={trials}", "--seed=1", f"--json={result}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

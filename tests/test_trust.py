@@ -153,11 +153,7 @@ def test_a_run_with_own_code_is_used_with_its_config(own_task, capsys):
     Path("ran").unlink()
     del sys.modules["trusted_task"]
     config = str(run_dir() / "config.yaml")
-    for command in (
-        "test --ckpt_path last",
-        f"predict --ckpt_path {last_checkpoint()}",
-        f"replay --run {run_dir()}",
-    ):
+    for command in ("test --ckpt_path last", f"predict --ckpt_path {last_checkpoint()}", f"replay --run {run_dir()}"):
         line = error_line(capsys, *shlex.split(command))
         assert f"data.task 'trusted_task.Own' in {config!r}: would run code" in line
         assert line.endswith(f"if you trust it, give --config {config}")

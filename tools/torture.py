@@ -80,11 +80,7 @@ class Scenario:
     counts_steps = False
 
     def __init__(
-        self,
-        options: Sequence[str],
-        more: Sequence[str] = (),
-        faults: tuple[int, int] = (1, 3),
-        repeats: int = _EVERY,
+        self, options: Sequence[str], more: Sequence[str] = (), faults: tuple[int, int] = (1, 3), repeats: int = _EVERY
     ) -> None:
         self.options, self.faults, self.repeats = [*options, *more], faults, repeats
 

@@ -5,10 +5,7 @@ from itertools import pairwise, takewhile
 
 
 def chunk_by_tokens(
-    lengths: Sequence[int],
-    max_tokens: int | None,
-    max_rows: int | None = None,
-    shared: Sequence[int] | None = None,
+    lengths: Sequence[int], max_tokens: int | None, max_rows: int | None = None, shared: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Cut sequences, in order, into chunks of limited size; return the numbers of the sequences in each; ``None`` is no limit.
 

@@ -18,12 +18,7 @@ from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_values
 from slzo.cli.given import parents
-from slzo.cli.parser import (
-    CommandParser,
-    add_command_arguments,
-    command_function,
-    read_given,
-)
+from slzo.cli.parser import CommandParser, add_command_arguments, command_function, read_given
 from slzo.cli.run_config import with_run_config
 from slzo.commands.registry import Command
 from slzo.datamodule import TaskDataModule

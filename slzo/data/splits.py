@@ -241,11 +241,7 @@ def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) 
 
 
 def _without_repeats(
-    pool: Sequence[Example],
-    others: Sequence[Example],
-    notes: list[str],
-    name: str = "training",
-    other: str = "test",
+    pool: Sequence[Example], others: Sequence[Example], notes: list[str], name: str = "training", other: str = "test"
 ) -> list[Example]:
     """Drop rows that are also in another split, and all but the first row of those with one :attr:`Example.content`."""
     other_ids = {example.id for example in others}

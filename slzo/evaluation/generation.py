@@ -59,10 +59,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, stop
 
 
 def answer_text(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    stop: Sequence[str] = ("\n",),
-    lead: tuple[int, ...] = (),
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str] = ("\n",), lead: tuple[int, ...] = ()
 ) -> str:
     """Decode generated tokens without a ``lead`` and return the text before the first stop text, stripped."""
     text = str(tokenizer.decode(list(_without_lead(ids, lead)), skip_special_tokens=True))

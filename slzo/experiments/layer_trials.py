@@ -120,12 +120,7 @@ class LayerTrials(Trials):
     ) -> tuple[Trial, PrefixCache | None]:
         """See :meth:`slzo.zo.trial.Trials.train`."""
         trial = self.run(
-            layer,
-            steps=steps,
-            seed=self.options.noise_seed,
-            dev_rows=dev_rows,
-            num_batches=num_batches,
-            checks=checks,
+            layer, steps=steps, seed=self.options.noise_seed, dev_rows=dev_rows, num_batches=num_batches, checks=checks
         )
         return trial, self._cache
 

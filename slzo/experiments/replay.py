@@ -24,12 +24,7 @@ from slzo.zo.stepper import Stepper
 
 
 def replay_run(
-    options: TrainingOptions,
-    data: TaskData,
-    run: str,
-    steps: int | None,
-    output: str | None,
-    device: torch.device,
+    options: TrainingOptions, data: TaskData, run: str, steps: int | None, output: str | None, device: torch.device
 ) -> None:
     """Take the first steps of a run again with the losses of its log, and write a checkpoint.
 

@@ -133,11 +133,7 @@ class SweepResult:
         return f"{in_steps} {self._at(curves, lambda score: score.seconds, self.plan.seconds, 's')}{note}"
 
     def _at(
-        self,
-        curves: Mapping[int, Sequence[Sequence[Score]]],
-        place: Callable[[Score], float],
-        length: float,
-        unit: str,
+        self, curves: Mapping[int, Sequence[Sequence[Score]]], place: Callable[[Score], float], length: float, unit: str
     ) -> str:
         """Return a sentence on the lowest loss that each layer has reached within the same steps or time."""
         losses = {

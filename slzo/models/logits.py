@@ -49,13 +49,7 @@ def final_states(
 
 
 def states_at_needed(
-    parts: ModelParts,
-    batch: PackedBatch,
-    start: int,
-    stop: int,
-    hidden: Tensor,
-    num_points: int = 1,
-    norm: bool = True,
+    parts: ModelParts, batch: PackedBatch, start: int, stop: int, hidden: Tensor, num_points: int = 1, norm: bool = True
 ) -> Tensor:
     """Run layers for the last tokens of each sequence; return the states at the needed positions, shape (N, U, hidden).
 

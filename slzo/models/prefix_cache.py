@@ -34,11 +34,7 @@ class PrefixCache:
     """
 
     def __init__(
-        self,
-        start: int,
-        budget_gb: float,
-        directory: str | None = None,
-        primary: "PrefixCache | None" = None,
+        self, start: int, budget_gb: float, directory: str | None = None, primary: "PrefixCache | None" = None
     ) -> None:
         self.start = start
         self.budget = int(budget_gb * 2**30)
@@ -89,11 +85,7 @@ class PrefixCache:
         return self.budget - (0 if self.primary is None else max(self.primary.num_bytes, self.primary._planned))
 
     def get_or_compute(
-        self,
-        batch: PackedBatch,
-        run: Callable[[TokenBatch], Tensor],
-        keep: bool,
-        max_tokens: int | None,
+        self, batch: PackedBatch, run: Callable[[TokenBatch], Tensor], keep: bool, max_tokens: int | None
     ) -> Tensor:
         """Return the states of a batch, shape (T, hidden).
 

@@ -50,10 +50,7 @@ def _known(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
 
 
 def sweep_curves_plot(
-    curves: Mapping[int, Sequence[Mapping[str, Any]]],
-    title: str,
-    chosen: int | None,
-    loss: str = "dev loss",
+    curves: Mapping[int, Sequence[Mapping[str, Any]]], title: str, chosen: int | None, loss: str = "dev loss"
 ) -> Figure:
     """Draw the dev loss of each trained layer over steps and over seconds; the chosen layer's lines are thicker.
 

@@ -67,10 +67,7 @@ def first_order(options: TrainingOptions, data: TaskData) -> TrainingOptions | N
         return None
     try:
         changed = replace(
-            options,
-            estimator=Backprop(),
-            optimizer=OptimizerOptions.of(default_optimizer(False)),
-            step=StepOptions(),
+            options, estimator=Backprop(), optimizer=OptimizerOptions.of(default_optimizer(False)), step=StepOptions()
         )
         changed.check_objective(data.objective)
     except SlzoError:

@@ -13,16 +13,7 @@ import torch
 
 from slzo.utils.slurm import job_id
 
-_PACKAGES = (
-    "lightning",
-    "transformers",
-    "datasets",
-    "torchmetrics",
-    "jsonargparse",
-    "peft",
-    "tokenizers",
-    "numpy",
-)
+_PACKAGES = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse", "peft", "tokenizers", "numpy")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES")
 
 

@@ -95,11 +95,7 @@ class PolicyLoss(LogitLoss):
 
 
 def policy_batch(
-    rows: Sequence[Row],
-    answers: Sequence[Answer],
-    losses: Sequence[float],
-    temperature: float,
-    device: torch.device,
+    rows: Sequence[Row], answers: Sequence[Answer], losses: Sequence[float], temperature: float, device: torch.device
 ) -> tuple[PackedBatch, PolicyLoss, list[int]]:
     """Pack sampled answers with their advantages.
 

@@ -72,11 +72,7 @@ TASKS: Mapping[str, tuple[Any, str, str | None]] = {
         None,
     ),
     "rouge": ("rouge", "Text: {text}\nIn short:", "short"),
-    "sum": (
-        f"{_OWN}:right_sum",
-        'Question: 2 + 5\nJSON: {{"sum": 7}}\nQuestion: {first} + {second}\nJSON:',
-        "total",
-    ),
+    "sum": (f"{_OWN}:right_sum", 'Question: 2 + 5\nJSON: {{"sum": 7}}\nQuestion: {first} + {second}\nJSON:', "total"),
 }
 
 

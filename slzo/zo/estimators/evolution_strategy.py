@@ -47,12 +47,7 @@ class EvolutionStrategy(Estimator):
 
     normalizes = True
 
-    def __init__(
-        self,
-        shaping: Shaping = "zscore",
-        antithetic: bool = True,
-        direction_rank: int | None = None,
-    ) -> None:
+    def __init__(self, shaping: Shaping = "zscore", antithetic: bool = True, direction_rank: int | None = None) -> None:
         check_choice("model.estimator.shaping", shaping, Shaping)
         check_at_least("model.estimator.direction_rank", direction_rank, advice="leave it out for full rank")
         self.shaping = shaping

@@ -73,12 +73,7 @@ class LayerOutputPerturbation(Estimator):
 
     perturbs = "output"
 
-    def __init__(
-        self,
-        queries: int | None = None,
-        scale: float = _SCALE,
-        tokens: int | None = None,
-    ) -> None:
+    def __init__(self, queries: int | None = None, scale: float = _SCALE, tokens: int | None = None) -> None:
         check_at_least("model.estimator.queries", queries)
         if not 0 < scale < math.inf:
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")

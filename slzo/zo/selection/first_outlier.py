@@ -5,15 +5,7 @@ from collections.abc import Sequence
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics, format_figure
-from slzo.zo.selection.base import (
-    Choice,
-    Margin,
-    SelectionContext,
-    SelectionRule,
-    largest,
-    smallest,
-    threshold_margin,
-)
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, largest, smallest, threshold_margin
 
 
 class FirstOutlierLayer(SelectionRule):
