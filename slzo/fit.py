@@ -468,6 +468,7 @@ def _run_facts(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: 
         outcome=outcome,
         figures=figures,
         processes=data.processes.world_size,
+        epochs=outcome.steps / len(data.sampler()),
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,

@@ -215,6 +215,11 @@ def test_the_next_command_fits_the_case(change, dev, expected):
     assert re.match(expected, next_command(change, dev, FACTS))
 
 
+def test_a_dev_loss_that_rises_after_many_epochs_is_no_matter_of_the_rate_alone():
+    found = next_command(FELL, losses(0.6, 0.9), replace(FACTS, epochs=80.0))
+    assert found.startswith(f"{SEARCH}each training row was used 80 times")
+
+
 def test_what_cannot_be_done_again_is_not_suggested():
     assert "max_steps" not in next_command(
         WITHIN, losses(0.6, 0.5), replace(FACTS, scheduled=True)

@@ -5,14 +5,16 @@ import shlex
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import DevLoss, ScoreChange
 
+_MANY_EPOCHS = 5.0
+
 
 def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFacts) -> str:
     """Return the command to try, or for a run in Python the argument, with the reason after a #.
 
-    The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
-    small. A reward that never changed may be unable to tell the answers apart. If the dev loss fell but the score clearly became
-    worse, another layer may generalize better. If the dev loss was lowest at the end, more steps may help. If the score improved
-    within two standard errors, more held-out rows may show it.
+    The first case that applies decides. If the dev loss rose, the model may have memorized training rows that it saw often, or
+    the learning rate may be too large; if it hardly changed, too small. A reward that never changed may be unable to tell the
+    answers apart. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss
+    was lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
     """
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     output = () if run.folder is None else ("--output", f"{run.folder}/rates")
@@ -21,6 +23,11 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if losses is None:
         needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
         return f"{search}  # too few validations to find the reason: try other learning rates{needs}"
+    if losses.rose and run.epochs >= _MANY_EPOCHS:
+        return (
+            f"{search}  # each training row was used {run.epochs:.0f} times: the model may have memorized them; give more rows "
+            "(data.num_train), or try other learning rates"
+        )
     if losses.rose:
         return f"{search}  # the learning rate may be too large"
     best = run.outcome.best

@@ -42,6 +42,7 @@ class RunFacts:
         outcome: Results of the training.
         figures: Facts that ``summary.json`` repeats, by their names there; primitives only.
         processes: Number of processes.
+        epochs: How often each training row was used, on average.
         layer: Dominant layer; ``None`` if the scope needs none.
         scheduled: Whether a scheduler changes the learning rate.
         metric: The metric of the run.
@@ -59,6 +60,7 @@ class RunFacts:
     outcome: FitOutcome
     figures: Mapping[str, Any]
     processes: int
+    epochs: float
     layer: int | None
     scheduled: bool
     metric: SelectionMetric
