@@ -141,7 +141,7 @@ def shifted_scores(model, layer, example, shifts):
 @pytest.mark.parametrize("layer", [1, 3])
 @each_family
 def test_losses_at_a_shifted_output(family, layer, objective, examples):
-    """Those of the rows, or, if the loss is a sum over tokens of answers, those of the token after each position."""
+    """Those of the tokens after each position; a loss of the candidates' scores is taken to first order in these."""
     model = tiny_model(family, scale=1.5, attn_implementation="eager")
     parts, batch = ModelParts(tiny_model(family, scale=1.5), onednn=False), pack(examples)
     output, _ = layer_output(parts, layer, batch, objective)
@@ -149,24 +149,25 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
     shifts = 0.3 * torch.randn(3, len(batch.logit_positions), output.width)
     losses = output.losses(shifts)
     assert torch.equal(output.applied(shifts), shifts)
-    of_tokens = isinstance(objective, AnswerLikelihood)
     ends = torch.tensor(batch.example_tokens).cumsum(0)
     rows = torch.searchsorted(ends, batch.logit_positions, right=True)
     assert output.counts == tuple(torch.bincount(rows).tolist())
-    assert torch.equal(output.term, torch.arange(len(rows)) if of_tokens else rows)
-    assert losses.shape == (3, output.num_terms) == (3, len(rows) if of_tokens else len(examples))
+    assert torch.equal(output.term, torch.arange(len(rows)))
+    assert losses.shape == (3, output.num_terms) == (3, len(rows))
     where = {int(position): number for number, position in enumerate(batch.logit_positions)}
     for number in range(3):
         expected, sequences = torch.zeros(output.num_terms), iter(sequences_of(batch))
-        for row, example in enumerate(examples):
+        for example in examples:
             own = [[where[p] for p in next(sequences)[-sequence.num_answer :]] for sequence in example.sequences]
             shift = [shifts[number][numbers] for numbers in own]
             scores, gold = shifted_scores(model, f"{parts.layers_path}.{layer}", example, shift), example.gold[0]
-            if of_tokens:
-                expected[own[gold]] = -scores[gold].float()
-            else:
-                means = torch.stack([tokens.mean() for tokens in scores])
-                expected[row] = F.cross_entropy(means[None], torch.tensor([gold]))
+            slopes = -F.one_hot(torch.tensor(gold), len(own)).float()
+            if isinstance(objective, CandidateCrossEntropy):
+                unshifted = plain_scores(model, example)
+                slopes += torch.stack([tokens.mean() for tokens in unshifted]).softmax(0)
+                slopes /= torch.tensor([len(numbers) for numbers in own])
+            for numbers, slope, tokens in zip(own, slopes, scores, strict=True):
+                expected.index_add_(0, torch.tensor(numbers), slope * tokens.float())
         torch.testing.assert_close(losses[number], expected, rtol=2e-4, atol=2e-4)
 
 
@@ -404,7 +405,7 @@ class Linear(LayerOutput):
     """
 
     keys, counts, width, num_layers_above, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, 3, False
-    shifts_all_tokens = False
+    compares_candidates = False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
     def __init__(self, step=0.0, points_at_once=100, per_token=False):
@@ -452,7 +453,7 @@ def test_the_estimate_is_the_formula(rounding, at_once, calls, per_token):
 @pytest.mark.parametrize(("above", "queries"), [(0, 4), (1, 4), (2, 8), (4, 16), (20, 16)])
 def test_candidates_near_the_end_of_the_model_take_fewer_queries(above, queries):
     class WithDirection(Linear):
-        num_layers_above, shifts_all_tokens = above, True
+        num_layers_above, compares_candidates = above, True
 
         def token_shifts(self, number, change):
             return torch.ones(1, 6, 4)
@@ -460,11 +461,11 @@ def test_candidates_near_the_end_of_the_model_take_fewer_queries(above, queries)
     output = WithDirection()
     estimate_of_output(output)
     assert sum(output.calls) == 2 * (1 + queries)
-    output.shifts_all_tokens, output.calls = False, []
+    output.compares_candidates, output.calls = False, []
     estimate_of_output(output)
     assert sum(output.calls) == 2 * (1 + 16)
     noise_alone = Linear()
-    noise_alone.num_layers_above, noise_alone.shifts_all_tokens = above, True
+    noise_alone.num_layers_above, noise_alone.compares_candidates = above, True
     estimate_of_output(noise_alone)
     assert sum(noise_alone.calls) == 2 * 16
 
@@ -588,10 +589,10 @@ def test_a_batch_in_parts_has_the_same_estimate(objective, layer, examples, monk
 @pytest.mark.parametrize("queries", [1, 6, 40])
 @pytest.mark.parametrize("number", [2, 3])
 def test_processes_divide_the_points(number, queries, objective, examples):
-    model, num_terms = tuned_model(), len(examples)
-    if objective.only_gold:  # as in training; then every position has a loss of its own
+    model = tuned_model()
+    if objective.only_gold:  # as in training
         examples = [EncodedExample(row.index, (row.sequences[row.gold[0]],), (0,)) for row in examples]
-        num_terms = sum(row.sequences[0].num_answer for row in examples)
+    num_terms = len(pack(examples).logit_positions)
     whole = estimate_at(model, batch_loss(model, examples, objective), queries=queries)
 
     def run(processes):
@@ -667,7 +668,7 @@ class OfRows(AnswerLikelihood):
     ("rows", "objective", "given", "queries"),
     [
         ("one_token_examples", CandidateCrossEntropy(), {}, 16),
-        ("examples", CandidateCrossEntropy(), {}, 4),
+        ("examples", CandidateCrossEntropy(), {}, 1),
         ("one_token_examples", AnswerLikelihood(), {}, 1),
         ("examples", AnswerLikelihood(), {}, 1),
         ("examples", OfRows(), {}, 4),
@@ -694,16 +695,16 @@ def test_all_parts_of_a_batch_take_as_many_queries(examples, monkeypatch):
     """Also rows of one token alone, whose positions are as many as the rows."""
     model, evaluated, losses = tuned_model(), {}, PackedLayerOutput.losses
     loss = batch_loss(model, examples, max_tokens=1)
-    expected = estimate_at(model, loss, queries=4)
+    expected = estimate_at(model, loss, queries=1)
 
     def noted(self, shifts):
-        assert not self.per_token
+        assert self.per_token
         evaluated[self.keys] = evaluated.get(self.keys, 0) + len(shifts)
         return losses(self, shifts)
 
     monkeypatch.setattr(PackedLayerOutput, "losses", noted)
     assert same_tensors(estimate_at(model, loss).gradient, expected.gradient)
-    assert evaluated == {(example.index,): 2 * 4 for example in examples}
+    assert evaluated == {(example.index,): 2 for example in examples}
 
 
 def test_an_estimate_leaves_nothing_behind(examples):

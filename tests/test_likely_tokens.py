@@ -120,8 +120,8 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
             moved = hidden.clone()
             moved[batch.logit_positions] += shift
             logits = torch.where(is_likely, parts.head(final_states(parts, batch, stop, moved)[0]), base)
-            own = objective.row_losses(logits[None], batch, False)
-            expected.append(own.by_position if output.per_token else own.totals)
+            own = output._unshifted.objective.row_losses(logits[None], batch, False)
+            expected.append(own.by_position)
         outputs.append((output.losses(shifts), torch.cat(expected)))
         return torch.zeros(len(output.size), output.width), len(shifts)
 

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import RowLosses
+from slzo.batches.losses import RowLosses, check_positions
 from slzo.batches.packing import pack
 from slzo.models.logits import needed_logits
 from slzo.zo.estimators import EstimatorContext, LayerOutputPerturbation, Point
@@ -128,6 +128,38 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
         torch.testing.assert_close(torch.stack([totals, weights.expand_as(totals)], dim=-1), expected)
         for point, own in zip(given, expected, strict=True):
             torch.testing.assert_close(objective.row_losses(point, batch, selected).sum(), own.sum(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("objective", "answers"),
+    [case for case in CASES if isinstance(case[0], CandidateObjective) and case[0].differentiable],
+    ids=lambda value: value if isinstance(value, str) else value.describe(),
+)
+def test_a_loss_of_scores_is_to_first_order_a_sum_over_positions(objective, answers):
+    batch = pack(random_rows(answers, odd=objective in BUILT_IN))
+    logits = random_logits(batch)[0].requires_grad_()
+    losses = objective.row_losses(logits[None], batch, False)
+    (expected,) = torch.autograd.grad(losses.totals.sum(), logits)
+    found = objective.linearized(logits.detach(), batch).row_losses(logits[None], batch, False)
+    check_positions(objective, found, batch)
+    assert torch.equal(found.weights, losses.weights)
+    for total in (found.totals, found.by_position):
+        (own,) = torch.autograd.grad(total.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(own, expected)
+
+
+class Halved(CandidateCrossEntropy):
+    """A user's objective that changes the losses of its base class."""
+
+    def row_losses(self, logits, batch, selected):
+        losses = super().row_losses(logits, batch, selected)
+        return losses._replace(totals=losses.totals / 2)
+
+
+@pytest.mark.parametrize("objective", [CandidateErrors(), Halved(), AnswerLikelihood(), Certainty()], ids=described)
+def test_other_losses_are_not_taken_to_first_order(objective):
+    batch = pack(random_rows("several tokens", odd=False))
+    assert objective.linearized(random_logits(batch)[0], batch) is None
 
 
 @pytest.mark.parametrize("answers", ANSWERS)

@@ -55,6 +55,15 @@ class LogitLoss(ABC):
             selected: Whether only the logits of ``batch.choice_ids`` are given.
         """
 
+    def linearized(self, logits: Tensor, batch: PackedBatch) -> "LogitLoss | None":
+        """Return a sum over positions whose derivative at these logits is that of the loss; ``None`` if there is none.
+
+        Args:
+            logits: Logits of the whole vocabulary, float32, shape (U, vocabulary).
+            batch: The batch.
+        """
+        return None
+
 
 def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
     """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
@@ -137,3 +146,22 @@ def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
         sum_by_position(tokens, batch),
         likelihood_temperature=1.0,
     )
+
+
+class WeightedLikelihood(LogitLoss):
+    """A weighted sum of the candidates' scores: a loss of these scores to first order.
+
+    Args:
+        slopes: Derivative of the total loss with respect to the score of each candidate, shape (C,), float32.
+        weights: Weight of each example, shape (B,), float32.
+    """
+
+    def __init__(self, slopes: Tensor, weights: Tensor) -> None:
+        self._slopes, self._weights = slopes, weights
+
+    def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        """See :meth:`LogitLoss.row_losses`; the total of each example is its weighted sum of scores."""
+        of_token = (self._slopes / batch.candidate_length)[batch.token_candidate]
+        tokens = token_log_likelihoods(logits, batch) * of_token
+        by_position = sum_by_position(tokens, batch)
+        return RowLosses(sum_by_example(tokens, batch), self._weights, by_position, likelihood_temperature=1.0)

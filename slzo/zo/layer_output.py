@@ -18,7 +18,7 @@ class LayerOutput(ABC):
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
         num_layers_above: Number of layers above the tuned one.
-        shifts_all_tokens: Whether :meth:`token_shifts` has directions of all tokens that the loss depends on.
+        compares_candidates: Whether the loss is one of the scores of candidates, all of which are computed at each point.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
     """
@@ -30,7 +30,7 @@ class LayerOutput(ABC):
     size: Tensor
     width: int
     num_layers_above: int
-    shifts_all_tokens: bool
+    compares_candidates: bool
     whole_vocabulary: bool
     points_at_once: int
 

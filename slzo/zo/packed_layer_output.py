@@ -83,11 +83,12 @@ class PackedLayerOutput(LayerOutput):
         if unshifted.whole_vocabulary and upper is not forward.parts:  # in float32 it would take a copy of the head
             unshifted = _run_unshifted(forward.parts, start, batch, output, objective)
         found, output = unshifted.losses, unshifted.output
-        per_token = not unshifted.selected and found.by_position is not None
-        if per_token and checks:
+        if checks and not unshifted.selected:
             check_positions(objective, found, batch)
+        is_linear = unshifted.objective is not objective
+        per_token = is_linear or (found.by_position is not None and not unshifted.selected)
 
-        self._forward, self._batch, self._objective, self._unshifted = forward, batch, objective, unshifted
+        self._forward, self._batch, self._unshifted = forward, batch, unshifted
         width = output.shape[1] - forward.parts.extra_columns(start)
         self._here = here = output[batch.logit_positions, :width]
         self.sums = found.sum()
@@ -96,7 +97,7 @@ class PackedLayerOutput(LayerOutput):
         self.per_token = per_token
         self.term = torch.arange(len(batch.logit_positions), device=output.device) if per_token else batch.logit_example
         self.num_layers_above = unshifted.parts.num_layers - forward.span.stop
-        self.shifts_all_tokens = unshifted.selected
+        self.compares_candidates = unshifted.selected or is_linear
         self.whole_vocabulary = unshifted.whole_vocabulary
         self.points_at_once = unshifted.points_at_once(batch, max_tokens)
 
@@ -142,7 +143,7 @@ class PackedLayerOutput(LayerOutput):
     def _row_losses(self, logits: Tensor) -> RowLosses:
         unshifted = self._unshifted
         batch = self._batch if unshifted.likely is None else unshifted.likely.batch
-        return checked_row_losses(self._objective, logits, batch, unshifted.selected)
+        return checked_row_losses(unshifted.objective, logits, batch, unshifted.selected)
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
@@ -164,6 +165,7 @@ class _Unshifted(NamedTuple):
         logit_index: Places of the positions with logits among the tokens that run at each point, shape (U,).
         logits: Logits at these positions, shape (U, K or vocabulary), float32.
         losses: Losses of the rows.
+        objective: The loss at the points, up to a constant: to first order where that is a sum over positions.
         selected: Whether only logits of the candidates' tokens are computed.
         likely: Likely tokens, whose logits are computed at each point; ``None`` for the candidates or the whole vocabulary.
     """
@@ -174,6 +176,7 @@ class _Unshifted(NamedTuple):
     logit_index: Tensor
     logits: Tensor
     losses: RowLosses
+    objective: LogitLoss
     selected: bool
     likely: LikelyTokens | None
 
@@ -201,10 +204,11 @@ def _run_unshifted(
     selected = not objective.needs_vocabulary(batch)
     logits = parts.head(above.final[needed], batch.choice_ids if selected else None)
     losses = checked_row_losses(objective, logits[None], batch, selected)
+    linear = None if selected or losses.by_position is not None else objective.linearized(logits, batch)
     likely = None
     if not selected and losses.likelihood_temperature is not None:
         likely = LikelyTokens.of(logits, batch, losses.likelihood_temperature)
-    return _Unshifted(parts, output, above, needed, logits, losses, selected, likely)
+    return _Unshifted(parts, output, above, needed, logits, losses, linear or objective, selected, likely)
 
 
 def _size_of_added(entered: Tensor, output: Tensor) -> Tensor:

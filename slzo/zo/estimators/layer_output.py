@@ -14,9 +14,10 @@ from slzo.zo.noise import row_noise
 
 _SCALE = 0.05
 # Noise alone: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps (SmolLM2-135M, layer 28). The fewer
-# layers are above, the more of the gradient the directions of all candidates hold: on SST-2, 4 queries are as good as 16 at equal
-# steps with one or two layers above (three models), and worse with 9 and 18. If logits of all tokens are needed, a query costs
-# more than the rest of the step, so fewer are better, and one if each answer token has its own loss.
+# layers are above, the more of the gradient the directions of tokens hold: on SST-2, 4 queries are as good as 16 at equal steps
+# with one or two layers above (three models), and worse with 9 and 18. On whole answers 4 are no better in equal time. If logits
+# of all tokens are needed, a query costs more than the rest of the step, so fewer are better, and one if each answer token has
+# its own loss.
 _QUERIES, _QUERIES_PER_LAYER, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 4, 1
 # With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
 _TOKENS, _TOKENS_WIDE = 8, 2
@@ -45,7 +46,8 @@ class LayerOutputPerturbation(Estimator):
 
     If the loss is also a sum over answer tokens (AnswerLikelihood), :math:`l_i` is the loss of token i, so each position is
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
-    nothing in the last layer, and it removes their noise.
+    nothing in the last layer, and it removes their noise. A loss of the scores of candidates with several tokens is such a sum to
+    first order: the scores, times the derivative of the loss with respect to each (:meth:`LogitLoss.linearized`).
 
     The part of the gradient in which the logits of the answers' tokens change is measured along one direction at a time
     (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model. The
@@ -59,9 +61,9 @@ class LayerOutputPerturbation(Estimator):
 
     Args:
         queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above and
-            the head. Left out, 16. For candidates of one token whose directions are measured 4 for each layer above, at least
-            4 and at most 16: near the end of the model these directions hold most of the gradient. For an objective that
-            reads all logits itself 4, or 1 if it is also a sum over answer tokens.
+            the head. Left out, 16. For candidates whose tokens' directions are measured 4 for each layer above, at least 4 and
+            at most 16: near the end of the model these directions hold most of the gradient. For an objective that reads all
+            logits itself 4, or 1 if it is also a sum over answer tokens.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
             whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
@@ -151,7 +153,7 @@ class LayerOutputPerturbation(Estimator):
 def _default_queries(output: LayerOutput, has_directions: bool) -> int:
     if output.whole_vocabulary:
         return _QUERIES_PER_TOKEN if output.per_token else _QUERIES_WIDE
-    if has_directions and output.shifts_all_tokens:
+    if has_directions and output.compares_candidates:
         return min(_QUERIES, _QUERIES_PER_LAYER * max(1, output.num_layers_above))
     return _QUERIES
 

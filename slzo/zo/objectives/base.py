@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, RowLosses, candidate_scores, checked
+from slzo.batches.losses import LogitLoss, RowLosses, WeightedLikelihood, candidate_scores, checked
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
@@ -97,6 +98,17 @@ class CandidateObjective(LogitObjective):
         losses = self.losses_from_scores(candidate_scores(logits, batch, selected), batch)
         totals, weights, *_ = checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
         return RowLosses(totals, weights, likelihood_temperature=1.0)
+
+    def linearized(self, logits: Tensor, batch: PackedBatch) -> LogitLoss | None:
+        if not self.differentiable or type(self).row_losses is not CandidateObjective.row_losses:
+            return None
+        with torch.enable_grad():
+            scores = candidate_scores(logits, batch).detach().requires_grad_()
+            losses = self.losses_from_scores(scores, batch)
+            if not losses.totals.requires_grad:
+                return None
+            (slopes,) = torch.autograd.grad(losses.totals.sum(), scores)
+        return WeightedLikelihood(slopes, losses.weights)
 
 
 class GenerationObjective(Objective):
