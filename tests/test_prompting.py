@@ -6,7 +6,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint, read_lines, run_fit, tiny_model, write_lines
+from helpers import error_line, last_checkpoint, read_lines, run_fit, slzo_error, tiny_model, write_lines
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -16,7 +16,7 @@ from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.evaluation.decoding import decode
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.prompting.pair import Pair
+from slzo.prompting.pair import Pair, check_prompt
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import write_continuation
 from slzo.tasks.base import Example
@@ -271,3 +271,20 @@ def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
     assert rest != text
     assert written(before, lead=tuple(made[:3])) == f"{rest}\n"
     assert written(lead=(made[1], made[0])) == f"{text}\n"
+
+
+def test_tables_and_empty_prompts_are_refused(tmp_path):
+    table, rows = tmp_path / "p.csv", tmp_path / "p.jsonl"
+    table.write_text("id,prompt\n0,One\n")
+    with pytest.raises(
+        SlzoError, match=r"p\.csv': is a table; give a text file with one prompt per line, or JSON Lines"
+    ):
+        read_prompts(str(table))
+    rows.write_text('{"prompt": "One"}\n{"prompt": " "}\n')
+    with pytest.raises(SlzoError, match=r"p\.jsonl:2: has no text under prompt"):
+        read_prompts(str(rows))
+
+
+def test_a_prompt_of_the_command_line_is_utf8():
+    error = slzo_error(check_prompt, Example("prompt", "caf\udce9", ()))
+    assert error == r"prompt 'caf\udce9': is not UTF-8; give it as UTF-8, or in a file"

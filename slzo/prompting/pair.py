@@ -19,6 +19,7 @@ from slzo.export.exported import Exported, virtual_tokens_error
 from slzo.export.restore import load_base, tokenizer_of
 from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Example
+from slzo.tasks.fields import check_characters
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError
@@ -86,9 +87,13 @@ class Pair:
 
 
 def check_prompt(prompt: Example) -> None:
-    """Raise SlzoError if a prompt is empty."""
+    """Raise SlzoError if a prompt is empty, or has bytes that are not UTF-8."""
     if not prompt.prompt.strip():
         raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
+    try:
+        check_characters(prompt.prompt)
+    except ValueError:  # Python reads such bytes of a command line as halves of surrogate pairs
+        raise SlzoError(f"prompt {prompt.prompt!r}: is not UTF-8; give it as UTF-8, or in a file") from None
 
 
 def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust_remote_code: bool = False) -> Pair:

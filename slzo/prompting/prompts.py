@@ -7,6 +7,8 @@ from slzo.tasks.base import Example
 from slzo.tasks.messages import read_messages
 from slzo.utils.errors import SlzoError
 
+_TABLES = (".csv", ".tsv", ".parquet")
+
 
 def read_prompts(path: str) -> list[Example]:
     """Read one prompt per line, or JSON Lines, such as ``slzo predict`` writes.
@@ -18,8 +20,10 @@ def read_prompts(path: str) -> list[Example]:
         The prompts without answers; the id is the place in the file.
 
     Raises:
-        SlzoError: The file cannot be read, or has no prompts.
+        SlzoError: The file cannot be read, is a table, or has no prompts.
     """
+    if Path(path).suffix.lower() in _TABLES:
+        raise SlzoError(f"prompts {path!r}: is a table; give a text file with one prompt per line, or JSON Lines")
     try:
         # not splitlines(): JSON strings may contain other line separators, such as U+2028
         lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n"), 1)
@@ -46,6 +50,6 @@ def _read(line: str, place: str) -> Example:
     except ValueError as error:
         raise SlzoError(f"prompts {place}: {error}") from None
     prompt = row.get("prompt")
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt.strip():
         raise SlzoError(f"prompts {place}: has no text under prompt; write one JSON object per line")
     return Example(place, prompt, (), messages=messages)

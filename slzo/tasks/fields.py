@@ -15,6 +15,14 @@ def is_missing(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
+def check_characters(text: str) -> None:
+    """Raise ValueError if a text has half of a surrogate pair, which tokenizers and files do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair; write complete characters") from None
+
+
 def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
     """Read a text field.
 
