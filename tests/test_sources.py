@@ -396,3 +396,22 @@ def test_rows_of_a_task_that_are_no_mappings(given, problem):
 
     with pytest.raises(SlzoError, match=rf"^data.task .*Own: rows.'train'. {re.escape(problem)}"):
         RowSource(Own("{t} is", [" bad", " good"])).read("train")
+
+
+def test_a_missing_file_of_an_own_task_is_not_an_option_that_the_task_lacks():
+    class Own(TemplateTask):
+        def __init__(self):
+            self.name, self.files = "own", {"test": "gone.jsonl"}
+
+    with pytest.raises(SlzoError, match=r"^data.task 'own', test file 'gone.jsonl': no such file"):
+        RowSource(Own()).read("test")
+
+
+@pytest.mark.parametrize("row", [{"t": "\ud83d", "label": "good"}, {"t": "x", "id": "\ud83d", "label": "good"}])
+def test_rows_from_python_have_complete_characters(row):
+    class Own(TemplateTask):
+        def rows(self, split):
+            return [row]
+
+    with pytest.raises(SlzoError, match="row 1: half of a surrogate pair; write complete characters"):
+        RowSource(Own("{t} is", [" bad", " good"])).read("test")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, check_characters
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, one_line
 
@@ -137,10 +137,7 @@ def _checked_object(row: Any) -> Fields:
     """Return a JSON value that is an object without unpaired surrogates; otherwise raise ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}; each row must be an object with its fields")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair; write complete characters") from None
+    check_characters(json.dumps(row, ensure_ascii=False))
     return row
 
 

@@ -13,7 +13,7 @@ from slzo.data.files import READERS, BadRows, PlacedRow, read_file
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of, rows_of
-from slzo.tasks.fields import Fields, is_missing
+from slzo.tasks.fields import Fields, check_characters, is_missing
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, short_repr
 from slzo.utils.hub import split_revision
@@ -127,7 +127,10 @@ class RowSource:
         """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""
         task = self.task
         if split in task.files:
-            path = _existing(task.files[split], f"data.task.{split}_file")
+            option = f"data.task.{split}_file"
+            if not hasattr(task, f"{split}_file"):  # a class of the user has its own arguments
+                option = f"data.task {task.name!r}, {split} file"
+            path = _existing(task.files[split], option)
             return str(path), read_file(path, bad), None
         if self.data_dir is not None:
             path = _find_file(task, split, Path(self.data_dir).expanduser())
@@ -167,6 +170,9 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
     for candidate in example.candidates:
         if not candidate.strip():
             raise ValueError(f"candidate {candidate!r} is empty; give it some text")
+    turns = (turn.content for turn in example.messages)
+    for text in (example.id, example.prompt, *example.candidates, *example.references, *turns):
+        check_characters(text)
     return example
 
 
