@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slzo.models import gguf_folder
 from slzo.models.load import load_model, load_tokenizer
+from slzo.models.loading_check import reason_of
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.shape import model_shape
 from slzo.utils.errors import SlzoError
@@ -205,3 +206,12 @@ def test_a_folder_with_a_tokenizer_alone_is_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(SlzoError, match="it has no tokenizer files"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    error = FileNotFoundError(f"No such file or directory: {file}")  # of safetensors, also if there is no permission
+    assert reason_of(error) == f"{file} cannot be opened; check its permissions"
+    file.unlink()
+    assert reason_of(error) == str(error)

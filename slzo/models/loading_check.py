@@ -72,6 +72,9 @@ def reason_of(error: Exception, config: PretrainedConfig | None = None) -> str:
         return type(error).__name__
     if lines[0].startswith("Couldn't instantiate the backend tokenizer"):
         return "it has no tokenizer files, or needs sentencepiece or tiktoken"
+    file = Path(lines[0].partition(": ")[2])
+    if isinstance(error, FileNotFoundError) and file.is_file():  # safetensors says so if it may not read it
+        return f"{file} cannot be opened; check its permissions"
     if isinstance(error, StrictDataclassError):  # the first line names the check, the last the reason
         return f"config.json: {lines[-1].partition(': ')[2]}"
     return lines[0] if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {lines[0]}"
