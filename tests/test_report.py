@@ -16,6 +16,7 @@ from slzo.plots.curves import RunCurves, curves_plot
 from slzo.plots.style import svg_of
 from slzo.report.page import differing_options
 from slzo.report.run_files import flat, read_run
+from slzo.utils.errors import SlzoError
 
 
 class Page(HTMLParser):
@@ -224,3 +225,12 @@ def test_a_resumed_run_goes_on_with_the_history(options, once):
     assert [point["step"] for point in second] == [2, 4, 6]
     assert second[:2] == first
     assert second[2]["seconds"] > second[1]["seconds"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
+def test_nobody_is_told_to_remove_a_file_that_only_cannot_be_opened(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        SlzoError, match=rf"{name}.* cannot be read \(Is a directory\); check its permissions and the disk$"
+    ):
+        read_run(tmp_path)

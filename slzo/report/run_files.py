@@ -119,7 +119,11 @@ def _config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         log = folder / STEP_LOG
         return flat(dict(read_step_log(log).settings)) if log.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise SlzoError(
+            f"run {str(folder)!r}: its config.yaml cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from error
+    except (ValueError, yaml.YAMLError) as error:
         raise SlzoError(f"run {str(folder)!r}: its config.yaml cannot be read; remove it") from error
 
 

@@ -115,7 +115,7 @@ def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
 
     Args:
         path: The file.
-        advice: What to do about a file that cannot be read, for the error; ``None`` treats such a file as empty.
+        advice: What to do about a damaged file, for the error; ``None`` treats it, and one that cannot be read, as empty.
 
     Raises:
         SlzoError: The file cannot be read or holds no object, and there is advice.
@@ -126,7 +126,13 @@ def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
             raise TypeError("not a JSON object")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:  # the file may be intact
+        if advice is None:
+            return {}
+        raise SlzoError(
+            f"{str(path)!r}: cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from error
+    except (ValueError, TypeError) as error:
         if advice is None:
             return {}
         raise SlzoError(f"{str(path)!r}: cannot be read ({error}); {advice}") from error
