@@ -188,3 +188,12 @@ def test_an_interrupt_while_the_hidden_folder_is_removed_stays_one(tmp_path, mon
         signal.signal(signal.SIGINT, before)
     assert names(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_pipe_without_a_path_is_written_to():
+    out, into = os.pipe()
+    check_writable(f"/proc/self/fd/{into}")
+    write_text(f"/proc/self/fd/{into}", "a")
+    assert os.read(out, 2) == b"a"
+    os.close(out)
+    os.close(into)

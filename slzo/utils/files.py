@@ -35,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         SlzoError: It cannot be written; the old content of ``path`` is unchanged.
     """
-    target = Path(path).resolve()  # a link is followed, not replaced
+    target = _target(path)
     try:
         if _is_device(target):
             yield target
@@ -68,7 +68,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         SlzoError: It cannot.
     """
-    target = Path(path).resolve()
+    target = _target(path)
     try:
         if not _is_device(target):
             with hidden_folder(target):
@@ -167,6 +167,12 @@ def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
         f"{str(path)!r}: cannot be written ({error.strerror or error}), and its old content is unchanged; free space, fix the "
         "permissions, or choose another folder"
     )
+
+
+def _target(path: str | Path) -> Path:
+    """Return the path to write: links are followed, not replaced. A pipe, such as /dev/stdout may be, has no other path."""
+    found = Path(path)
+    return found if _is_device(found) else found.resolve()
 
 
 def _is_device(path: Path) -> bool:
