@@ -1,6 +1,7 @@
 """What a user may get wrong, through the real entry point: one line that names the option, status 2, nothing left behind."""
 # ruff: noqa: E501 - a line of the table is one case
 
+import os
 import random
 import re
 import shlex
@@ -433,6 +434,19 @@ def test_a_time_without_quotes_is_explained(own_folder, capsys):
 )
 def test_a_missing_option_is_named(capsys, command, expected):
     assert expected in error_line(capsys, command)
+
+
+def test_a_config_that_can_be_read_only_once_is_refused(capsys):
+    out, into = os.pipe()
+    os.close(into)
+    assert "is a pipe, whose content can be read only once" in error_line(capsys, "fit", f"--config=/dev/fd/{out}")
+    os.close(out)
+
+
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert "the current folder was removed; go to another one" in error_line(capsys, "report", "runs/version_0")
 
 
 def test_without_a_logger_a_run_still_has_its_folder(options):

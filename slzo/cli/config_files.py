@@ -19,11 +19,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Return the content of a config file.
 
     Raises:
-        SlzoError: The file is a folder, empty, not text, not YAML, or does not contain options.
+        SlzoError: The file is a folder or a pipe, empty, not text, not YAML, or does not contain options.
     """
     option = f"--config {str(path)!r}"
     if path.is_dir():
         raise SlzoError(f"{option}: is a folder; give a YAML file")
+    if path.is_fifo():  # the parser reads it again
+        raise SlzoError(f"{option}: is a pipe, whose content can be read only once; give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)

@@ -42,8 +42,12 @@ def _run(command: Command, words: Sequence[str]) -> None:
             option = next((name for name in ("ckpt_path", "run") if name in takes), "config")
             value = str(Path(first, CONFIG_FILE)) if option == "config" and Path(first).is_dir() else first
         raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {value}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
+    try:
+        folder = str(Path.cwd())
+    except FileNotFoundError as error:
+        raise SlzoError("the current folder was removed; go to another one, and give the command again") from error
+    if folder not in sys.path:
+        sys.path.append(folder)  # for class paths of the user's own files
     with ExitStack() as stack:
         stack.enter_context(disk_errors())
         if command.runs_model:
