@@ -1,6 +1,7 @@
 """The log of a run's steps rebuilds its weights, and brings back steps that a crash lost."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,15 @@ def test_a_replay_keeps_the_checkpoints_of_the_run(fit, capsys, once):
     line = error_line(capsys, "replay", "--run=runs/version_0", f"--output={last_checkpoint()}")
     assert line.endswith("exists, and a replayed checkpoint cannot be continued; give another path")
     assert last_checkpoint().read_bytes() == before
+
+
+def test_the_estimator_of_a_run_without_a_config_must_be_given(fit, capsys, once):
+    once(run_fit, *fit[1:])
+    (run_dir() / "config.yaml").unlink()  # as in a run from Python
+    line = error_line(capsys, "replay", "--run=runs/version_0")
+    assert re.search(
+        r"these options and the run's log differ \(.*model\.estimator: SPSA -> LayerOutputPerturbation", line
+    )
 
 
 def test_differentiating_estimators_have_no_log(fit, capsys):

@@ -48,7 +48,7 @@ def replay_run(
     if not any((folder / name).exists() for name in (CONFIG_FILE, ENVIRONMENT_FILE, NAME)):
         raise SlzoError(f"run {run!r}: not the folder of a run; give one such as runs/version_0")
     options.check_objective(data.objective)
-    if options.estimator.perturbs != "weights":
+    if options.estimator.perturbs != "weights" and not (folder / NAME).exists():
         raise SlzoError(
             f"model.estimator {options.estimator.describe()}: uses a derivative, so there is no log of losses; use a checkpoint"
         )
