@@ -20,6 +20,7 @@ from slzo.batches.packing import pack
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import write_chat_template
 from slzo.export.card import without_folders, write_card, write_licences
+from slzo.export.exported import Exported
 from slzo.export.facts import Facts
 from slzo.export.push import push
 from slzo.export.write import FORMATS
@@ -68,6 +69,14 @@ def test_base_and_adapter_compute_what_the_tuned_model_does(tmp_path, family, sc
         expected = tuned_model.parts.model(IDS).logits[0]
     assert (expected - plain).abs().max() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("changes", [{"r": None}, {"bias": 5}, {"target_modules": [None]}])
+def test_an_adapter_whose_config_was_edited_is_one_line(tmp_path, changes):
+    files = tune_scope(LoRA(rank=2), tiny_model("llama")).peft_files()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**files.config, **changes}))
+    error = slzo_error(Exported(tmp_path, {}).adapted, tiny_model("llama"), "base")
+    assert "the adapter does not fit its base model" in error
 
 
 def test_the_layout_is_the_one_that_vllm_takes():
