@@ -175,6 +175,11 @@ def test_what_is_wrong_with_a_class_path_is_told(config, capsys, request, option
         assert f"{option} '{module}.Mine': {module} {reason}" in error_line(capsys, "fit", config, given)
 
 
+def test_a_module_of_another_folder_is_told_where_to_be(capsys):
+    line = error_line(capsys, "fit", "--config=quickstart", "--model.scope=my_own_parts.Mine")
+    assert line.endswith("; install it, or give the command in the folder that has my_own_parts.py")
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -14,7 +14,10 @@ def import_failure(path: str, only_module: bool = False) -> str:
     try:
         found = hasattr(importlib.import_module(module), name) or only_module
     except (Exception, SystemExit) as error:  # the user's file may raise anything
-        return f"{module} cannot be imported ({format_error(error)}){format_place(error)}"
+        outer = module.partition(".")[0]
+        gone = isinstance(error, ModuleNotFoundError) and error.name == outer
+        advice = f"; install it, or give the command in the folder that has {outer}.py" if gone else ""
+        return f"{module} cannot be imported ({format_error(error)}){format_place(error)}{advice}"
     return "" if found else f"{module} has no {name}"
 
 
