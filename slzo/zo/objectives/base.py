@@ -100,6 +100,7 @@ class CandidateObjective(LogitObjective):
         return RowLosses(totals, weights, likelihood_temperature=1.0)
 
     def linearized(self, logits: Tensor, batch: PackedBatch) -> LogitLoss | None:
+        # a subclass with its own row_losses has another loss than that of its losses_from_scores
         if not self.differentiable or type(self).row_losses is not CandidateObjective.row_losses:
             return None
         with torch.enable_grad():
