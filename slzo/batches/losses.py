@@ -5,6 +5,7 @@ is a tensor of shape (2, ...), float32: its total and the weight to divide it by
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,11 @@ def candidate_scores(logits: Tensor, batch: PackedBatch, selected: bool = False)
     """
     if selected:
         return logits[..., batch.token_logit, batch.token_choice]
-    tokens = token_log_likelihoods(logits, batch)
+    return mean_by_candidate(token_log_likelihoods(logits, batch), batch)
+
+
+def mean_by_candidate(tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the mean over the tokens of each candidate, shape (..., C), from (..., R)."""
     total = tokens.new_zeros(*tokens.shape[:-1], batch.candidate_length.numel())
     return total.index_add_(-1, batch.token_candidate, tokens) / batch.candidate_length
 
@@ -148,20 +153,34 @@ def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
     )
 
 
-class WeightedLikelihood(LogitLoss):
-    """A weighted sum of the candidates' scores: a loss of these scores to first order.
+class FirstOrderLoss(LogitLoss):
+    """A loss of the candidates' scores, to first order in these: a sum over positions, up to a constant for each example.
+
+    An example with one needed position has its own loss instead, as in a batch whose candidates all have one token.
 
     Args:
+        of_scores: Returns the loss from the scores, shape (..., C).
         slopes: Derivative of the total loss with respect to the score of each candidate, shape (C,), float32.
-        weights: Weight of each example, shape (B,), float32.
+        batch: The batch.
     """
 
-    def __init__(self, slopes: Tensor, weights: Tensor) -> None:
-        self._slopes, self._weights = slopes, weights
+    def __init__(
+        self, of_scores: Callable[[Tensor, PackedBatch], RowLosses], slopes: Tensor, batch: PackedBatch
+    ) -> None:
+        self._of_scores, self._slopes = of_scores, slopes
+        self._alone: Tensor | None = None
+        if 1 in batch.num_logits:
+            alone = torch.tensor([number == 1 for number in batch.num_logits])
+            self._alone = alone.to(slopes.device, non_blocking=True)[batch.logit_example]
 
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        """See :meth:`LogitLoss.row_losses`; the total of each example is its weighted sum of scores."""
+        """See :meth:`LogitLoss.row_losses`; the weights are 1."""
+        tokens = token_log_likelihoods(logits, batch)
         of_token = (self._slopes / batch.candidate_length)[batch.token_candidate]
-        tokens = token_log_likelihoods(logits, batch) * of_token
-        by_position = sum_by_position(tokens, batch)
-        return RowLosses(sum_by_example(tokens, batch), self._weights, by_position, likelihood_temperature=1.0)
+        by_position = sum_by_position(tokens * of_token, batch)
+        if self._alone is not None:
+            totals = self._of_scores(mean_by_candidate(tokens, batch), batch).totals
+            by_position = torch.where(self._alone, totals[..., batch.logit_example], by_position)
+        totals = by_position.new_zeros(*by_position.shape[:-1], batch.num_examples)
+        totals.index_add_(-1, batch.logit_example, by_position)
+        return RowLosses(totals, totals.new_ones(batch.num_examples), by_position, likelihood_temperature=1.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, RowLosses, WeightedLikelihood, candidate_scores, checked
+from slzo.batches.losses import FirstOrderLoss, LogitLoss, RowLosses, candidate_scores, checked
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
@@ -105,11 +105,11 @@ class CandidateObjective(LogitObjective):
             return None
         with torch.enable_grad():
             scores = candidate_scores(logits, batch).detach().requires_grad_()
-            losses = self.losses_from_scores(scores, batch)
-            if not losses.totals.requires_grad:
+            total = self.losses_from_scores(scores, batch).totals.sum()
+            if not total.requires_grad:
                 return None
-            (slopes,) = torch.autograd.grad(losses.totals.sum(), scores)
-        return WeightedLikelihood(slopes, losses.weights)
+            (slopes,) = torch.autograd.grad(total, scores)
+        return FirstOrderLoss(self.losses_from_scores, slopes, batch)
 
 
 class GenerationObjective(Objective):
