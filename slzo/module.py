@@ -513,8 +513,10 @@ class ZOModule(LightningModule):
         """Log the metrics."""
         self.parts.placement.barrier()
         stage = "test" if self.trainer.testing else "val"
-        values = {f"{stage}/{name}": value for name, value in self._running_score.compute().items()}
-        self.log_dict(values, prog_bar=stage == "val")
+        selection = self.datamodule.selection_metric
+        for name, value in self._running_score.compute().items():
+            shown = stage == "val" and name in ("loss", selection.name, selection.metric)
+            self.log(f"{stage}/{name}", value, prog_bar=shown)
 
     on_test_epoch_end = on_validation_epoch_end
 

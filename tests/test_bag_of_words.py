@@ -62,7 +62,7 @@ def plain_accuracy(train, held_out, pairs=True, penalty=10.0):
 def test_the_accuracy_is_that_of_a_plain_computation():
     train, held_out = negated(60, 2), negated(80, 3)
     found = bag_of_words(train, held_out)
-    assert found == WordsReference(pytest.approx(plain_accuracy(train, held_out)))
+    assert found == WordsReference(pytest.approx(plain_accuracy(train, held_out)), pytest.approx(found.macro_f1))
     # the rows tell the choices apart
     assert found.accuracy < 1
     assert plain_accuracy(train, held_out, pairs=False) != found.accuracy
@@ -81,16 +81,18 @@ def test_the_accuracy_is_that_of_a_plain_computation():
 )
 def test_labelled_held_out_rows_count(held_out, accuracy):
     pytest.importorskip("sklearn")
-    assert bag_of_words(TRAIN, rows(*held_out)) == WordsReference(pytest.approx(accuracy))
+    assert bag_of_words(TRAIN, rows(*held_out)).accuracy == pytest.approx(accuracy)
 
 
 def test_training_rows_without_a_label_or_a_class():
     pytest.importorskip("sklearn")
     held_out = rows("0:so dull", "1:so warm")
-    assert bag_of_words([*TRAIN, *rows("a film", "so dull")], held_out) == WordsReference(1.0)
+    assert bag_of_words([*TRAIN, *rows("a film", "so dull")], held_out) == WordsReference(1.0, 1.0)
     three = (*CLASSES, " fair")
     train = rows("0:a dull film", "1:a warm film", candidates=three)
-    assert bag_of_words(train, rows("1:so warm", "2:so so", candidates=three)) == WordsReference(0.5)
+    found = bag_of_words(train, rows("1:so warm", "2:so so", candidates=three))
+    assert found.accuracy == 0.5
+    assert found.macro_f1 == pytest.approx(1 / 3)  # no row of class 2 is found
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_rows_that_cannot_be_fitted_are_a_problem(texts, problem):
 def test_without_scikit_learn_the_problem_names_the_package(monkeypatch):
     for name in ("sklearn", "sklearn.feature_extraction.text"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert bag_of_words(TRAIN, TRAIN) == WordsReference(None, "needs scikit-learn: pip install scikit-learn")
+    assert bag_of_words(TRAIN, TRAIN) == WordsReference(problem="needs scikit-learn: pip install scikit-learn")
 
 
 def test_a_scikit_learn_that_cannot_be_imported_does_not_end_the_run(monkeypatch):
@@ -137,5 +139,5 @@ def test_a_scikit_learn_that_cannot_be_imported_does_not_end_the_run(monkeypatch
     monkeypatch.setitem(sys.modules, "sklearn", Broken())
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", Broken())
     assert bag_of_words(TRAIN, TRAIN) == WordsReference(
-        None, "scikit-learn cannot be imported: numpy.dtype size changed"
+        problem="scikit-learn cannot be imported: numpy.dtype size changed"
     )

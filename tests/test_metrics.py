@@ -93,6 +93,43 @@ def answers():
     return examples, predictions
 
 
+def macro_f1(gold, predictions):
+    """The mean F1 of the classes that occur, counted one by one."""
+    found = []
+    for label in {*gold, *predictions}:
+        hits = sum(label == each == other for each, other in zip(gold, predictions, strict=True))
+        found.append(2 * hits / (gold.count(label) + predictions.count(label)))
+    return sum(found) / len(found)
+
+
+def test_macro_f1_counts_each_class_equally():
+    """Class 3 never occurs; the candidates of odd rows are in another order."""
+    draw = random.Random(2)
+    gold = [draw.choice((0, 0, 0, 0, 1, 2)) for _ in range(200)]
+    predictions = [label if draw.random() < 0.5 else 0 for label in gold]
+    texts = (" a", " b", " c", " d")
+    examples = [
+        Example(str(row), "p", texts[::-1] if row % 2 else texts, (3 - label if row % 2 else label,))
+        for row, label in enumerate(gold)
+    ]
+    shown = [3 - label if row % 2 else label for row, label in enumerate(predictions)]
+    metrics = TaskMetrics(get_task("cb"))
+    metrics.update(examples, shown)
+    found = metrics.compute()
+    assert found["macro_f1"].item() == pytest.approx(macro_f1(gold, predictions))
+    assert found["macro_f1"] < found["accuracy"] - 0.05
+
+
+def test_macro_f1_of_rows_with_several_right_answers_and_of_one_class():
+    metrics = TaskMetrics(get_task("cb"))
+    golds = [(0, 1), (1, 2), (2,), ()]
+    metrics.update([Example(str(row), "p", (" a", " b", " c"), gold) for row, gold in enumerate(golds)], [1, 0, 2, 0])
+    assert metrics.compute()["macro_f1"].item() == pytest.approx(macro_f1([1, 1, 2], [1, 0, 2]))
+    metrics.reset()
+    metrics.update([Example("0", "p", (" a", " b"), (0,))] * 3, [0, 0, 0])
+    assert metrics.compute()["macro_f1"] == 1
+
+
 def test_multirc():
     examples, predictions = answers()
     metrics = TaskMetrics(get_task("multirc"))
@@ -105,6 +142,7 @@ def test_multirc():
     found = {name: value.item() for name, value in metrics.compute().items()}
     assert found == {
         "accuracy": pytest.approx(sum(sum(group) for group in right.values()) / len(examples)),
+        "macro_f1": pytest.approx(macro_f1(gold, predictions)),
         "answer_f1": pytest.approx(BinaryF1Score()(torch.tensor(predictions), torch.tensor(gold)).item()),
         "question_em": pytest.approx(sum(all(group) for group in right.values()) / len(right)),
     }
@@ -117,17 +155,18 @@ def test_multirc():
 
 def merged(first, others):
     """What processes compute together: the states gathered by a stand-in, and reduced by torchmetrics itself."""
-    names = iter(list(first._reductions))
+    for key, metric in first._metrics.items():
+        names = iter(list(metric._reductions))
 
-    def gather(value, group=None):
-        name = next(names)
-        states = [getattr(other, name) for other in others]
-        gathered = [value, *(torch.cat(state) if isinstance(state, list) else state for state in states)]
-        assert len({tensor.dtype for tensor in gathered}) == 1
-        return gathered
+        def gather(value, group=None, key=key, names=names):
+            name = next(names)
+            states = [getattr(other._metrics[key], name) for other in others]
+            gathered = [value, *(torch.cat(state) if isinstance(state, list) else state for state in states)]
+            assert len({tensor.dtype for tensor in gathered}) == 1
+            return gathered
 
-    first.dist_sync_fn = gather
-    first.distributed_available_fn = lambda: True
+        metric.dist_sync_fn = gather
+        metric.distributed_available_fn = lambda: True
     return first.compute()
 
 

@@ -261,7 +261,10 @@ def test_a_run_that_made_it_worse_says_so_first(options, capsys):
     assert "The dev loss rose from" in lines[first]
     assert lines[first] == found["verdict"]
     assert not any(line.startswith("Scope") for line in lines[:first])
-    assert "Compare    largest class 0.5000, bag of words 1.0000 (TF-IDF and logistic regression)" in lines
+    assert (
+        "Compare    largest class 0.5000, bag of words 1.0000, macro_f1 1.0000 (TF-IDF and logistic regression)"
+        in lines
+    )
     assert lines[-4:-1] == [f"Next       {found['next']}", f"{'':11}{found['first_order']}", found["ahead"]]
     command = shlex.split(found["next"], comments=True)
     of_run = ["--config", "runs/version_0/config.yaml", "--model.layer", "0", "--output", "runs/version_0/rates"]
@@ -390,11 +393,34 @@ def test_the_score_line_has_the_errors_of_score_and_change(scores, metric, expec
     assert lines_of(summarized(*scores, metric), "Score")[0] == ("Score", expected)
 
 
+def test_other_metrics_have_a_line():
+    before, after = scored(0, 1), scored(1, 1)
+    before.metrics["macro_f1"], after.metrics["macro_f1"], after.metrics["question_em"] = 0.25, 0.5, math.nan
+    assert lines_of(summarized(before, after), "Also")[0] == ("Also", "macro_f1 0.2500 -> 0.5000")
+    assert lines_of(summarized(None, after), "Also")[0] == ("Also", "macro_f1 0.5000")
+    assert "Also" not in dict(lines_of(summarized(BEFORE, AFTER)))
+
+
+def test_a_bag_of_words_without_the_small_classes_is_not_ahead():
+    after = scored(*[1] * 7, 0)
+    after.metrics["macro_f1"] = 0.6
+    for f1, is_ahead in ((0.5, False), (0.7, True)):
+        assert (summarized(None, after, reference=WordsReference(0.9, f1))["ahead"] is not None) == is_ahead
+
+
 @pytest.mark.parametrize(
     ("share", "reference", "expected"),
     [
-        (0.625, WordsReference(0.75), ["largest class 0.6250, bag of words 0.7500 (TF-IDF and logistic regression)"]),
-        (0.625, WordsReference(0.0), ["largest class 0.6250, bag of words 0.0000 (TF-IDF and logistic regression)"]),
+        (
+            0.625,
+            WordsReference(0.75, 0.5),
+            ["largest class 0.6250, bag of words 0.7500, macro_f1 0.5000 (TF-IDF and logistic regression)"],
+        ),
+        (
+            0.625,
+            WordsReference(0.0, 0.0),
+            ["largest class 0.6250, bag of words 0.0000, macro_f1 0.0000 (TF-IDF and logistic regression)"],
+        ),
         (0.625, WordsReference(problem="why"), ["largest class 0.6250, no bag of words (why)"]),
         (0.625, None, ["largest class 0.6250"]),
         (None, None, []),
@@ -410,7 +436,12 @@ AHEAD = "A bag of words is ahead on these rows (0.5100, tuned model 0.5000); a l
 
 @pytest.mark.parametrize(
     ("reference", "expected"),
-    [(WordsReference(0.51), [AHEAD]), (WordsReference(0.5), []), (WordsReference(problem="why"), []), (None, [])],
+    [
+        (WordsReference(0.51, 0.51), [AHEAD]),
+        (WordsReference(0.5, 0.5), []),
+        (WordsReference(problem="why"), []),
+        (None, []),
+    ],
 )
 def test_a_bag_of_words_that_is_ahead_is_the_last_line(reference, expected):
     found = summarized(BEFORE, AFTER, reference=reference, first_order_gb=1.25)

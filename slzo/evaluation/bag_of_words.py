@@ -1,17 +1,19 @@
-"""The accuracy of a linear model on the words of the prompts, as a reference for classification tasks."""
+"""The scores of a linear model on the words of the prompts, as a reference for classification tasks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from slzo.data.classes import common_candidates
+from slzo.evaluation.metrics import macro_f1
 from slzo.tasks.base import Example
 from slzo.utils.errors import one_line
 
 
 class WordsReference(NamedTuple):
-    """The share of the held-out rows that are classified correctly, or ``None`` and why there is no accuracy, in a few words."""
+    """Accuracy and macro F1 on the held-out rows, or ``None`` and why there are none, in a few words."""
 
     accuracy: float | None = None
+    macro_f1: float | None = None
     problem: str = ""
 
 
@@ -22,7 +24,7 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
     words that a text contains.
 
     Returns:
-        The accuracy, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.
+        The scores, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.
     """
     labelled = [[example for example in rows if example.gold] for rows in (train, held_out)]
     fitted, scored = labelled
@@ -46,6 +48,6 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
         model.fit([example.prompt for example in fitted], classes)
     except ValueError as error:  # for example no words
         return WordsReference(problem=str(error))
-    predicted = model.predict([example.prompt for example in scored])
-    right = sum(int(found) in example.gold for found, example in zip(predicted, scored, strict=True))
-    return WordsReference(accuracy=right / len(scored))
+    predicted = [int(index) for index in model.predict([example.prompt for example in scored])]
+    right = sum(index in example.gold for index, example in zip(predicted, scored, strict=True))
+    return WordsReference(right / len(scored), macro_f1(scored, predicted))

@@ -235,7 +235,7 @@ class RunningScore:
     """
 
     def __init__(self, task: Task, device: torch.device, rewarded: bool = False) -> None:
-        self._metrics = TaskMetrics(task).to(device)
+        self._metrics = TaskMetrics(task, device)
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._has_perplexity = task.kind is Kind.GENERATION and PERPLEXITY in task.metrics

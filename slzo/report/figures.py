@@ -5,6 +5,7 @@ from typing import Any
 
 from slzo.plots.curves import ScorePoint
 from slzo.report.run_files import RunFiles
+from slzo.report.score_change import other_scores
 
 Texts = Mapping[str, str]
 """Texts by name; a text is empty if the run lacks the figure."""
@@ -22,6 +23,7 @@ def scores(run: RunFiles) -> Texts:
         "before": score_text(run.held_out("before")),
         "after": score_text(run.held_out("after")),
         "change": "" if change is None else f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f} ({kind})"),
+        "other metrics": other_scores(summary) if summary else "",
         "largest class": _share(summary.get("majority_share")),
         "bag of words": _share(summary.get("reference_score")) or summary.get("reference_problem", ""),
         "dev loss, first to best": f"{losses[0]:.4f} → {min(losses):.4f}" if losses else "",

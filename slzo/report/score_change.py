@@ -192,3 +192,14 @@ def is_doubtful(change: ScoreChange | None, losses: DevLoss | None) -> bool:
     """Whether no improvement is shown: the score is worse, or unchanged within two errors, or the loss rose or was always 0."""
     is_unshown = change is not None and (change.worse or not change.shown)
     return is_unshown or (losses is not None and (losses.rose or losses.solved))
+
+
+def other_scores(summary: Mapping[str, Any]) -> str:
+    """Return the metrics of a summary besides that of the run, before and after; empty if there are none."""
+    before, after = summary.get("scores_before") or {}, summary.get("scores_after") or {}
+    parts = []
+    for name, score in after.items():
+        if name != summary["metric"] and score is not None and math.isfinite(score):
+            start = "" if before.get(name) is None else f"{before[name]:.4f} -> "
+            parts.append(f"{name} {start}{score:.4f}")
+    return ", ".join(parts)

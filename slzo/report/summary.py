@@ -12,7 +12,7 @@ from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
-from slzo.report.score_change import dev_loss, is_doubtful, score_change, score_error, verdict
+from slzo.report.score_change import dev_loss, is_doubtful, other_scores, score_change, score_error, verdict
 from slzo.utils.pluralize import pluralize
 
 
@@ -40,8 +40,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "score_after": after.metrics[metric],
         "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
         "reference_score": None if run.reference is None else run.reference.accuracy,
+        "reference_macro_f1": None if run.reference is None else run.reference.macro_f1,
         "reference_problem": "" if run.reference is None else run.reference.problem,
-        "ahead": _ahead(run.reference, after.metrics[metric]),
+        "ahead": _ahead(run.reference, after.metrics),
         "score_change": None if change is None else change.change,
         "score_change_standard_error": None if change is None else change.standard_error,
         "score_change_paired": None if change is None else change.paired,
@@ -104,6 +105,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     lines += [
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
         f"Score      {_score(summary)}",
+        *([f"Also       {others}"] if (others := other_scores(summary)) else []),
         *([f"Compare    {references}"] if (references := _references(summary)) else []),
         f"Time       {summary['seconds']:.0f} s in all, {pluralize(summary['steps'], 'step')} in "
         f"{summary['train_seconds']:.0f} s",
@@ -154,17 +156,21 @@ def _references(summary: Mapping[str, Any]) -> str:
     share, words, problem = (summary[name] for name in ("majority_share", "reference_score", "reference_problem"))
     parts = [] if share is None else [f"largest class {share:.4f}"]
     if words is not None:
-        parts.append(f"bag of words {words:.4f} (TF-IDF and logistic regression)")
+        f1 = summary["reference_macro_f1"]
+        parts.append(f"bag of words {words:.4f}, macro_f1 {f1:.4f} (TF-IDF and logistic regression)")
     elif problem:
         parts.append(f"no bag of words ({problem})")
     return ", ".join(parts)
 
 
-def _ahead(reference: WordsReference | None, score: float) -> str | None:
-    """Return a sentence if a bag of words scores higher than the tuned model; otherwise ``None``."""
-    if reference is None or reference.accuracy is None or reference.accuracy <= score:
+def _ahead(reference: WordsReference | None, scores: Mapping[str, float]) -> str | None:
+    """Return a sentence if a bag of words is better than the tuned model in accuracy and macro F1; otherwise ``None``."""
+    if reference is None or reference.accuracy is None or reference.macro_f1 is None:
         return None
-    figures = f"{reference.accuracy:.4f}, tuned model {score:.4f}"
+    accuracy = scores["accuracy"]
+    if reference.accuracy <= accuracy or reference.macro_f1 <= scores.get("macro_f1", -1.0):
+        return None
+    figures = f"{reference.accuracy:.4f}, tuned model {accuracy:.4f}"
     return f"A bag of words is ahead on these rows ({figures}); a linear model may be enough."
 
 

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config boolq); splits: train, validation.
 Prompt: ``{passage} {Question}?⏎``, the question with a capital letter and a question mark.
 Candidates: ``No``, ``Yes`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config cb); splits: train, validation.
 Prompt: ``Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?⏎``
 Candidates: ``Yes``, ``No``, ``Maybe`` (label 0, 1, 2).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task

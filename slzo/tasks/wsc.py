@@ -3,7 +3,7 @@
 Source: https://huggingface.co/datasets/aps/super_glue (config wsc.fixed); splits: train, validation.
 Prompt: ``{text}⏎In the previous sentence, does the pronoun "{span2 in lower case}" refer to {span1}? Yes or No?⏎``
 Candidates: ``No``, ``Yes`` (label 0, 1).
-Metric: accuracy.
+Metrics: accuracy and macro F1.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
