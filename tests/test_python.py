@@ -584,6 +584,8 @@ def test_modes_of_torch_in_which_scores_or_weights_would_be_wrong_are_refused(mo
     module, trainer = ZOModule(str(model_dir), 2), ZOTrainer(**QUIET)
     with torch.inference_mode(), pytest.raises(SlzoError, match=r"^fit: torch.inference_mode is on"):
         trainer.fit(module, datamodule=rows(data_dir))
+    with torch.autocast("cpu"), pytest.raises(SlzoError, match=r"^torch.autocast: is on, .* as model.dtype"):
+        trainer.test(module, datamodule=rows(data_dir))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
     with pytest.raises(SlzoError, match=r"^torch.set_default_dtype: is torch.bfloat16, .* back to torch.float32"):
         trainer.test(module, datamodule=rows(data_dir))

@@ -42,6 +42,12 @@ def check_torch(fits: bool) -> None:
             f"torch.set_default_dtype: is {dtype}, in which losses and scores would be computed; set it back to torch.float32, "
             "and give the type of the model as model.dtype"
         )
+    kinds = {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+    if any(torch.is_autocast_enabled(kind) for kind in kinds):
+        raise SlzoError(
+            "torch.autocast: is on, so losses and scores would be rounded; call the trainer outside of that block, and give the "
+            "type of the model as model.dtype"
+        )
     if fits and torch.is_inference_mode_enabled():
         raise SlzoError(
             "fit: torch.inference_mode is on, and nothing can be trained in it; call fit outside of that block"
