@@ -408,7 +408,10 @@ class ZOModule(LightningModule):
         optimizer, scheduler = self.prepared.options.optimizer.build(stepper.model.tensors.masters)
         if stepper.rate is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.rate.rate(optimizer, stepper.estimator, stepper.options.num_queries))
-        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+        if scheduler is None:
+            return optimizer
+        # for callbacks that log rates at the interval at which a scheduler is stepped
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- training -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
@@ -29,6 +30,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
 
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
@@ -808,6 +811,15 @@ def test_rates_are_known_before_the_first_step(model_dir, data_dir):
     trainer = ZOTrainer(max_steps=2, val_check_interval=1, logger=False, callbacks=[Look()], **QUIET)
     trainer.fit(ZOModule(str(model_dir), layer=1), datamodule=rows(data_dir))
     assert 0 < rates[1] <= rates[0] < 1
+
+
+def test_a_monitor_of_rates_sees_that_of_each_step(model_dir, data_dir):
+    monitor = LearningRateMonitor()
+    trainer = ZOTrainer(max_steps=3, val_check_interval=3, log_every_n_steps=1, callbacks=[monitor], **QUIET)
+    halved = partial(ExponentialLR, gamma=0.5)
+    module = ZOModule(str(model_dir), layer=1, optimizer=partial(SGD, lr=8e-3), lr_scheduler=halved)
+    trainer.fit(module, datamodule=rows(data_dir))
+    assert monitor.lrs == {"lr-SGD": [8e-3, 4e-3, 2e-3]}
 
 
 def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch, once):
