@@ -822,6 +822,19 @@ def test_a_monitor_of_rates_sees_that_of_each_step(model_dir, data_dir):
     assert monitor.lrs == {"lr-SGD": [8e-3, 4e-3, 2e-3]}
 
 
+def test_a_run_validates_on_schedule_after_a_checkpoint_of_a_callback_before_a_step(model_dir, data_dir):
+    class Saves(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                trainer.save_checkpoint("mine.ckpt")
+
+    for path in (None, "mine.ckpt"):
+        trainer = ZOTrainer(max_steps=5, val_check_interval=2, callbacks=[Saves()], **QUIET)
+        trainer.fit(ZOModule(str(model_dir), layer=1), datamodule=rows(data_dir), ckpt_path=path)
+        points = json.loads((Path(trainer.log_dir) / "history.json").read_text())["points"]
+        assert [point["step"] for point in points] == [2, 4, 5]
+
+
 def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch, once):
     with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
         ZOModule.load_from_checkpoint("nope.ckpt")

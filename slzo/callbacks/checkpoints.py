@@ -15,7 +15,7 @@ from slzo.callbacks.stop_signals import StopSignals, max_over_processes
 from slzo.checkpoints.find import best_file
 from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, validation_due
 from slzo.module import ZOModule
-from slzo.private.lightning import count_epoch_as_started, count_step_as_open
+from slzo.private.lightning import count_epoch_as_started, count_step_as_open, drop_ready_step
 from slzo.task_data import TaskData
 from slzo.training.resume import scores_are_comparable
 from slzo.utils.console import rank_zero_print
@@ -220,6 +220,7 @@ class LastCheckpoint(Checkpoint):
             count_epoch_as_started(checkpoint)
         if trainer.state.fn == "fit" and trainer.validating and not validation_due(trainer):
             count_step_as_open(checkpoint)
+        drop_ready_step(checkpoint)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.remove()

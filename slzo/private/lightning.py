@@ -39,3 +39,10 @@ def count_step_as_open(checkpoint: dict[str, Any]) -> None:
     for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(counts, dict):
             counts["completed"] = counts["processed"] - 1
+
+
+def drop_ready_step(checkpoint: dict[str, Any]) -> None:
+    """Do not count a step that is only ready, as in ``on_train_batch_start``: a restart takes it, and would count it twice."""
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(counts, dict) and counts["started"] == counts["processed"]:
+            counts["ready"] = counts["started"]
