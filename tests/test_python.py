@@ -835,6 +835,18 @@ def test_a_run_validates_on_schedule_after_a_checkpoint_of_a_callback_before_a_s
         assert [point["step"] for point in points] == [2, 4, 5]
 
 
+def test_an_error_after_the_training_names_the_step_of_the_last_state(model_dir, data_dir, capsys):
+    class Fails(Callback):
+        def on_fit_end(self, *_):
+            raise RuntimeError("mine")
+
+    trainer = ZOTrainer(max_steps=2, val_check_interval=1, callbacks=[Fails()], **QUIET)
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.fit(ZOModule(str(model_dir), layer=1), datamodule=rows(data_dir))
+    assert read_checkpoint(last_checkpoint()).step == 2
+    assert "Stopped at step 2; continue from step 2 with" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch, once):
     with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
         ZOModule.load_from_checkpoint("nope.ckpt")

@@ -236,6 +236,7 @@ class LastCheckpoint(Checkpoint):
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
         elif trainer.is_global_zero and self._final is not None:
             self._final.replace(folder / LAST)
+        self._saved_step = trainer.global_step  # for an error in a later hook
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print how to continue, forward a signal, and put a preempted job back into the queue."""
