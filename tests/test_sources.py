@@ -203,6 +203,14 @@ def test_csv_as_people_have_it(tmp_path, delimiter, encoding, capsys):
     assert capsys.readouterr().err.splitlines() == ([told] if encoding == "cp1252" else [])
 
 
+@pytest.mark.parametrize("options", [{"candidates": [" bad", " good"]}, {"answer_field": "label"}])
+def test_null_is_an_empty_label(tmp_path, options):
+    rows = [{"text": "a", "label": "good"}, {"text": "b", "label": None}]
+    for path in (write_lines(tmp_path / "my.jsonl", rows), write_parquet(tmp_path / "my.parquet", rows)):
+        task = TemplateTask("{text} is", train_file=str(path), **options)
+        assert [e.is_labelled for e in RowSource(task).read("train").examples] == [True, False]
+
+
 def test_json_files_and_tab_separated_ones_give_the_examples_of_json_lines(tmp_path):
     (folder := tmp_path / "sst2").mkdir()
     file = folder / "validation.jsonl"

@@ -99,6 +99,9 @@ class RowSource:
         found: set[str] = set()
         for place, values in placed:
             position = len(examples) + len(bad.errors)  # bad rows count, so that other ids stay the same
+            # JSON and Parquet have null in place of an empty cell; a row without the field is broken
+            empty_labels = _missing_labels(self.task, values).items()
+            values = {**values, **{name: none for name, none in empty_labels if name in values}}
             try:
                 example = _example(self.task, split, values, position)
                 if example.id in places:
