@@ -336,7 +336,7 @@ ARGUMENTS = """
 model.scope | LoRA | rank | abc | 'abc': expected a whole number; see --model.scope.help LoRA
 model.scope | slzo.zo.scopes.LoRA | rnk | 3 | : unknown option of the chosen class LoRA, which has rank, alpha, target_modules, layers; did you mean rank?
 model.scope | LoRA | layers | x | 'x': expected a list like [1, 2] or all or null; see --model.scope.help LoRA
-model.scope | LoRA | target_modules | {a: 1} | {'a': 1}: expected a list like [a, b] or null; see --model.scope.help LoRA
+model.scope | LoRA | target_modules | {a: 1} | {'a': 1}: expected a list of texts like ["a", "b"] or null; see --model.scope.help LoRA
 model.scope | LayerScope | part | mpl | 'mpl': choose one of layer, attention, mlp; see --model.scope.help LayerScope
 model.estimator | LOZO | rank | 1.5 | '1.5': expected a whole number; see --model.estimator.help LOZO
 model.estimator | EvolutionStrategy | antithetic | some | 'some': expected true or false; see --model.estimator.help EvolutionStrategy
@@ -346,7 +346,7 @@ model.lr_scheduler | StepLR | step_size | abc | 'abc': expected a whole number; 
 profiler.rule | FirstOutlierLayer | max_abs | abc | 'abc': expected a number; see --profiler.rule.help FirstOutlierLayer
 data.task | TemplateTask | labels | [null, 1] | [None, 1]: expected a list (each entry text or a whole number or a number) \
 or null; see --data.task.help TemplateTask
-data.task | TemplateTask | candidates | [1, 2] | [1, 2]: expected a list like [a, b] or null; see --data.task.help TemplateTask
+data.task | TemplateTask | candidates | [1, 2] | [1, 2]: expected a list of texts like ["a", "b"] or null; see --data.task.help TemplateTask
 data.task | TemplateTask | prompt | null | null: expected text; see --data.task.help TemplateTask
 data.task | slzo.tasks.chat.ChatTask | turns | some | 'some': choose one of all, last; see --data.task.help ChatTask
 data.objective | Reward | samples | x | 'x': expected a whole number or null; see --data.objective.help Reward

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from slzo.private.parsers import options_of, type_of
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
-_LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
+_LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": 'a list of texts like ["a", "b"]'}
 
 
 def describe_type(hint: Any) -> str:
