@@ -176,6 +176,7 @@ def test_training_losses_come_from_the_step_log(tmp_path):
         (["runs/version_0", "--model=x"], "model: unknown option"),
         (["damaged"], "'damaged/summary.json': cannot be read"),
         (["other"], "runs other: a file is not as this version writes it"),
+        (["texts"], "runs texts: a file is not as this version writes it"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, message):
@@ -185,6 +186,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, message):
     (tmp_path / "damaged" / "summary.json").write_text("{", encoding="utf-8")
     write_run(tmp_path / "other")
     (tmp_path / "other" / "history.json").write_text('{"points": [{"step": 1}]}', encoding="utf-8")
+    summary = {**SUMMARY, "score_change": "text"}
+    (write_run(tmp_path / "texts") / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert message in error_line(capsys, "report", *args)
 
 

@@ -28,7 +28,7 @@ def report(runs: list[str], output: str | None = None) -> None:
     path = given or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
     try:
         write_report([read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)], path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         shown, missing = ", ".join(runs), one_line(error, None)
         raise SlzoError(
             f"runs {shown}: a file is not as this version writes it ({missing}); leave out that run"

@@ -23,13 +23,14 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if losses is None:
         needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
         return f"{search}  # too few validations to find the reason: try other learning rates{needs}"
-    if losses.rose and run.epochs >= _MANY_EPOCHS:
-        return (
-            f"{search}  # each training row was used {run.epochs:.0f} times: the model may have memorized them; give more rows "
-            "(data.num_train), or try other learning rates"
-        )
     if losses.rose:
-        return f"{search}  # the learning rate may be too large"
+        reason = "the learning rate may be too large"
+        if run.epochs >= _MANY_EPOCHS:
+            reason = (
+                f"each training row was used {run.epochs:.0f} times: the model may have memorized them; give more rows "
+                "(data.num_train), or try other learning rates"
+            )
+        return f"{search}  # {reason}"
     best = run.outcome.best
     if losses.unchanged and run.metric.metric == "reward" and best is not None:
         answers = _command("predict", run, "--ckpt_path", best, python="ZOTrainer().predict(...)")
