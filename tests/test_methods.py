@@ -223,6 +223,22 @@ def test_an_optimizer_that_cannot_take_a_step_is_refused():
         OptimizerOptions.of(NeedsClosure)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"capturable": True}, r"^model.optimizer Adam: cannot take a step \(If capturable=True, .* use another one"),
+        (
+            {"foreach": True, "fused": True},
+            r"^model.optimizer: `fused` and `foreach` cannot be `True` together.; correct",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_an_optimizer_that_torch_refuses_are_one_line(options, told):
+    with pytest.raises(SlzoError, match=told):
+        OptimizerOptions.of(partial(torch.optim.Adam, **options))
+
+
 def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):
     """GPT-2 knows so many positions and no more."""
     folder = tmp_path / "short"

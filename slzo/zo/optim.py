@@ -124,7 +124,7 @@ class OptimizerOptions:
         make = _with_rate(make)
         try:
             probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
         name = type(probe).__name__
         if not isinstance(probe, Optimizer):
@@ -259,7 +259,7 @@ def _state_copies(probe: Optimizer) -> float:
     parameter.grad = torch.ones_like(parameter)
     try:
         probe.step()
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
         reason = one_line(error)
         raise SlzoError(
             f"model.optimizer {type(probe).__name__}: cannot take a step ({reason}); use another one"
