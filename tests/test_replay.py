@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import error_line, last_checkpoint, run_dir, run_fit, same_tensors, tuned
+from lightning import Callback
 
 from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
@@ -306,3 +307,18 @@ def test_a_killed_run_loses_no_step_that_was_done(fit):
     assert list(read_step_log(run_dir(1) / "zo_log").steps) == list(range(5))
     assert main([*fit, "--ckpt_path=last"]) == 0
     assert_same(last_checkpoint(0), last_checkpoint(2))
+
+
+def test_steps_whose_rate_a_callback_changed_are_not_rebuilt(sst2_options, model_dir, data_dir, capsys):
+    class Doubles(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.optimizers[0].param_groups[0]["lr"] *= 2
+
+    module = ZOModule(str(model_dir), 1, None, SPSA(), 1e-3, optimizer=partial(torch.optim.SGD, lr=1e-3), seed=0)
+    data = TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=8)
+    ZOTrainer(max_steps=1, val_check_interval=1, callbacks=[Doubles()], accelerator="cpu").fit(module, datamodule=data)
+    same = ["--model.layer=1", "--model.estimator=SPSA", "--model.eps=1e-3", "--model.optimizer=SGD"]
+    command = ["replay", *sst2_options, *same, "--model.optimizer.lr=1e-3", f"--run={run_dir()}", "--step=1"]
+    line = error_line(capsys, *command)
+    assert "step 0 was taken with lr 0.002" in line
+    assert "or a callback changed the rate; continue the run with the same callbacks" in line

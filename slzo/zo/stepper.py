@@ -339,6 +339,7 @@ def _check_replayed(known: StepRecord, record: StepRecord) -> None:
     if before != now:
         raise SlzoError(
             f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
-            f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
-            "remove it"
+            f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}: it is the log of other steps, or a callback "
+            "changed the rate; continue the run with the same callbacks (slzo replay has none), or move the log away and take "
+            "the steps again"
         )
