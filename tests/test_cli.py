@@ -428,12 +428,12 @@ def test_what_export_refuses(options, capsys, once):
     assert main([*args, "--trust_remote_code=true"]) == 0
 
 
-def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path, once):
+def test_a_checkpoint_of_another_model_is_refused(options, model_dir, capsys, tmp_path, once):
     once(run_fit, *options, "--trainer.max_steps=2")
     tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     line = error_line(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")
-    assert "was trained on another base model" in line
+    assert f"was trained on another base model, called {str(model_dir)!r} (" in line
 
 
 @pytest.mark.fast

@@ -35,6 +35,12 @@ from tiny import make_tokenizer
 IDS = torch.arange(3, 40)[None]
 
 
+def test_another_base_model_is_refused_with_the_name_of_the_right_one(tmp_path):
+    facts = {"base_model": {"name": "mine"}, "fingerprint": {"config": {"hidden_size": 1}}}
+    with pytest.raises(SlzoError, match=r"was trained on another base model, called 'mine' \(hidden_size: 1 -> "):
+        Exported(tmp_path, facts).check_base(tiny_model("llama"), "model.model")
+
+
 @pytest.mark.parametrize(
     ("family", "scope"),
     [

@@ -91,7 +91,8 @@ class Exported:
         Raises:
             SlzoError: It is another one.
         """
-        Fingerprint.of(model).check(self.facts.get("fingerprint", {}), option)
+        name = self.facts.get("base_model", {}).get("name")
+        Fingerprint.of(model).check(self.facts.get("fingerprint", {}), option, name=name)
 
     def load_model(self, base: str, dtype: DType, trust_remote_code: bool) -> PreTrainedModel:
         """Load the tuned model; an adapter is merged into it. A whole model needs no ``base``.

@@ -93,8 +93,13 @@ class Fingerprint:
         """Return primitives only, for checkpoints."""
         return {name: dict(value) for name, value in vars(self).items()}
 
-    def check(self, saved: Mapping[str, Any], option: str = "model.model") -> None:
-        """Check that the fingerprint agrees with a saved one wherever both have a value. ``option`` names the model.
+    def check(self, saved: Mapping[str, Any], option: str = "model.model", *, name: str | None = None) -> None:
+        """Check that the fingerprint agrees with a saved one wherever both have a value.
+
+        Args:
+            saved: The saved fingerprint.
+            option: Option that names the model, for the message.
+            name: Name of the model of the saved fingerprint, for the message; ``None`` if it is unknown.
 
         Raises:
             SlzoError: They differ; the message names the differences.
@@ -107,9 +112,10 @@ class Fingerprint:
         if not changes and _differ(saved.get("tuned", {}), self.tuned):
             changes = "different weights in the tuned tensors"
         if changes:
+            called = "" if name is None else f", called {name!r}"
             raise SlzoError(
-                f"ckpt_path: was trained on another base model ({changes}); give the model that it was trained on ({option}), or "
-                "restore it"
+                f"ckpt_path: was trained on another base model{called} ({changes}); give the model that it was trained on "
+                f"({option}), or restore it"
             )
 
 
