@@ -4,6 +4,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,13 +79,13 @@ class RowScores(Metric):
 
 
 class _RowPairs(Metric):
-    """Base class of metrics that keep two whole numbers of each row."""
+    """Base class of metrics that keep two whole numbers of each row. For ``options`` see :class:`torchmetrics.Metric`."""
 
     full_state_update = False
     pairs: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_state("pairs", [], dist_reduce_fx="cat")
         self._add([], [])
 
@@ -130,8 +131,8 @@ class MacroF1(_RowPairs):
 
 
 def macro_f1(examples: Sequence[Example], predictions: Sequence[int]) -> float:
-    """Return the macro F1 of labelled examples, see :class:`MacroF1`."""
-    metric = MacroF1()
+    """Return the macro F1 of labelled examples of this process alone, see :class:`MacroF1`."""
+    metric = MacroF1(sync_on_compute=False)
     metric.update(examples, predictions)
     return metric.compute()["macro_f1"].item()
 
