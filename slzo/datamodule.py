@@ -5,10 +5,11 @@ from functools import cached_property, partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch import distributed
+from torch import Tensor, distributed
 
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.loader import BatchLoader
+from slzo.models.shard_group import ShardGroup
 from slzo.task_data import TaskData
 from slzo.training.options import TrainingOptions
 from slzo.utils.errors import SlzoError
@@ -36,12 +37,31 @@ class TaskDataModule(TaskData, LightningDataModule):
         parallel: Parallel = options.parallel if isinstance(options, TrainingOptions) else "rows"
         world_size, rank = trainer.world_size, trainer.global_rank
         directions = num_directions(parallel, world_size)
-        rows = points = partial(trainer.strategy.reduce, reduce_op="sum")
+        rows = points = None
         if directions not in (1, world_size):
             if directions not in self._groups:
                 self._groups[directions] = _groups_of(world_size, rank, directions)
-            rows, points = (partial(rows, group=group) for group in self._groups[directions])
-        return Processes(world_size, rank, directions, rows, points, trainer.strategy.broadcast)
+            rows, points = self._groups[directions]
+        add_up = partial(trainer.strategy.reduce, reduce_op="sum")
+        return Processes(
+            world_size,
+            rank,
+            directions,
+            sum_rows=partial(add_up, group=rows),
+            sum_points=partial(add_up, group=points),
+            broadcast=trainer.strategy.broadcast,
+            gather_rows=partial(self._gather, group=rows),
+        )
+
+    def _gather(self, tensor: Tensor, group: Any) -> Tensor:
+        """Return the tensors of all processes of a group, stacked; ``None`` for the group of all."""
+        assert self.trainer is not None
+        shards: ShardGroup | None = getattr(self.trainer.strategy, "shard_group", None)
+        if shards is not None:  # a process that waits must keep answering gathers of layers
+            shards.barrier()
+        gathered = tensor.new_empty(distributed.get_world_size(group), *tensor.shape)
+        distributed.all_gather(list(gathered), tensor.contiguous(), group)
+        return gathered
 
     @property
     def on_accelerator(self) -> bool:

@@ -539,7 +539,7 @@ def assert_same_estimate(found, expected):
 
 
 def on_grid(rows, directions, run):
-    """What ``run(processes)`` returns on each process of a grid, in threads that add up what they exchange."""
+    """What ``run(processes)`` returns on each process of a grid, in threads that exchange tensors."""
     number = rows * directions
     exchanges = {("rows", d): Exchange(rows) for d in range(directions)} | {
         ("points", r): Exchange(directions) for r in range(rows)
@@ -548,26 +548,34 @@ def on_grid(rows, directions, run):
 
     def process(rank):
         d, r = rank % directions, rank // directions
-        sums = (partial(exchanges[name].sum, turn=turn) for name in (("rows", d), ("points", r)))
+        of_rows, of_points = exchanges["rows", d], exchanges["points", r]
         with turn:
-            return run(Processes(number, rank, directions, *sums))
+            return run(
+                Processes(
+                    number,
+                    rank,
+                    directions,
+                    sum_rows=lambda tensor: of_rows.gather(tensor, r, turn).sum(dim=0),
+                    sum_points=lambda tensor: of_points.gather(tensor, d, turn).sum(dim=0),
+                    gather_rows=partial(of_rows.gather, place=r, turn=turn),
+                )
+            )
 
     with ThreadPoolExecutor(number) as pool:
         return list(pool.map(process, range(number)))
 
 
 class Exchange:
-    """The sum of a tensor over threads, each of which gives up its turn while it waits for the others."""
+    """The tensors of threads, each of which gives up its turn while it waits for the others."""
 
     def __init__(self, number):
         self.barrier, self.number, self.parts = threading.Barrier(number, timeout=60), number, {}
 
-    def sum(self, tensor, turn):
+    def gather(self, tensor, place, turn):
         turn.release()
-        place = self.barrier.wait()
         self.parts[place] = tensor.clone()
         self.barrier.wait()
-        total = torch.stack([self.parts[place] for place in range(self.number)]).sum(dim=0)
+        gathered = torch.stack([self.parts[place] for place in range(self.number)])
         self.barrier.wait()
         turn.acquire()
-        return total
+        return gathered

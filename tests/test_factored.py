@@ -1,5 +1,7 @@
 """Gradients in factors: their sum over processes is that of the gradients, with fewer bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import batch_loss, on_grid, tiny_model, tune_scope
@@ -11,7 +13,7 @@ from slzo.zo import factored
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import EstimatorContext, LayerOutputPerturbation
 from slzo.zo.factored import FactoredGradient, factored_vjp
-from slzo.zo.processes import CountedSum, Partition, Processes, identity
+from slzo.zo.processes import CountedExchange, Processes, gathered_alone, identity
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.tuned import TunedTensors
 
@@ -49,7 +51,7 @@ def test_every_use_of_a_weight_is_in_the_gradient(monkeypatch):
     found = vjp_fn(gradient)
     assert {name: len(parts) for name, parts in found.factors.items()} == {"a.weight": 2, "b.weight": 1}
     assert found.whole.keys() == {"a.bias", "b.weight", "c.weight"}
-    sums, total = found.total(torch.tensor([1.0, 2.0]), Partition(0, 1), identity)
+    sums, total = found.total(torch.tensor([1.0, 2.0]), identity, gathered_alone)
     assert sums.tolist() == [1, 2]
     torch.testing.assert_close(total, tuned.with_zeros(expected(gradient)))
 
@@ -73,12 +75,13 @@ def test_factors_of_other_processes_give_the_gradient_of_all(scope, dtype, examp
     parts = (examples[:1], examples[1:5], examples[5:])
 
     def estimate(processes, rows=None):
-        sent = CountedSum(processes.sum_rows)
+        sums, gathered = CountedExchange(processes.sum_rows), CountedExchange(processes.gather_rows)
         rows = parts[processes.row_partition.rank] if rows is None else rows
         model = tune_scope(scope, tiny_model("llama", scale=1.0).to(dtype), engine=Engine(cache_gb=0))
-        loss = batch_loss(model, rows, processes=Processes(processes.world_size, processes.rank, 1, sent))
+        counted = replace(processes, sum_rows=sums, gather_rows=gathered)
+        loss = batch_loss(model, rows, processes=counted)
         found = LayerOutputPerturbation(queries=4).estimate(EstimatorContext(model.tensors, loss, 0, 0))
-        return found.gradient, sent.num_bytes
+        return found.gradient, sums.num_bytes + gathered.num_bytes
 
     exchanged = {}
     for share in (0, 1e9):
@@ -101,14 +104,11 @@ def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
     tuned = TunedTensors({"weight": module.weight})
     inputs = torch.randn(number, 60)
     _, vjp_fn = factored_vjp(tuned, lambda: module(inputs))
-    sizes = []
-
-    def sum_rows(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    vjp_fn(torch.ones(number, 40)).total(torch.zeros(2), Partition(1, 2), sum_rows)
-    assert sizes == [2 + 4, 100 * number if is_sent else 2400]
+    sums, gathered = CountedExchange(identity), CountedExchange(lambda own: torch.stack([own, torch.zeros_like(own)]))
+    vjp_fn(torch.ones(number, 40)).total(torch.zeros(2), sums, gathered)
+    sizes = 4 * (2 + 2)
+    assert gathered.num_bytes == sizes + (4 * 100 * number if is_sent else 0)
+    assert sums.num_bytes == (0 if is_sent else 4 * 2400)
 
 
 class Experts(nn.Module):
@@ -140,7 +140,7 @@ def test_processes_may_use_other_weights(uses, rows):
     def run(processes):
         gradient = FactoredGradient(tuned)
         gradient.add(derivative(factored_vjp, processes.rank))
-        return gradient.total(torch.ones(1), processes.row_partition, processes.sum_rows)
+        return gradient.total(torch.ones(1), processes.sum_rows, processes.gather_rows)
 
     found = on_grid(2, 1, run)
     parts = [tuned.with_zeros(derivative(vjp, rank)) for rank in range(2)]
@@ -164,4 +164,4 @@ def test_factors_of_many_parts_are_multiplied():
             else:
                 gradient.add(own)
         assert sum(len(each.inputs) for each in gradient.factors.get("weight", ())) <= 2
-    torch.testing.assert_close(gradient.total(torch.zeros(1), Partition(0, 1), identity)[1]["weight"], total)
+    torch.testing.assert_close(gradient.total(torch.zeros(1), identity, gathered_alone)[1]["weight"], total)

@@ -45,7 +45,7 @@ from slzo.zo.loss import OutputGradient
 from slzo.zo.noise import row_noise
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.packed_layer_output import _FEWEST_TOKENS, PackedLayerOutput
-from slzo.zo.processes import Partition, identity
+from slzo.zo.processes import gathered_alone, identity
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.tuned_tensor import Masked, Subspace
 from tiny import VOCABULARY
@@ -299,7 +299,7 @@ def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, lay
     at_needed = torch.randn(len(batch.logit_positions), parts.width, generator=torch.Generator().manual_seed(0))
     everywhere = torch.zeros_like(output)
     everywhere[batch.logit_positions, : parts.width] = at_needed
-    _, total = found(at_needed).total(torch.zeros(2), Partition(0, 1), identity)
+    _, total = found(at_needed).total(torch.zeros(2), identity, gathered_alone)
     for name, own in tuned.with_zeros(expected(everywhere)).items():
         torch.testing.assert_close(total[name], own, rtol=1e-4, atol=1e-5 * max(1.0, float(own.abs().max())))
 

@@ -7,7 +7,7 @@ from helpers import on_grid, tiny_model, tune_scope
 from slzo.batches.packing import Block, pack
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
-from slzo.zo.processes import CountedSum
+from slzo.zo.processes import CountedExchange
 from slzo.zo.scopes import LayerScope
 from slzo.zo.shared_prefix import SharedPrefix
 
@@ -59,7 +59,7 @@ def test_each_block_is_computed_once_and_sent_to_all(family, examples, computed)
 
     def states(processes):
         model, rank = model_with_plan(blocks, family=family), processes.rank
-        shared, total = SharedPrefix(model.forward, blocks, rank), CountedSum(processes.sum_rows)
+        shared, total = SharedPrefix(model.forward, blocks, rank), CountedExchange(processes.gather_rows)
         sent, found = [], []
         for batches in steps:
             batch = pack(batches[rank])
@@ -83,7 +83,7 @@ def test_only_what_fits_on_every_process_is_sent(examples):
 
     def stored(processes):
         model = model_with_plan(blocks, 1.0 if processes.rank else room)
-        SharedPrefix(model.forward, blocks, processes.rank).fill(pack(examples), processes.sum_rows)
+        SharedPrefix(model.forward, blocks, processes.rank).fill(pack(examples), processes.gather_rows)
         return [example.index in model.forward.cache for example in examples]
 
     assert on_grid(2, 1, stored) == [[True] * 4 + [False] * 3] * 2
@@ -93,11 +93,11 @@ def test_a_new_training_with_a_full_cache_sends_nothing(examples):
     blocks = blocks_of(examples)
 
     def sent(processes):
-        model, total = model_with_plan(blocks), CountedSum(processes.sum_rows)
+        model, total = model_with_plan(blocks), CountedExchange(processes.gather_rows)
         numbers = []
         for _ in range(2):
             SharedPrefix(model.forward, blocks, processes.rank).fill(pack(examples), total)
             numbers.append(total.num_bytes)
         return numbers[1] - numbers[0]
 
-    assert on_grid(2, 1, sent) == [2 * 4 * 4] * 2  # which of the four blocks are wanted and stored
+    assert on_grid(2, 1, sent) == [2 * 4] * 2  # which of the four blocks are wanted and stored

@@ -5,8 +5,8 @@
 
 A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
 queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
-prefix cache. Tokens are those of different rows. In every second step a process first waits for the others and then sums:
-``exchange`` is the time of these sums. The other steps give the time of a step. With shared layers (``trainer.strategy sharded``)
+prefix cache. Tokens are those of different rows. In every second step a process waits for the others before each exchange, and
+``exchange`` is the time of these. The other steps give the time of a step. With shared layers (``trainer.strategy sharded``)
 the processes divide the rows and the weights of the layers; there ``exchange`` is the time of the process that waits least, and
 ``exchange`` and ``bytes`` include the gathering of layers. The speed-up, in tokens a second, is the median over the rounds.
 ``separate runs`` are as many runs of one process at the same time, which exchange nothing: what the machine can do.
@@ -16,8 +16,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,16 +62,29 @@ class Options:
 
 
 @dataclass
-class TimedSum:
-    """An all-reduce that counts its seconds and, if it waits for the other processes before, those of waiting."""
+class TimedExchange:
+    """Exchanges tensors and counts the seconds and, if it waits for the other processes before, those of waiting."""
 
     shards: ShardGroup | None
     waits: bool = False
     seconds: float = 0.0
     waiting: float = 0.0
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
+        with self._timed():
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked."""
+        with self._timed():
+            gathered = tensor.new_empty(distributed.get_world_size(), *tensor.shape)
+            distributed.all_gather(list(gathered), tensor.contiguous())
+        return gathered
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
         if self.shards is not None:
             self.shards.barrier()  # counts its seconds itself
@@ -78,9 +92,8 @@ class TimedSum:
             distributed.barrier()
             self.waiting += time.perf_counter() - began
         started = time.perf_counter()
-        distributed.all_reduce(tensor)
+        yield
         self.seconds += time.perf_counter() - started
-        return tensor
 
 
 class _Rows(TaskData):
@@ -109,7 +122,7 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
         distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
     directions = number if divide == "directions" else 1
     shards = ShardGroup(_CPU) if divide == _SHARED else None
-    exchange = TimedSum(shards)
+    exchange = TimedExchange(shards)
     rows = _Rows(
         options.task,
         tokenizer=options.model,
@@ -120,7 +133,9 @@ def run_rank(options: Options, divide: str, number: int, meeting: Path, rank: in
         batch_size=16,
         seed=0,
     )
-    rows.division = Processes(number, rank, directions, exchange, exchange)
+    rows.division = Processes(
+        number, rank, directions, sum_rows=exchange.sum, sum_points=exchange.sum, gather_rows=exchange.gather
+    )
     rows.setup("fit")
     estimator = getattr(estimators, options.estimator)()
     weights: dict[str, Any] = {} if estimator.perturbs == "output" else {"eps": _EPS, "num_queries": _QUERIES}

@@ -10,7 +10,6 @@ from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.zo.forward import SuffixForward
 from slzo.zo.loss import Loss, LossReport
-from slzo.zo.processes import Partition
 from slzo.zo.tuned import Point, TunedTensors
 
 
@@ -22,7 +21,7 @@ class LossContext:
         forward: Computes logits.
         tuned: The tensors that the loss is a function of.
         sum_rows: Returns the sum of a tensor over the processes.
-        rows: The part of the rows that this process has.
+        gather_rows: Returns the tensors of the processes, stacked.
         evaluator: Generates answers; ``None`` if the objective needs none.
         seed: Seed of the run.
         step: Step of the run.
@@ -32,7 +31,7 @@ class LossContext:
     forward: SuffixForward
     tuned: TunedTensors
     sum_rows: Callable[[Tensor], Tensor]
-    rows: Partition
+    gather_rows: Callable[[Tensor], Tensor]
     evaluator: Evaluator | None
     seed: int
     step: int

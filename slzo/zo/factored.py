@@ -5,17 +5,17 @@ gradient with respect to its outputs. Then W has the gradient :math:`G^T X`. Pro
 elements instead of in * out (sufficient factors; Xie et al. 2015, arXiv 1511.08486).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from slzo.zo.derivatives import vjp
-from slzo.zo.processes import Partition, sum_tensors
+from slzo.zo.processes import gather_tensors, gathered_alone, sum_tensors
 from slzo.zo.tuned import Gradient, TunedTensors
 from slzo.zo.tuned_tensor import TunedTensor
 
@@ -66,58 +66,77 @@ class FactoredGradient:
             if self._num_inputs(name) > _most_inputs(self._tensors[name]):
                 self._multiply(name)
 
-    def total(self, sums: Tensor, rows: Partition, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gradient]:
+    def total(
+        self, sums: Tensor, sum_rows: Callable[[Tensor], Tensor], gather_rows: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Gradient]:
         """Return ``sums`` and the gradient of all masters, added up over the processes.
 
         All processes multiply the same factors. So those with the same kind of processor get the same bits.
 
         Args:
             sums: Numbers of this process, shape (N,), float32.
-            rows: The part of the rows that this process has.
             sum_rows: Returns the sum of a tensor over the processes.
+            gather_rows: Returns the tensors of all processes, stacked; ``gathered_alone`` for a single process.
         """
-        sent: dict[str, Tensor] = {}
-        if rows.total > 1:
-            sums, sent = self._exchange_sizes(sums, rows, sum_rows)
-        for name in list(self.factors):
+        num_inputs: dict[str, tuple[int, ...]] = {}
+        if gather_rows is not gathered_alone:
+            sums, num_inputs = self._exchange_sizes(sums, gather_rows)
+        for name in [name for name in self.factors if name not in num_inputs]:
             self._multiply(name)
         names = [name for name in self.tuned.names if name in self.whole]
-        received = sum_tensors(sum_rows, [*(self.whole[name] for name in names), *sent.values()])
-        self.whole = dict(zip(names, received, strict=False))
-        for name, both in zip(sent, received[len(names) :], strict=True):
-            outputs, inputs = both.tensor_split([self._tensors[name].live.shape[0]], dim=1)
-            self.whole[name] = self._tensors[name].to_master_gradient(Factors(outputs, inputs).product())
+        if num_inputs:
+            # Fewer exchanges wait less. Vectors are small, and two processes send no more for a gathering than for a sum.
+            processes = len(next(iter(num_inputs.values())))
+            along = [name for name in names if processes == 2 or self.whole[name].dim() == 1]
+            self._gather(along, num_inputs, gather_rows)
+            names = [name for name in names if name not in along]
+        self.whole |= zip(names, sum_tensors(sum_rows, [self.whole[name] for name in names]), strict=True)
         return sums, self.tuned.with_zeros(self.whole)
 
     def _exchange_sizes(
-        self, sums: Tensor, rows: Partition, sum_rows: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``sums``, added up, and the factors to send. Afterwards the rest has the same names on all processes."""
-        names = self.tuned.names
-        own = torch.tensor([[self._num_inputs(name), name in self.whole] for name in names], dtype=torch.float32)
-        sizes = sums.new_zeros(rows.total, len(names), 2)
-        sizes[rows.rank] = own.to(sums.device)
-        summed = sum_rows(torch.cat([sums, sizes.flatten()]))
-        by_name = summed[len(sums) :].view_as(sizes).transpose(0, 1).int().tolist()
-        sent: dict[str, Tensor] = {}
+        self, sums: Tensor, gather_rows: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
+        """Return ``sums``, added up, and how many inputs each process has for each weight whose factors are to be sent.
+
+        Afterwards the gradients of other weights are whole, and have the same names on all processes.
+        """
+        own = [(self._num_inputs(name), name in self.whole) for name in self.tuned.names]
+        gathered = gather_rows(torch.cat([sums, torch.tensor(own).to(sums).flatten()]))
+        by_name = gathered[:, len(sums) :].unflatten(1, (-1, 2)).transpose(0, 1).int().tolist()
+        num_inputs: dict[str, tuple[int, ...]] = {}
         for (name, tensor), of_processes in zip(self._tensors.items(), by_name, strict=True):
             numbers, is_whole = zip(*of_processes, strict=True)
-            total = sum(numbers)
-            if any(is_whole) or total > _most_inputs(tensor):
+            if any(is_whole) or sum(numbers) > _most_inputs(tensor):
                 self._multiply(name)
                 self.whole.setdefault(name, torch.zeros_like(tensor.master))
-            elif total:
-                before = sum(numbers[: rows.rank])
-                mine = self._joined(name, tensor.live)
-                # the sum is exact: all other terms are 0
-                sent[name] = pad(mine, (0, 0, before, total - before - len(mine)))
-        return summed[: len(sums)], sent
+            elif any(numbers):
+                num_inputs[name] = numbers
+        return gathered[:, : len(sums)].sum(dim=0), num_inputs
+
+    def _gather(
+        self,
+        names: Sequence[str],
+        num_inputs: Mapping[str, tuple[int, ...]],
+        gather_rows: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Replace whole gradients of these names, and factors, by the gradients over all processes."""
+        numbers = list(num_inputs.values())
+        own = [*(self.whole[name] for name in names), *map(self._joined, num_inputs)]
+        lengths = zip(*([len(self.whole[name])] * len(numbers[0]) for name in names), *numbers, strict=True)
+        received = gather_tensors(gather_rows, own, list(lengths))
+        for name, parts in zip(names, received, strict=False):
+            self.whole[name] = torch.stack(parts).sum(dim=0)
+        for name, parts in zip(num_inputs, received[len(names) :], strict=True):
+            tensor = self._tensors[name]
+            outputs, inputs = torch.cat(parts).tensor_split([tensor.live.shape[0]], dim=1)
+            self.whole[name] = tensor.to_master_gradient(Factors(outputs, inputs).product())
 
     def _num_inputs(self, name: str) -> int:
         return sum(len(each.inputs) for each in self.factors.get(name, ()))
 
-    def _joined(self, name: str, live: Tensor) -> Tensor:
+    def _joined(self, name: str) -> Tensor:
         """Remove and return the factors of a tensor, shape (n, out + in)."""
+        live = self._tensors[name].live
         parts = [torch.cat(each, dim=1) for each in self.factors.pop(name, [])]
         return torch.cat(parts) if parts else live.new_zeros(0, sum(live.shape))
 

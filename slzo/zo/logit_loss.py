@@ -69,7 +69,7 @@ class BatchLogitLoss(SummedLoss):
             gradient.add(vjp_fn(at_output.to(hidden.dtype)))
             sums += output.sums
             evaluations += output.evaluations(num_points) * piece.num_tokens / self.batch.packed.num_tokens
-        loss, mean = _mean(*gradient.total(sums, context.rows, context.sum_rows))
+        loss, mean = _mean(*gradient.total(sums, context.sum_rows, context.gather_rows))
         return OutputGradient(loss, mean, evaluations)
 
     def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:

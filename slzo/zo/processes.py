@@ -24,6 +24,11 @@ def identity(value: Any) -> Any:
     return value
 
 
+def gathered_alone(tensor: Tensor) -> Tensor:
+    """Return the tensor with a first dimension of size 1. This is what a single process gathers."""
+    return tensor[None]
+
+
 def sum_tensors(sum_over: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor over the processes.
 
@@ -55,6 +60,29 @@ def _sum_bucket(sum_over: Callable[[Tensor], Tensor], bucket: list[Tensor]) -> l
     return [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
 
 
+def gather_tensors(
+    gather: Callable[[Tensor], Tensor], own: Sequence[Tensor], lengths: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
+    """Return for each tensor those of all processes, which are sent together.
+
+    Args:
+        gather: Returns the tensors of all processes, stacked, if they have one shape.
+        own: The tensors of this process. Those of the others may differ from them in the first dimension.
+        lengths: The first dimension of each tensor, for each process.
+    """
+    row_bytes = [tensor.shape[1:].numel() * tensor.dtype.itemsize for tensor in own]
+    sizes = [[length * size for length, size in zip(each, row_bytes, strict=True)] for each in lengths]
+    sent = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in own])
+    padding = sent.new_zeros(max(map(sum, sizes)) - len(sent))
+    received = gather(torch.cat([sent, padding]))
+    by_process = [joined[: sum(each)].split(each) for joined, each in zip(received, sizes, strict=True)]
+    return [
+        # a copy begins at an address that suits the dtype
+        [part.clone().view(tensor.dtype).view(-1, *tensor.shape[1:]) for part in parts]
+        for tensor, parts in zip(own, zip(*by_process, strict=True), strict=True)
+    ]
+
+
 class Partition(NamedTuple):
     """The part of a step's rows or points that one process has.
 
@@ -82,6 +110,8 @@ class Processes:
             overwrite its argument, as the next one.
         sum_points: Returns the sum of a tensor over the processes with the same rows and different points (all-reduce).
         broadcast: Returns the value of the first process.
+        gather_rows: Returns the tensors of the processes with different rows and the same points, stacked in the order of
+            their rows (all-gather). They must have one shape.
     """
 
     world_size: int = 1
@@ -90,6 +120,7 @@ class Processes:
     sum_rows: Callable[[Tensor], Tensor] = identity
     sum_points: Callable[[Tensor], Tensor] = identity
     broadcast: Callable[[Any], Any] = identity
+    gather_rows: Callable[[Tensor], Tensor] = gathered_alone
 
     @property
     def row_partition(self) -> Partition:
@@ -121,21 +152,21 @@ def num_directions(parallel: Parallel, world_size: int) -> int:
 
 
 @dataclass
-class CountedSum:
-    """A sum over processes, which counts the bytes that each of them sends.
+class CountedExchange:
+    """A sum or a gathering over processes, which counts the bytes that each of them gives to it.
 
     Attributes:
-        sum: See :class:`Processes`.
+        exchange: See :class:`Processes`.
         num_bytes: Bytes so far.
     """
 
-    sum: Callable[[Tensor], Tensor]
+    exchange: Callable[[Tensor], Tensor]
     num_bytes: int = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes."""
+        """Return what the processes exchange."""
         self.num_bytes += tensor.nbytes
-        return self.sum(tensor)
+        return self.exchange(tensor)
 
 
 SINGLE_PROCESS = Processes()

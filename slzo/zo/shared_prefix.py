@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch
 from slzo.zo.forward import SuffixForward
+from slzo.zo.processes import gather_tensors
 
 
 class SharedPrefix:
@@ -31,52 +32,61 @@ class SharedPrefix:
         self._missing: set[int] | None = None
 
     @torch.no_grad()
-    def fill(self, batch: PackedBatch, sum_rows: Callable[[Tensor], Tensor], max_tokens: int | None = None) -> None:
+    def fill(self, batch: PackedBatch, gather: Callable[[Tensor], Tensor], max_tokens: int | None = None) -> None:
         """Store the states of all rows that are in the batch of any process. All processes must call this together.
 
         Args:
             batch: The batch of this process.
-            sum_rows: Returns the sum of a tensor over the processes.
+            gather: Returns the tensors of the processes, stacked.
             max_tokens: Most tokens to compute at once; ``None`` for no limit.
         """
         if self._missing is None:
-            self._missing = self._find_missing(sum_rows)
+            self._missing = self._find_missing(gather)
         if not self._missing:
             return
         numbers = {self._number[key] for key in batch.example_index if key in self._number}
-        needed = sum_rows(self._mask(numbers & self._missing)).nonzero()[:, 0].tolist()
+        needed = gather(self._mask(numbers & self._missing)).any(dim=0).nonzero()[:, 0].tolist()
         by_owner: list[list[int]] = [[] for _ in range(self._processes)]
         for number in needed:
             by_owner[self._owners[number]].append(number)
         for group in zip_longest(*by_owner):  # one block of each process at once
-            self._exchange([number for number in group if number is not None], sum_rows, max_tokens)
+            self._exchange([None if number is None else self._blocks[number] for number in group], gather, max_tokens)
         self._missing -= set(needed)
 
-    def _find_missing(self, sum_rows: Callable[[Tensor], Tensor]) -> set[int]:
+    def _find_missing(self, gather: Callable[[Tensor], Tensor]) -> set[int]:
         """Return the blocks that every process wants to store and that some process has not stored yet."""
         cache = self._forward.cache
         wanted = {number for number, block in enumerate(self._blocks) if all(map(cache.wants, block.keys))}
         stored = {number for number in wanted if all(key in cache for key in self._blocks[number].keys)}
-        wanting, storing = sum_rows(torch.stack([self._mask(wanted), self._mask(stored)]))
-        return set(((wanting == self._processes) & (storing < self._processes)).nonzero()[:, 0].tolist())
+        wanted_by_all, stored_by_all = gather(torch.stack([self._mask(wanted), self._mask(stored)])).all(dim=0)
+        return set((wanted_by_all & ~stored_by_all).nonzero()[:, 0].tolist())
 
-    def _exchange(self, numbers: Sequence[int], sum_rows: Callable[[Tensor], Tensor], max_tokens: int | None) -> None:
-        """Send the states of some blocks, of which this process computes its own, to all processes, and store them."""
-        parts, cache = self._forward.parts, self._forward.cache
-        model, columns = parts.model, parts.num_columns(self._forward.span.start)
-        blocks = [self._blocks[number] for number in numbers]
-        sizes = [block.num_tokens for block in blocks]
-        states = torch.zeros(sum(sizes), columns, dtype=model.dtype, device=model.device)
-        for number, block, own in zip(numbers, blocks, states.split(sizes), strict=True):
-            if self._owners[number] == self._rank:
-                computed = self._forward.prefix(block.pack().to(model.device), keep=False, max_tokens=max_tokens)
-                assert computed is not None  # there are layers below
-                own.copy_(computed)
-        for block, received in zip(blocks, sum_rows(states).split(sizes), strict=True):  # exact: all other terms are 0
-            cache.put(block.keys, block.example_tokens, received)
+    def _exchange(
+        self, blocks: Sequence[Block | None], gather: Callable[[Tensor], Tensor], max_tokens: int | None
+    ) -> None:
+        """Compute the states of a block, send them to all processes, and store those of all.
+
+        Args:
+            blocks: The block of each process; ``None`` if it has none to compute.
+            gather: Returns the tensors of the processes, stacked.
+            max_tokens: Most tokens to compute at once; ``None`` for no limit.
+        """
+        parts = self._forward.parts
+        model, own = parts.model, blocks[self._rank]
+        if own is None:
+            states = torch.empty(0, parts.num_columns(self._forward.span.start), dtype=model.dtype, device=model.device)
+        else:
+            computed = self._forward.prefix(own.pack().to(model.device), keep=False, max_tokens=max_tokens)
+            assert computed is not None  # there are layers below
+            states = computed
+        lengths = [[0 if block is None else block.num_tokens] for block in blocks]
+        (received,) = gather_tensors(gather, [states], lengths)
+        for block, of_block in zip(blocks, received, strict=True):
+            if block is not None:
+                self._forward.cache.put(block.keys, block.example_tokens, of_block)
 
     def _mask(self, numbers: set[int]) -> Tensor:
-        """Return 1 for the given blocks and 0 for the others."""
-        mask = torch.zeros(len(self._blocks), device=self._forward.parts.model.device)
-        mask[list(numbers)] = 1
+        """Return whether each block is among the given ones, dtype bool."""
+        mask = torch.zeros(len(self._blocks), dtype=torch.bool, device=self._forward.parts.model.device)
+        mask[list(numbers)] = True
         return mask

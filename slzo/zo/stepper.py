@@ -24,7 +24,14 @@ from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, step_scheduler
 from slzo.zo.packed_layer_output import check_layer_output
-from slzo.zo.processes import SINGLE_PROCESS, CountedSum, DividedDirections, Processes, identity
+from slzo.zo.processes import (
+    SINGLE_PROCESS,
+    CountedExchange,
+    DividedDirections,
+    Processes,
+    gathered_alone,
+    identity,
+)
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
 from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.step import take_step
@@ -181,11 +188,13 @@ class Stepper:
             report: Is called with the additional results of each evaluation that has some.
         """
         processes, model = self.processes if processes is None else processes, self.model
-        sum_rows = processes.sum_rows if processes.row_partition.total > 1 else identity
+        sum_rows, gather_rows = processes.sum_rows, processes.gather_rows
+        if processes.row_partition.total == 1:
+            sum_rows, gather_rows = identity, gathered_alone
         if self.shared_prefix is not None:
-            self.shared_prefix.fill(batch.packed, sum_rows, batch.max_tokens)
+            self.shared_prefix.fill(batch.packed, gather_rows, batch.max_tokens)
         context = LossContext(
-            model.forward, model.tensors, sum_rows, processes.row_partition, self.evaluator, self.seed, step, report
+            model.forward, model.tensors, sum_rows, gather_rows, self.evaluator, self.seed, step, report
         )
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
@@ -217,14 +226,18 @@ class Stepper:
         eps = self.eps
         known = self._known.pop(step, None)
         reports = [LossReport()]  # the last one counts
-        rows, points = CountedSum(self.processes.sum_rows), CountedSum(self.processes.sum_points)
+        processes = self.processes
+        exchanges = [
+            CountedExchange(each) for each in (processes.sum_rows, processes.sum_points, processes.gather_rows)
+        ]
         if known is None:
             assert batch is not None
-            counted = replace(self.processes, sum_rows=rows, sum_points=points)
+            sum_rows, sum_points, gather_rows = exchanges
+            counted = replace(processes, sum_rows=sum_rows, sum_points=sum_points, gather_rows=gather_rows)
             loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted, reports.append))
         else:
             loss = ReplayedLoss(known)
-        at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
+        at_once = processes.directions * self.model.queries_at_once(self.options.num_queries)
         context = EstimatorContext(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and tensors.may_be_copied
         estimate, norm = take_step(context, self.estimator, optimizer, auto=self.rate, measure_update=measure_update)
@@ -236,7 +249,7 @@ class Stepper:
         if self._log is not None:
             self._log.append(record)
         self._count(estimate, step, reports[-1])
-        return StepResult(estimate, record, reports[-1], rows.num_bytes + points.num_bytes, norm)
+        return StepResult(estimate, record, reports[-1], sum(each.num_bytes for each in exchanges), norm)
 
     def snapshot(self, step: int) -> Snapshot:
         """Return a copy of the state after ``step`` steps."""
