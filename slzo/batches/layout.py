@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 # A sequence joins a group if its length is at least this fraction of the longest one. Each group takes one attention call, and
 # attention over padding costs more than a few calls.
@@ -62,15 +63,10 @@ class PackedLayout(Movable):
 
     def sequences_up_to(self, last: Tensor) -> list[Tensor]:
         """For each packed position in ``last``, return the packed positions of its sequence up to this one."""
-        found = []
-        for index in self.inverse[last].tolist():
-            for group in self.groups:
-                if index < group.numel():
-                    row, column = divmod(index, group.shape[1])
-                    found.append(group[row, : column + 1])
-                    break
-                index -= group.numel()
-        return found
+        (positions,) = self.in_one_group.groups
+        places = self.in_one_group.inverse[last].tolist()
+        rows_and_columns = (divmod(place, positions.shape[1]) for place in places)
+        return [positions[row, : column + 1] for row, column in rows_and_columns]
 
     def repeat(self, times: int) -> "PackedLayout":
         """Return the layout of ``times`` copies of the batch, one after the other in the packed row."""
@@ -137,15 +133,11 @@ def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int) -> PackedL
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
     for numbers in group_by_length([*map(len, sequences)]):
-        width = max(len(sequences[n]) for n in numbers)
-        index = torch.zeros(len(numbers), width, dtype=torch.int64)
-        mask = torch.zeros(len(numbers), width, dtype=torch.bool)
-        for row, n in enumerate(numbers):
-            positions = torch.tensor(sequences[n], dtype=torch.int64)
-            index[row, : len(positions)] = positions
-            mask[row, : len(positions)] = True
-            inverse[positions] = offset + row * width + torch.arange(len(positions))
-        groups.append(index)
-        valid.append(mask)
-        offset += index.numel()
+        rows = [torch.tensor(sequences[number], dtype=torch.int64) for number in numbers]
+        group = pad_sequence(rows, batch_first=True)
+        for row, positions in enumerate(rows):
+            inverse[positions] = offset + row * group.shape[1] + torch.arange(len(positions))
+        groups.append(group)
+        valid.append(pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True))
+        offset += group.numel()
     return PackedLayout(tuple(groups), tuple(valid), inverse)
