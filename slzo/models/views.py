@@ -10,7 +10,7 @@ import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +103,10 @@ class Decoder:
         """Copy the decoder with layers ``start`` and above, and what runs after the layers, in float32; the rest is shared."""
         upper = [copy.deepcopy(layer).float() for layer in self.layers[start:]]
         layers = nn.ModuleList([*self.layers[:start], *upper])
-        model = cast("PreTrainedModel", with_submodule(self.model, f"{self.path}.{self.layers_name}", layers))
+        model = with_submodule(self.model, f"{self.path}.{self.layers_name}", layers)
         for name in self.outputs.after_layers:
             path = f"{self.path}.{name}"
-            model = cast(
-                "PreTrainedModel", with_submodule(model, path, copy.deepcopy(model.get_submodule(path)).float())
-            )
+            model = with_submodule(model, path, copy.deepcopy(model.get_submodule(path)).float())
         decoder = copy.copy(self)
         decoder.model, decoder.layers, decoder.module = model, layers, model.get_submodule(self.path)
         return decoder

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def copy_modules(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
@@ -24,7 +26,7 @@ def copy_modules(module: nn.Module, replace: Callable[[nn.Module], nn.Module | N
     return clone
 
 
-def with_submodule(root: nn.Module, path: str, submodule: nn.Module) -> nn.Module:
+def with_submodule(root: _Module, path: str, submodule: nn.Module) -> _Module:
     """Copy ``root`` with another module at ``path``; everything else is shared."""
     clone = copy.copy(root)
     head, _, rest = path.partition(".")
