@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,7 +20,7 @@ class OriginalWeights:
     """The full-precision tensors in the files that a model was loaded from.
 
     Args:
-        source: Folder or Hub id. Only the Hub's local cache is read; nothing is downloaded.
+        source: The folder; empty if there is none.
         prefix: Optional prefix of parameter names in the files, such as ``model``.
     """
 
@@ -83,11 +82,9 @@ class OriginalWeights:
             return {}
 
     def _path(self, name: str) -> str | None:
-        """Return the path of a file in the folder or in the Hub's cache; ``None`` if it is not there."""
-        if self.source and Path(self.source).is_dir():
-            return str(path) if (path := Path(self.source, name)).is_file() else None
-        found = try_to_load_from_cache(self.source, name)
-        return found if isinstance(found, str) else None
+        """Return the path of a file in the folder; ``None`` if it is not there."""
+        path = Path(self.source, name)
+        return str(path) if self.source and path.is_file() else None
 
 
 @contextmanager
