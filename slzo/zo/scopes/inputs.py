@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +24,24 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
     # copies of linear maps that run through oneDNN do not call the hooks of the maps
     plain = parts.rebuilt(onednn=False) if parts.onednn else parts
     plain.prepare()  # runs the model, so it must come before the hooks
-    recorded: list[list[Tensor]] = [[] for _ in modules]
+    recorded: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
-    def recorder(number: int, batch: PackedBatch) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0].detach().flatten(0, -2)  # OPT does so itself before its MLP
-            shape = (1, batch.num_tokens) if plain.packed else batch.layout.in_one_group.groups[0].shape
-            if len(states) != math.prod(shape):
-                _refuse(parts, modules[number])
-            recorded[number].append(plain.to_packed(states.unflatten(0, shape), batch).float())
-
-        return hook
+    def record(batch: PackedBatch, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states = inputs[0].detach().flatten(0, -2)  # OPT does so itself before its MLP
+        shape = (1, batch.num_tokens) if plain.packed else batch.layout.in_one_group.groups[0].shape
+        if len(states) != math.prod(shape):
+            _refuse(parts, module)
+        recorded[module].append(plain.to_packed(states.unflatten(0, shape), batch).float())
 
     for batch in batches:
         with ExitStack() as hooks:
-            for number, module in enumerate(modules):
-                hooks.enter_context(module.register_forward_pre_hook(recorder(number, batch)))
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(partial(record, batch)))
             plain.run(batch, 0, plain.num_layers)
-    for module, pieces in zip(modules, recorded, strict=True):
+    for module, pieces in recorded.items():
         if not pieces:
             _refuse(parts, module)
-    return [torch.cat(pieces) for pieces in recorded]
+    return [torch.cat(pieces) for pieces in recorded.values()]
 
 
 def _refuse(parts: ModelParts, module: nn.Module) -> NoReturn:

@@ -138,8 +138,7 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
     """Return the linear maps of one decoder layer with the given short names or ``mlp_output``; ``None`` returns all.
 
     Raises:
-        SlzoError: ``names`` is empty, the layer has no such linear map or shares tensors with others, or ``names`` is ``None``
-            and the layer has experts.
+        SlzoError: ``names`` is empty, the layer has no such linear map, or ``names`` is ``None`` and the layer has experts.
     """
     found = linears(parts, layer)
     if names is None:
