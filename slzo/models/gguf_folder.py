@@ -30,7 +30,6 @@ def gguf_to_folder(gguf: Path) -> Path:
     Raises:
         SlzoError: The file is missing or not GGUF, or transformers cannot read it.
     """
-    gguf = gguf.expanduser()
     _check_magic(gguf)
     status = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
