@@ -109,9 +109,7 @@ class BatchAnswerLoss(SummedLoss):
     def _sampled_answers(self, repeated: Sequence[Row], sampling: Sampling) -> tuple[list[Answer], list[Tensor] | None]:
         """Sample answers to the rows of the batch at the masters, which must be the live weights.
 
-        Args:
-            repeated: The row of each answer, those of a row one after the other.
-            sampling: One key for each answer.
+        ``repeated`` has the row of each answer, those of a row one after the other, and ``sampling`` a key for each.
 
         Returns:
             The answers, and the states of each row that enter the tuned layer: of its prompt and, after them, of each answer's

@@ -136,18 +136,10 @@ class SuffixForward:
         objective: LogitLoss,
         max_tokens: int | None = None,
     ) -> Tensor:
-        """Return the summed losses at several points. The live weights stay at the last point.
+        """Return the total loss at each of P points and the weight to divide it by, shape (2, P), float32.
 
-        Args:
-            batch: The batch.
-            hidden: The result of :meth:`prefix` for the batch.
-            tuned: The tuned tensors.
-            points: P points.
-            objective: The loss as a function of logits.
-            max_tokens: Run several points at once only up to this number of tokens; ``None`` for no limit.
-
-        Returns:
-            The total loss at each point and the weight to divide it by, shape (2, P), float32.
+        ``hidden`` is the result of :meth:`prefix` for the batch. Several points run at once only up to ``max_tokens`` tokens;
+        ``None`` is no limit. The live weights stay at the last point.
         """
         if not self._pairs(batch, len(points), max_tokens):
             sums = []

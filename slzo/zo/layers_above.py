@@ -39,11 +39,7 @@ class LayersAbove(NamedTuple):
 def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor) -> LayersAbove:
     """Return the layers from ``start`` on for a batch. If possible, only the last tokens of each sequence run at each point.
 
-    Args:
-        parts: The model.
-        start: The first of the layers.
-        batch: The batch.
-        hidden: States that enter the first layer, shape (T, hidden). Only those of the batch's needed positions may change.
+    ``hidden`` are the states that enter layer ``start``, shape (T, hidden); only those of needed positions may change.
     """
     stop = parts.num_layers
     if not can_run_last_tokens(parts):
@@ -81,14 +77,8 @@ def layers_vjp(
     """Run layers; return their output and, for the needed positions, the transpose of its derivative.
 
     The derivative is taken through the last tokens of each sequence alone, to which the others contribute keys and values.
-
-    Args:
-        parts: The model.
-        tuned: Masters of some of the layers' tensors; the live weights must equal them.
-        start: The first layer.
-        stop: One past the last layer.
-        batch: The batch.
-        entering: States that enter the first layer, shape (T, hidden).
+    ``tuned`` are the masters of some of the layers' tensors; the live weights must equal them. ``entering`` are the states that
+    enter layer ``start``, shape (T, hidden).
 
     Returns:
         The output, shape (T, hidden), detached; for the last layer of the model it is 0 where no logits are needed. And a

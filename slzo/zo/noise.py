@@ -35,17 +35,10 @@ def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Ten
 
 
 def row_noise(rows: Sequence[int], counts: Sequence[int], like: Tensor, seed: int, step: int, query: int) -> Tensor:
-    """Draw standard normal noise for some rows of a training set, shape (P, width), float32.
+    """Draw standard normal noise for some rows, given by their numbers in the training set; shape (P, width), float32.
 
-    The noise of a row does not depend on the other rows, nor on the process or the pass that holds it.
-
-    Args:
-        rows: Number of each row in the training set.
-        counts: Number of positions of each row; they sum to P.
-        like: A tensor of shape (P, width) on the wanted device.
-        seed: Seed of the run.
-        step: Training step.
-        query: Query of the step.
+    The noise of a row does not depend on the other rows, nor on the process or the pass that holds it. ``counts`` has the number
+    of positions of each row; they sum to P. ``like`` is a tensor of shape (P, width) on the wanted device.
     """
     noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     generator = torch.Generator(device=like.device)

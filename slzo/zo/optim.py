@@ -180,9 +180,7 @@ class OptimizerOptions:
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
 
-        Args:
-            num_steps: Steps of the run.
-            state: State of the scheduler in the checkpoint that the run continues; ``None`` for a new run.
+        ``state`` is that of the scheduler in the checkpoint that the run continues; ``None`` for a new run.
 
         Raises:
             SlzoError: The scheduler ends earlier.
@@ -204,11 +202,9 @@ class OptimizerOptions:
 
 
 def step_scheduler(scheduler: Any, step: int) -> None:
-    """Set the rate of the next step. Only the end of a long schedule is not found by :meth:`OptimizerOptions.check_schedule`.
+    """Set the rate of the step after ``step``, which is counted from 0.
 
-    Args:
-        scheduler: The scheduler.
-        step: Number of the step that was taken, counted from 0.
+    Only the end of a long schedule is not found by :meth:`OptimizerOptions.check_schedule`.
 
     Raises:
         SlzoError: The schedule ends here.

@@ -99,14 +99,8 @@ def policy_batch(
 ) -> tuple[PackedBatch, PolicyLoss, list[int]]:
     """Pack sampled answers with their advantages.
 
-    Rows whose answers all have the same loss add nothing to the gradient and are left out, but one row always stays.
-
-    Args:
-        rows: B rows with their prompts.
-        answers: The answers, those to a row one after the other, B times as many as answers per row.
-        losses: Loss of each answer.
-        temperature: Temperature at which they were sampled.
-        device: Device of the batch.
+    Rows whose answers all have the same loss add nothing to the gradient and are left out, but one row always stays. There are
+    equally many answers to each row, those to a row one after the other; they were sampled at ``temperature``.
 
     Returns:
         The batch, the loss, and the numbers of the rows that are in the batch.

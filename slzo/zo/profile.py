@@ -123,13 +123,9 @@ def _average(sequences: list[LayerStatistics]) -> LayerStatistics:
 
 @torch.no_grad()
 def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> list[LayerStatistics]:
-    """Compute the statistics of each layer's output.
+    """Compute the statistics of each layer's output on prompts, one sequence per example, on the model's device.
 
     Sequences of one token are skipped, because a first token often has outliers in any prompt.
-
-    Args:
-        parts: The model.
-        batches: Prompts, one sequence per example, on the model's device.
 
     Raises:
         SlzoError: The output of a layer is not finite.

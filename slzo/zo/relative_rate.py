@@ -40,11 +40,7 @@ class RelativeRate(AutoRate):
 
     @classmethod
     def of(cls, tuned: TunedTensors, multiplies: bool = False) -> Self:
-        """Return the rate for some tuned tensors.
-
-        Args:
-            tuned: The tensors.
-            multiplies: Whether they are matrices whose products move the weights, as in LoRA.
+        """Return the rate for some tuned tensors; ``multiplies`` says that their products move the weights, as in LoRA.
 
         Raises:
             SlzoError: All of them are 0.

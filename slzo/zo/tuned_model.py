@@ -194,9 +194,7 @@ class TunedModel:
     def plan_prefix(self, blocks: Iterable[Block], prompts: Iterable[Block] = ()) -> None:
         """Decide which rows' states are cached, and with which other rows each is computed; see :meth:`PrefixCache.plan`.
 
-        Args:
-            blocks: Rows whose hidden states are cached.
-            prompts: Prompts of rows whose answers are generated. They get the rest of the cache's budget.
+        ``prompts``, of rows whose answers are generated, get what ``blocks`` leave of the cache's budget.
         """
         self.forward.cache.plan(blocks, self.parts.num_columns(self.span.start) * self.parts.model.dtype.itemsize)
         if self.prompt_states is not None:

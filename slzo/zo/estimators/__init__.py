@@ -16,12 +16,7 @@ ESTIMATORS = (Backprop, EvolutionStrategy, FZOO, LayerOutputPerturbation, LOZO, 
 
 
 def default_estimator(one_layer: bool, has_weight_options: bool) -> type[Estimator]:
-    """Return the default estimator.
-
-    Args:
-        one_layer: Whether the tuned tensors are within one layer.
-        has_weight_options: Whether an option of perturbations of weights is given.
-    """
+    """Return the default: SPSA if more than one layer is tuned, or if an option is given that only perturbed weights have."""
     return LayerOutputPerturbation if one_layer and not has_weight_options else SPSA
 
 
