@@ -44,11 +44,9 @@ class LastTokens(Movable):
 
     @classmethod
     def of(cls, layout: PackedLayout, needed: Tensor) -> Self:
-        """Return the last tokens of the sequences of a layout, on the CPU.
+        """Return the last tokens of the sequences of a layout on the CPU.
 
-        Args:
-            layout: The sequences, on the CPU.
-            needed: Packed positions whose logits are needed, shape (U,), int64.
+        ``needed`` are the packed positions whose logits are needed, shape (U,), int64.
         """
         is_needed = torch.zeros(len(layout.inverse), dtype=torch.bool)
         is_needed[needed] = True

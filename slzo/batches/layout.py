@@ -100,15 +100,10 @@ NO_SEQUENCES = PackedLayout((), (), torch.empty(0, dtype=torch.int64))
 
 
 def places_of_copies(places: Tensor, sizes: Sequence[int], times: int) -> Tensor:
-    """Return the inverse index of a layout whose groups are each repeated ``times`` times.
+    """Return the inverse index of a layout whose groups, of these sizes, are each repeated ``times`` times.
 
-    Args:
-        places: Place of each element in the concatenation, shape (T,), int64.
-        sizes: Sizes of the groups.
-        times: Number of copies.
-
-    Returns:
-        The places of all elements of the first copy, of the second, and so on, shape (times * T,).
+    ``places`` has the place of each element in the concatenation, shape (T,), int64. The result has those of all elements of the
+    first copy, of the second, and so on, shape (times * T,).
     """
     copies, start = [], 0
     for size in sizes:

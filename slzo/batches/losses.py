@@ -59,9 +59,7 @@ class LogitLoss(ABC):
     def linearized(self, logits: Tensor, batch: PackedBatch) -> "LogitLoss | None":
         """Return a sum over positions whose derivative at these logits is that of the loss; ``None`` if there is none.
 
-        Args:
-            logits: Logits of the whole vocabulary, float32, shape (U, vocabulary).
-            batch: The batch.
+        The logits are those of the whole vocabulary, float32, shape (U, vocabulary).
         """
         return None
 

@@ -230,11 +230,7 @@ def pack(examples: Sequence[EncodedExample]) -> PackedBatch:
 
 @dataclass(frozen=True)
 class Block:
-    """Examples that always run in one forward pass, because matrix products of another height round differently.
-
-    Attributes:
-        examples: The examples, in packing order.
-    """
+    """Examples, in packing order, that always run in one forward pass: matrix products of another height round differently."""
 
     examples: Sequence[EncodedExample]
 

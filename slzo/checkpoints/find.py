@@ -26,11 +26,8 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     """Read the last checkpoint of the newest run below ``root``.
 
     If it is missing or cannot be used, report it and read the newest intact one, of the same run if that has any, and one from
-    which training can be resumed if there is one.
-
-    Args:
-        root: Folder of the runs, or of one run.
-        name: What the user gave as ``ckpt_path``, for messages.
+    which training can be resumed if there is one. ``root`` is a folder of runs, or of one run; ``name`` is what the user gave as
+    ``ckpt_path``, for messages.
 
     Raises:
         SlzoError: There is no intact checkpoint.

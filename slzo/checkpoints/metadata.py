@@ -57,12 +57,7 @@ def base_model(metadata: Mapping[str, Any]) -> str:
 
 
 def check_commit(metadata: Mapping[str, Any], model: str, folder: str | None) -> None:
-    """Check that a model of the Hub is at the commit that a checkpoint was trained on.
-
-    Args:
-        metadata: Metadata of the checkpoint.
-        model: Name of the model, as in ``model.model``.
-        folder: Folder that it is loaded from.
+    """Check that a model of the Hub, loaded from a folder, is at the commit that a checkpoint was trained on.
 
     Raises:
         SlzoError: It is at another commit.

@@ -78,12 +78,7 @@ class StepLog:
 
 
 class StepLogWriter:
-    """Writes a new file and appends records to it without a buffer.
-
-    Args:
-        path: Path of the file.
-        log: Settings and records to begin with.
-    """
+    """Writes a new file, which begins with the content of a log, and appends records to it without a buffer."""
 
     def __init__(self, path: Path, log: StepLog) -> None:
         header = json.dumps({"format": _FORMAT, "settings": log.settings}, sort_keys=True)

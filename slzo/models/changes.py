@@ -13,9 +13,6 @@ from slzo.models.quantization import method_of
 class ModelChanges:
     """The changes of a model. An error in a ``with`` block of this object undoes them.
 
-    Args:
-        parts: The model.
-
     Attributes:
         parts: The model with the changes made so far.
         adapter: The modules that were added; ``None`` if there are none.

@@ -43,9 +43,7 @@ class FinalNorm:
     def tangent(self, differences: Tensor, states: Tensor) -> Tensor:
         """Return the parts of differences between rows of the head along which the norm lets a state move.
 
-        Args:
-            differences: Shape (U, M, width), float32.
-            states: Shape (U, width), float32.
+        The differences are of shape (U, M, width), the states of shape (U, width), float32.
         """
         found = differences * self.gain
         if self.centers:

@@ -96,13 +96,9 @@ class Fingerprint:
     def check(self, saved: Mapping[str, Any], option: str = "model.model", *, name: str | None = None) -> None:
         """Check that the fingerprint agrees with a saved one wherever both have a value.
 
-        Args:
-            saved: The saved fingerprint.
-            option: Option that names the model, for the message.
-            name: Name of the model of the saved fingerprint, for the message; ``None`` if it is unknown.
-
         Raises:
-            SlzoError: They differ; the message names the differences.
+            SlzoError: They differ; the message names the differences, the option that gives the model, and the name of the model
+                of the saved fingerprint, if known.
         """
         both = saved.get("config", {}).keys() & self.config.keys()  # versions of transformers differ in their fields
         old, new = ({name: config[name] for name in both} for config in (saved.get("config", {}), self.config))

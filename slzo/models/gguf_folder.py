@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 
 def gguf_to_folder(gguf: Path) -> Path:
-    """Return a Hugging Face folder with the content of a GGUF file, converted on first use.
+    """Return a Hugging Face folder with the content of a user's GGUF file, converted on first use.
 
     The folder takes 2 or 4 bytes per weight. A file whose path, size or modification time changed is converted again.
-
-    Args:
-        gguf: The user's file; it is not modified.
 
     Raises:
         SlzoError: The file is missing or not GGUF, or transformers cannot read it.
@@ -44,10 +41,7 @@ def gguf_to_folder(gguf: Path) -> Path:
 def convert(gguf: Path, folder: Path, name: str) -> Path:
     """Write the model and tokenizer of a GGUF file to ``folder``, in the smallest dtype that is exact; return the folder.
 
-    Args:
-        gguf: The file.
-        folder: Folder to create.
-        name: The user's name of the model, for messages.
+    ``name`` is the user's name of the model, for messages.
 
     Raises:
         SlzoError: transformers cannot read the file.

@@ -54,11 +54,9 @@ def check_config_file(name: str, file: Path) -> None:
 
 
 def reason_of(error: Exception, config: PretrainedConfig | None = None) -> str:
-    """Return in one line why a model cannot be made or loaded.
+    """Return in one line why a model cannot be made or loaded, from the error of transformers.
 
-    Args:
-        error: What transformers raised.
-        config: The model's config; an error that is only one of its values then names the entry.
+    With the model's config, an error that is only one of its values names the entry.
     """
     if isinstance(error, KeyError) and config is not None:
         entries = config.get_text_config(decoder=True).to_dict().items()
@@ -83,12 +81,8 @@ def reason_of(error: Exception, config: PretrainedConfig | None = None) -> str:
 def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Check that all weights of a model come from its files, and warn about weights in the files that it does not use.
 
-    Weights that are tied to others, and those that a model's class declares optional, are not reported by transformers.
-
-    Args:
-        name: The user's name of the model, for messages.
-        model: The loaded model.
-        info: What ``from_pretrained`` returns with ``output_loading_info``.
+    Weights that are tied to others, and those that a model's class declares optional, are not reported by transformers. ``name``
+    is the user's name of the model, for messages, and ``info`` what ``from_pretrained`` returns with ``output_loading_info``.
 
     Raises:
         SlzoError: Tensors are missing or have other shapes, or the files hold decoder layers that the config does not have.

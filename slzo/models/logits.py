@@ -29,14 +29,8 @@ def final_states(
 ) -> Tensor:
     """Run layer ``start`` and all above; return the final states at the needed positions, shape (N, U, hidden).
 
-    In the last layer, only keys and values are computed for the tokens before the first needed position of a sequence.
-
-    Args:
-        parts: The model.
-        batch: The batch.
-        start: The first layer.
-        hidden: States that enter it at N points, one after the other, shape (N T, hidden); not needed for ``start == 0``.
-        num_points: N.
+    ``hidden`` are the states that enter it at N points, one after the other, shape (N T, hidden); not needed for layer 0. In the
+    last layer, only keys and values are computed for the tokens before the first needed position of a sequence.
     """
     tokens, stop = batch.repeat(num_points), parts.num_layers
     if start == stop or last_layer_share(parts, batch) == 1:
@@ -53,16 +47,8 @@ def states_at_needed(
 ) -> Tensor:
     """Run layers for the last tokens of each sequence; return the states at the needed positions, shape (N, U, hidden).
 
-    The other tokens contribute keys and values.
-
-    Args:
-        parts: A model for which :func:`can_run_last_tokens` is true.
-        batch: The batch.
-        start: The first layer.
-        stop: One past the last layer.
-        hidden: States that enter the first layer at N points, one after the other, shape (N T, hidden).
-        num_points: N.
-        norm: Whether the final norm follows the last layer of the model.
+    The other tokens contribute keys and values. The model must be one for which :func:`can_run_last_tokens` is true. For
+    ``start``, ``stop`` and ``norm`` see :meth:`ModelParts.run`, for ``hidden`` :func:`final_states`.
     """
     last = batch.last_tokens
     chosen = last.repeat(num_points, batch.num_tokens)

@@ -89,13 +89,9 @@ class PrefixCache:
     ) -> Tensor:
         """Return the states of a batch, shape (T, hidden).
 
-        Only missing examples are computed. With ``keep``, a planned example is computed together with the rest of its block.
-
-        Args:
-            batch: The examples.
-            run: Computes the states of tokens.
-            keep: Whether to store the new states.
-            max_tokens: Most tokens to compute at once; ``None`` for no limit. The examples must not share tokens then.
+        Only those of missing examples are computed, by ``run``, for at most ``max_tokens`` tokens at once; ``None`` is no limit.
+        With a limit, the examples must not share tokens. With ``keep``, the new states are stored, and a planned example is
+        computed together with the rest of its block.
         """
         keys, device = batch.example_index, batch.input_ids.device
         if keep:

@@ -26,12 +26,9 @@ if TYPE_CHECKING:
 
 
 class ShardedLayers(Placement):
-    """Decoder layers that are divided over processes. Making them is a collective call.
+    """Decoder layers of a model on the CPU, divided over processes. Making them is a collective call.
 
-    Args:
-        model: The model, on the CPU.
-        group: The processes.
-        main: Device of this process.
+    ``main`` is the device of this process.
 
     Attributes:
         group: The processes.

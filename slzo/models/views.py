@@ -41,13 +41,7 @@ class Outputs(NamedTuple):
 
 
 class Decoder:
-    """The module of a model that owns the decoder layers and takes token ids.
-
-    Args:
-        model: The model.
-        layers_path: Path of the layers in it.
-        layers: The layers.
-    """
+    """The module of a model that owns the decoder layers and takes token ids."""
 
     def __init__(self, model: PreTrainedModel, layers_path: str, layers: nn.ModuleList) -> None:
         self.model = model
@@ -183,12 +177,7 @@ class HeadView:
 
 
 class Views:
-    """Makes the views of a model, each once.
-
-    Args:
-        decoder: The decoder of the model.
-        onednn: Whether linear layers run through oneDNN.
-    """
+    """Makes the views of a model, each once; with ``onednn``, linear layers run through oneDNN."""
 
     def __init__(self, decoder: Decoder, onednn: bool) -> None:
         self._decoder = decoder

@@ -13,9 +13,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def copy_modules(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
     """Copy a module tree that shares its parameters, buffers and configuration; ``copy.deepcopy`` shares none of them.
 
-    Args:
-        module: The root of the tree.
-        replace: Returns the replacement of a module, or ``None`` to copy it.
+    ``replace`` returns the replacement of a module, or ``None`` to copy it.
     """
     if (replacement := replace(module)) is not None:
         return replacement
