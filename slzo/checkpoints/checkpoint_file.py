@@ -78,7 +78,11 @@ def read(path: str | Path, entry: str = "") -> Any:
         Exception: Other errors, if the file does not have this format.
     """
     with safe_open(path, framework="pt") as file:
-        content = _metadata(file)
+        header = file.metadata()
+        text = header["content"]
+        if str(zlib.crc32(text.encode())) != header["crc32"]:
+            raise DamagedError("the header")
+        content = json.loads(text)
         prefix = f"{entry}." if entry else ""
         tensors = {
             name: _tensor(file, name, expected)
@@ -87,16 +91,6 @@ def read(path: str | Path, entry: str = "") -> Any:
         }
     tree = content["tree"]
     return _decoded(tree[entry] if entry else tree, tensors)
-
-
-def _metadata(file: Any) -> dict[str, Any]:
-    """Return the tree and the checksums of the tensors."""
-    header = file.metadata()
-    text = header["content"]
-    if str(zlib.crc32(text.encode())) != header["crc32"]:
-        raise DamagedError("the header")
-    content: dict[str, Any] = json.loads(text)
-    return content
 
 
 def _tensor(file: Any, name: str, expected: int) -> Tensor:
