@@ -5,8 +5,6 @@ from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
-from slzo.models.parts import ModelParts
-from slzo.models.quantization import is_plain
 
 # Directions shorter than this share of the longest one, after orthogonalization, are treated as rounding errors.
 _LEAST_SHARE = 1e-4
@@ -37,12 +35,6 @@ def tokens_of_positions(batch: PackedBatch, logits: Tensor | None, number: int) 
     return torch.tensor(padded).to(batch.logit_positions.device, non_blocking=True)
 
 
-def head_rows(parts: ModelParts, width: int) -> Tensor | None:
-    """Return the rows of the head, shape (vocabulary, width); ``None`` if they are quantized or of another width."""
-    weight = parts.model.get_output_embeddings().weight
-    return weight if is_plain(weight) and weight.shape[1] == width else None
-
-
 def head_directions(weight: Tensor, norm: FinalNorm, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return orthonormal directions in which differences between the logits of some tokens change.
 
@@ -52,7 +44,7 @@ def head_directions(weight: Tensor, norm: FinalNorm, states: Tensor, tokens: Ten
     logits is a sum of the directions.
 
     Args:
-        weight: Rows of the head, see :func:`head_rows`.
+        weight: Rows of the head, shape (vocabulary, width).
         norm: The final norm.
         states: States at the needed positions, shape (U, width), float32.
         tokens: Tokens of each position, shape (U, M); with M = 1 there are no directions.

@@ -9,9 +9,10 @@ from slzo.batches.losses import LogitLoss, RowLosses, check_positions, checked_r
 from slzo.batches.packing import PackedBatch
 from slzo.models.logits import last_layer_share
 from slzo.models.parts import ModelParts
+from slzo.models.quantization import is_plain
 from slzo.utils.errors import SlzoError
 from slzo.zo.forward import Span, SuffixForward
-from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
+from slzo.zo.head_directions import head_directions, tokens_of_positions
 from slzo.zo.layer_output import LayerOutput, rms
 from slzo.zo.layers_above import LayersAbove, layers_above
 from slzo.zo.likely_tokens import LikelyTokens
@@ -114,10 +115,10 @@ class PackedLayerOutput(LayerOutput):
         return at_masters / whole_pass + num_points * (share * above / whole_pass)
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
-        batch, weight = self._batch, head_rows(self._forward.parts, self.width)
-        if weight is None:
+        weight = self._forward.parts.model.get_output_embeddings().weight
+        if not is_plain(weight) or weight.shape[1] != self.width:  # rows of a quantized head cannot be read
             return None
-        tokens = tokens_of_positions(batch, None if self._unshifted.selected else self._unshifted.logits, number)
+        tokens = tokens_of_positions(self._batch, None if self._unshifted.selected else self._unshifted.logits, number)
         states = self._here.float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm, states, tokens)
         size = rms(states)
