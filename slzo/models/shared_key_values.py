@@ -7,6 +7,7 @@ hold both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -69,12 +70,10 @@ class KeyValueSharing:
         def see_sources(layer: nn.Module, *_: Any) -> None:
             sources.update({kind: list(layers).index(layer) for kind in states if kind not in sources})
 
-        hooks = [layer.register_forward_hook(see_sources) for layer in layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(see_sources))
             decoder(input_ids=ids, use_cache=False, **{ARGUMENT: states})
-        finally:
-            for hook in hooks:
-                hook.remove()
         shared = (
             SharedKeyValues(
                 kind, source, states[kind][0].shape[1], (states[kind][0].shape[3], states[kind][1].shape[3])
