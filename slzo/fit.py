@@ -84,120 +84,87 @@ def prepare(
     """
     options.check_objective(data.objective)
     settings = agreed_settings(options, data)
-    if run.checkpoint is None:
-        prepared = _start(options, settings, data, run, loaded, tuned)
+    checkpoint = run.checkpoint
+    if checkpoint is not None:
+        options, settings = _continued(options, settings, checkpoint, loaded)
+    scheduler_state = None if checkpoint is None else checkpoint.scheduler_state
+    if run.time_budget is None:  # otherwise the time plan decides the steps
+        options.optimizer.check_schedule(run.planned_steps, scheduler_state)
+    parts, options, memory_plan = _load(options, data, run, loaded)
+    fingerprint = data.fingerprint(None if checkpoint is None else checkpoint.metadata["data"])
+    if checkpoint is None:
+        model, chosen, options = _new_tensors(parts, options, data, run, tuned)
     else:
-        prepared = _resume(options, settings, data, run, run.checkpoint, loaded, tuned)
-    with _undone_on_error(prepared.model, is_new=tuned is None):
-        prepared.stepper.use_log(*open_step_log(prepared, data, run))
-    if not prepared.resumed:
+        check_environment(checkpoint.metadata, run.device, data.processes.world_size)
+        model, chosen = _saved_tensors(parts, options, checkpoint, tuned)
+    try:
+        auto = None if checkpoint is None else restored_rate(checkpoint.metadata["auto_step"], options)
+        stepper, time_plan = _stepper(model, options, data, run, auto, scheduler_state)
+        if checkpoint is not None:
+            measured = stepper.num_evaluations if auto is None else 0
+            stepper.load_state_dict(checkpoint.metadata)
+            stepper.num_evaluations += measured
+        prepared = Prepared(
+            options=options,
+            settings=settings,
+            untuned=parts,
+            model=model,
+            stepper=stepper,
+            fingerprint=fingerprint,
+            chosen=chosen,
+            memory_plan=memory_plan,
+            resumed=checkpoint is not None,
+            time_plan=time_plan,
+            tuned_before=tuned is not None,
+        )
+        stepper.use_log(*open_step_log(prepared, data, run))
+    except BaseException:  # the model may belong to the user, see ZOModule.from_model
+        model.tensors.restore()
+        if tuned is None:
+            model.release()
+        raise
+    if checkpoint is None:
         _announce(prepared)
     return prepared
 
 
-@contextmanager
-def _undone_on_error(model: TunedModel, is_new: bool) -> Iterator[None]:
-    """If the block raises, restore the perturbed weights; if ``is_new``, also remove the modules that the scope added.
-
-    The model may belong to the user, see :meth:`slzo.module.ZOModule.from_model`.
-    """
-    try:
-        yield
-    except BaseException:
-        model.tensors.restore()
-        if is_new:
-            model.release()
-        raise
-
-
-def _start(
-    options: TrainingOptions,
-    settings: Mapping[str, Any],
-    data: TaskData,
-    run: RunContext,
-    loaded: ModelParts | None,
-    tuned: TunedModel | None,
-) -> Prepared:
-    """Prepare a new training, of the untuned model or of the model of an earlier ``fit``."""
-    if run.time_budget is None:  # otherwise the time plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, None)
-    parts, options, memory_plan = _load(options, data, run, loaded)
-    fingerprint = data.fingerprint(None)
-    if tuned is None:
-        chosen = choose_layer(parts, options, data, run)
-        model = tune(parts, options, data, chosen.layer, chosen.states)
-    else:
-        chosen = ChosenLayer.named(tuned.layer, "tuned before")
-        model = tuned
-        model.clear_prefix()  # its keys belong to one data module
-        # with the directions of the earlier training it would search the same subspace again
-        seed = derive_seed(options.noise_seed, hash_tensors(model.tensors.named_masters().items()))
-        options = replace(options, seed=data.processes.broadcast(seed))
-    with _undone_on_error(model, is_new=tuned is None):
-        stepper, time_plan = _stepper(model, options, data, run)
-    return Prepared(
-        options=options,
-        settings=settings,
-        untuned=parts,
-        model=model,
-        stepper=stepper,
-        fingerprint=fingerprint,
-        chosen=chosen,
-        memory_plan=memory_plan,
-        resumed=False,
-        time_plan=time_plan,
-        tuned_before=tuned is not None,
-    )
-
-
-def _resume(
-    options: TrainingOptions,
-    settings: Mapping[str, Any],
-    data: TaskData,
-    run: RunContext,
-    checkpoint: Checkpoint,
-    loaded: ModelParts | None,
-    tuned: TunedModel | None,
-) -> Prepared:
-    """Prepare a training that continues a checkpoint; Lightning restores the optimizer afterwards."""
+def _continued(
+    options: TrainingOptions, settings: Mapping[str, Any], checkpoint: Checkpoint, loaded: ModelParts | None
+) -> tuple[TrainingOptions, dict[str, Any]]:
+    """Check, before weights are downloaded, that a checkpoint can be continued; return options and settings that continue it."""
     metadata = checkpoint.metadata
-    # before weights are downloaded
     checkpoint.check_resumable(settings)
     check_layer_option(options, metadata)
     check_commit(metadata, options.model, resolve_model(options.model) if loaded is None else loaded.model.name_or_path)
     options = replace(options.with_onednn(metadata["onednn"]), seed=metadata["noise_seed"])
-    settings = continued_settings(metadata["settings"], settings)
-    if run.time_budget is None:  # otherwise the time plan decides the steps
-        options.optimizer.check_schedule(run.planned_steps, checkpoint.scheduler_state)
-    parts, options, memory_plan = _load(options, data, run, loaded)
-    fingerprint = data.fingerprint(metadata["data"])
-    check_environment(metadata, run.device, data.processes.world_size)
+    return options, continued_settings(metadata["settings"], settings)
+
+
+def _new_tensors(
+    parts: ModelParts, options: TrainingOptions, data: TaskData, run: RunContext, tuned: TunedModel | None
+) -> tuple[TunedModel, ChosenLayer, TrainingOptions]:
+    """Return the model that a new training tunes: the untuned one, or that of an earlier ``fit``, which gets another seed."""
     if tuned is None:
-        model = restore(parts, checkpoint, options, for_training=True)
-    else:
-        model = tuned
-        model.check(metadata)
-        model.tensors.load(checkpoint.content["state_dict"])
-        model.clear_prefix()  # its keys belong to one data module
-    auto = restored_rate(metadata["auto_step"], options)
-    with _undone_on_error(model, is_new=tuned is None):
-        stepper, time_plan = _stepper(model, options, data, run, auto, checkpoint.scheduler_state)
-    measured = stepper.num_evaluations if auto is None else 0
-    stepper.load_state_dict(metadata)
-    stepper.num_evaluations += measured
-    return Prepared(
-        options=options,
-        settings=settings,
-        untuned=parts,
-        model=model,
-        stepper=stepper,
-        fingerprint=fingerprint,
-        chosen=ChosenLayer.named(metadata["layer"], metadata["layer_reason"]),
-        memory_plan=memory_plan,
-        resumed=True,
-        time_plan=time_plan,
-        tuned_before=tuned is not None,
-    )
+        chosen = choose_layer(parts, options, data, run)
+        return tune(parts, options, data, chosen.layer, chosen.states), chosen, options
+    tuned.clear_prefix()  # its keys belong to one data module
+    # with the directions of the earlier training it would search the same subspace again
+    seed = derive_seed(options.noise_seed, hash_tensors(tuned.tensors.named_masters().items()))
+    return tuned, ChosenLayer.named(tuned.layer, "tuned before"), replace(options, seed=data.processes.broadcast(seed))
+
+
+def _saved_tensors(
+    parts: ModelParts, options: TrainingOptions, checkpoint: Checkpoint, tuned: TunedModel | None
+) -> tuple[TunedModel, ChosenLayer]:
+    """Return the model with the tensors of a checkpoint; Lightning restores the optimizer afterwards."""
+    metadata = checkpoint.metadata
+    chosen = ChosenLayer.named(metadata["layer"], metadata["layer_reason"])
+    if tuned is None:
+        return restore(parts, checkpoint, options, for_training=True), chosen
+    tuned.check(metadata)
+    tuned.tensors.load(checkpoint.content["state_dict"])
+    tuned.clear_prefix()  # its keys belong to one data module
+    return tuned, chosen
 
 
 def _load(
