@@ -21,8 +21,8 @@ from slzo.data.batch import eval_batch
 from slzo.experiments import layer_trials, sensitivity, sweep_cells
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sensitivity import measure_sensitivity
-from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import changed_options, complete_cells
+from slzo.experiments.store import CellStore, changed_options
+from slzo.experiments.sweep_cells import complete_cells
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import RatePlan, RateResult, recommend
 from slzo.experiments.sweep_report import LayerResult, SweepResult, layer_curves

@@ -7,7 +7,7 @@ from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import check_results
 from slzo.experiments.sweep import sweep_layers
-from slzo.experiments.sweep_cells import changed_options, option_settings
+from slzo.experiments.sweep_cells import option_settings
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import OF_CELLS, RatePlan, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
@@ -79,7 +79,7 @@ def sweep(
         known |= OF_CELLS | {"steps": steps}
         if options.layer is not None and options.scope.needs_layer:
             known["model.layer"] = options.layer
-    check_results(folder, known, changed_options)
+    check_results(folder, known)
     with worker_processes(workers):
         parts, data = app.load()
         options.check_objective(data.objective)

@@ -11,13 +11,19 @@ from filelock import FileLock, Timeout
 
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import PARTIAL, expanded, read_json, write_json
-from slzo.utils.settings import differences
 
 _SETTINGS_FILE = "settings.json"
 _REMOVE = "remove it, and run the same command again"
 _WAIT_SECONDS = 2.0
 
-Describe = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+# settings that are hashes, and what it means if they differ
+_HASHES = {
+    "train rows": "other training rows, see data.num_train, data.num_dev, data.seed and the files",
+    "dev rows": "other dev rows",
+    "tokenizer": "another tokenizer",
+    "weights": "other weights of the model",
+    "reward code": "other code of data.reward",
+}
 
 
 class CellStore:
@@ -26,15 +32,14 @@ class CellStore:
     Args:
         folder: Folder of the results; it is created if it does not exist.
         settings: Settings that the results depend on, primitives only.
-        describe: Names the settings that differ, of those before and now.
 
     Raises:
         SlzoError: The folder holds results of other settings or other files, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], describe: Describe = differences) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(expanded(folder))
-        self._settings, self._describe = json.loads(json.dumps(settings)), describe
+        self._settings = json.loads(json.dumps(settings))
         path = self.folder / _SETTINGS_FILE
         if path.is_file() and _is_used(self.folder):
             self._check_settings()
@@ -55,7 +60,7 @@ class CellStore:
 
     def _check_settings(self) -> None:
         """Raise SlzoError if the folder holds results of other settings."""
-        _refuse_changes(self.folder, read_json(self.folder / _SETTINGS_FILE, _REMOVE), self._settings, self._describe)
+        _refuse_changes(self.folder, read_json(self.folder / _SETTINGS_FILE, _REMOVE), self._settings)
 
     def result(self, name: str) -> Any:
         """Return the dict of a cell; ``None`` if the cell is not finished."""
@@ -113,7 +118,7 @@ class CellStore:
         return self.folder / "cells" / f"{name}.json"
 
 
-def check_results(folder: str | Path, known: Mapping[str, Any], describe: Describe = differences) -> None:
+def check_results(folder: str | Path, known: Mapping[str, Any]) -> None:
     """Check the settings that are known so far, before the others are found out; see :class:`CellStore`.
 
     Raises:
@@ -123,15 +128,31 @@ def check_results(folder: str | Path, known: Mapping[str, Any], describe: Descri
     path = folder / _SETTINGS_FILE
     if path.is_file() and _is_used(folder):
         before = read_json(path, _REMOVE)
-        _refuse_changes(folder, {name: before.get(name) for name in now}, now, describe)
+        _refuse_changes(folder, {name: before.get(name) for name in now}, now)
 
 
-def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], describe: Describe) -> None:
-    if before != now and (changes := describe(before, now)):
+def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if before != now and (changes := changed_options(before, now)):
         raise SlzoError(
             f"output {str(folder)!r}: holds results of other settings ({changes}); give another folder, or the settings, rows "
             "and weights of before"
         )
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the settings of a sweep that differ, as text: ``model.eps: 0.001 -> 0.002``.
+
+    The arguments of a class that differs are left out, and so are hashes.
+    """
+    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    hashes = [text for name, text in _HASHES.items() if name in changed]
+    names = {name: name for name in changed - _HASHES.keys() if name.rpartition(".")[0] not in changed}
+    seeds = ("model.seed", "data.seed")
+    if changed.issuperset(seeds) and all(side.get(seeds[0]) == side.get(seeds[1]) for side in (old, new)):
+        names["model.seed"] = "seed_everything (or model.seed and data.seed)"
+        del names["data.seed"]
+    values = sorted(f"{text}: {old.get(name)} -> {new.get(name)}" for name, text in names.items())
+    return "; ".join([*values, *hashes])
 
 
 def _is_used(folder: Path) -> bool:

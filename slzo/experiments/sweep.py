@@ -8,7 +8,7 @@ from typing import Any
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sensitivity import measure_sensitivity
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_settings
+from slzo.experiments.sweep_cells import complete_cells, sweep_settings
 from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_report import SweepResult
 from slzo.report.profile_files import format_profile
@@ -33,7 +33,7 @@ def sweep_layers(trials: LayerTrials, plan: SweepPlan, profiler: ProfileOptions,
         )
     # lengths, seeds and numbers of directions are in the names of the cells, so others may be added later
     settings = sweep_settings(trials)
-    store = CellStore(folder, settings, changed_options)
+    store = CellStore(folder, settings)
     profile, choice = _profile(trials, profiler)
     run_cells(trials, store, plan)
     if is_worker():

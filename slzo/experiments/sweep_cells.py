@@ -13,14 +13,6 @@ from slzo.training.options import TrainingOptions
 from slzo.utils.console import rank_zero_print
 from slzo.utils.duration import duration
 
-_HASHES = {
-    "train rows": "other training rows, see data.num_train, data.num_dev, data.seed and the files",
-    "dev rows": "other dev rows",
-    "tokenizer": "another tokenizer",
-    "weights": "other weights of the model",
-    "reward code": "other code of data.reward",
-}
-
 
 def option_settings(options: TrainingOptions, data: TaskData) -> dict[str, Any]:
     """Return the settings that the results depend on and that are known before rows and model are read, except the layer."""
@@ -43,22 +35,6 @@ def sweep_settings(trials: LayerTrials) -> dict[str, Any]:
         **fingerprint.hashes(),
         "weights": Fingerprint.of(trials.parts.model, trials.parts.placement).short_hash(),
     }
-
-
-def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return the settings of a sweep that differ, as text: ``model.eps: 0.001 -> 0.002``.
-
-    The arguments of a class that differs are left out, and so are hashes.
-    """
-    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-    hashes = [text for name, text in _HASHES.items() if name in changed]
-    names = {name: name for name in changed - _HASHES.keys() if name.rpartition(".")[0] not in changed}
-    seeds = ("model.seed", "data.seed")
-    if changed.issuperset(seeds) and all(side.get(seeds[0]) == side.get(seeds[1]) for side in (old, new)):
-        names["model.seed"] = "seed_everything (or model.seed and data.seed)"
-        del names["data.seed"]
-    values = sorted(f"{text}: {old.get(name)} -> {new.get(name)}" for name, text in names.items())
-    return "; ".join([*values, *hashes])
 
 
 def complete_cells(store: CellStore, cells: Mapping[str, Callable[[], Any]], loss: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore, check_results
-from slzo.experiments.sweep_cells import changed_options, complete_cells, sweep_settings
+from slzo.experiments.sweep_cells import complete_cells, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import is_worker, rank_zero_print
 from slzo.utils.errors import SlzoError, check_at_least
@@ -99,9 +99,9 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, choose_layer: Callable[[], 
         SlzoError: The folder holds other results.
     """
     settings = sweep_settings(trials) | {"steps": plan.steps}
-    check_results(folder, settings | OF_CELLS, changed_options)  # before the layer is chosen, which may take long
+    check_results(folder, settings | OF_CELLS)  # before the layer is chosen, which may take long
     settings["model.layer"] = layer = choose_layer()
-    store = CellStore(folder, settings | OF_CELLS, changed_options)
+    store = CellStore(folder, settings | OF_CELLS)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps))
