@@ -125,7 +125,7 @@ def test_macro_f1_of_rows_with_several_right_answers_and_of_one_class():
     golds = [(0, 1), (1, 2), (2,), ()]
     metrics.update([Example(str(row), "p", (" a", " b", " c"), gold) for row, gold in enumerate(golds)], [1, 0, 2, 0])
     assert metrics.compute()["macro_f1"].item() == pytest.approx(macro_f1([1, 1, 2], [1, 0, 2]))
-    metrics.reset()
+    metrics = TaskMetrics(get_task("cb"))
     metrics.update([Example("0", "p", (" a", " b"), (0,))] * 3, [0, 0, 0])
     assert metrics.compute()["macro_f1"] == 1
 
@@ -147,7 +147,7 @@ def test_multirc():
         "question_em": pytest.approx(sum(all(group) for group in right.values()) / len(right)),
     }
     assert 0 < found["question_em"] < found["accuracy"] < 1
-    metrics.reset()
+    metrics = TaskMetrics(get_task("multirc"))
     assert all(value.isnan() for value in metrics.compute().values())  # there was no labelled row
     metrics.update(examples[:1], [examples[0].gold[0]])
     assert metrics.compute()["question_em"] == 1

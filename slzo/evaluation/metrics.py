@@ -87,11 +87,6 @@ class _RowPairs(Metric):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("pairs", [], dist_reduce_fx="cat")
-        self._add([], [])
-
-    def reset(self) -> None:
-        """Reset all states."""
-        super().reset()
         self._add([], [])  # a process without rows must still gather integers like the others
 
     def _add(self, first: Sequence[int], second: Sequence[int]) -> None:
@@ -197,10 +192,6 @@ class TaskMetrics:
         """Return each metric by name, over all processes, 0-dimensional, in 0..1; NaN if there was no labelled row."""
         found = self._metrics.compute()
         return {name: found[name] for name in self.names}
-
-    def reset(self) -> None:
-        """Reset all states."""
-        self._metrics.reset()
 
 
 def _stable_hash(text: str) -> int:
