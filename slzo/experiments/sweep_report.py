@@ -17,7 +17,7 @@ from slzo.plots.style import save
 from slzo.plots.sweep import sweep_curves_plot, sweep_plot
 from slzo.utils.files import replacing, write_json
 from slzo.utils.pluralize import pluralize
-from slzo.utils.sampling_error import standard_error
+from slzo.utils.sampling_error import plus_minus, standard_error
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection.base import CLEAR, Choice, in_errors
 from slzo.zo.trial import Score, Trial
@@ -251,7 +251,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _measured(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    return f"{value:.4g}{plus_minus(error, '.2g')}"
 
 
 def layer_curves(curves: Mapping[int, Sequence[Sequence[Score]]]) -> dict[int, list[Score]]:

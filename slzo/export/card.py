@@ -16,6 +16,7 @@ from slzo.export.facts import Facts
 from slzo.models.origin import Origin
 from slzo.tasks.base import HubSource
 from slzo.utils.pluralize import pluralize
+from slzo.utils.sampling_error import plus_minus
 from slzo.version import __version__
 
 _SPECIAL = re.compile(r"[\\`*<>\[\]|~]|(?<!\w)_|_(?!\w)|^#")
@@ -175,7 +176,7 @@ def _scores(facts: Facts) -> str:
         f"| {_text(summary['metric'])} on {pluralize(summary['num_rows'], 'held-out row')} | |",
         "|---|---|",
         f"| before | {'not scored' if before is None else f'{before:.4f}'} |",
-        f"| after | {summary['score_after']:.4f}{'' if own is None else f' ± {own:.4f} (standard error)'}{change} |",
+        f"| after | {summary['score_after']:.4f}{plus_minus(own)}{'' if own is None else ' (standard error)'}{change} |",
     ]
     if share is not None:
         lines.append(f"| always the most frequent label | {share:.4f} |")

@@ -6,6 +6,7 @@ from typing import Any
 from slzo.plots.curves import ScorePoint
 from slzo.report.run_files import RunFiles
 from slzo.report.score_change import other_scores
+from slzo.utils.sampling_error import plus_minus
 
 Texts = Mapping[str, str]
 """Texts by name; a text is empty if the run lacks the figure."""
@@ -15,14 +16,14 @@ def scores(run: RunFiles) -> Texts:
     """Format the held-out scores with their standard errors, and the dev loss."""
     summary = run.summary
     change, error = summary.get("score_change"), summary.get("score_change_standard_error")
-    kind = "paired" if summary.get("score_change_paired") else "unpaired"
+    kind = "" if error is None else " (paired)" if summary.get("score_change_paired") else " (unpaired)"
     losses = [point.loss for point in run.points if point.loss is not None]
     return {
         "metric": run.metric if summary else "",
         "held-out rows": number(summary.get("num_rows")),
         "before": score_text(run.held_out("before")),
         "after": score_text(run.held_out("after")),
-        "change": "" if change is None else f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f} ({kind})"),
+        "change": "" if change is None else f"{change:+.4f}{plus_minus(error)}{kind}",
         "other metrics": other_scores(summary) if summary else "",
         "largest class": _share(summary.get("majority_share")),
         "bag of words": _share(summary.get("reference_score")) or summary.get("reference_problem", ""),
@@ -36,9 +37,7 @@ def _share(value: float | None) -> str:
 
 def score_text(score: ScorePoint | None) -> str:
     """Format a held-out score with its standard error."""
-    if score is None:
-        return ""
-    return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
+    return "" if score is None else f"{score.value:.4f}{plus_minus(score.standard_error)}"
 
 
 def method(run: RunFiles) -> Texts:

@@ -14,6 +14,7 @@ from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import dev_loss, is_doubtful, other_scores, score_change, score_error, verdict
 from slzo.utils.pluralize import pluralize
+from slzo.utils.sampling_error import plus_minus
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -138,17 +139,13 @@ def _score(summary: Mapping[str, Any]) -> str:
     """Return the line on the score: before and after, with standard errors."""
     before, change = summary["score_before"], summary["score_change"]
     text = "" if before is None else f"{before:.4f} -> "
-    text += f"{summary['score_after']:.4f}{_error(summary['score_standard_error'])} "
+    text += f"{summary['score_after']:.4f}{plus_minus(summary['score_standard_error'])} "
     text += f"on {pluralize(summary['num_rows'], 'held-out row')}"
     if summary["unscored_rows"]:
         text += f" ({summary['unscored_rows']} without a reward are left out)"
     if change is not None:
-        text += f"; change {change:+.4f}{_error(summary['score_change_standard_error'])}"
+        text += f"; change {change:+.4f}{plus_minus(summary['score_change_standard_error'])}"
     return f"{summary['metric']} {text}"
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.4f}"
 
 
 def _references(summary: Mapping[str, Any]) -> str:
