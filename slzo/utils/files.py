@@ -124,18 +124,13 @@ def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError("not a JSON object")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:  # the file may be intact
-        if advice is None:
+    except (OSError, ValueError, TypeError) as error:
+        if advice is None or isinstance(error, FileNotFoundError):
             return {}
-        raise SlzoError(
-            f"{str(path)!r}: cannot be read ({error.strerror}); check its permissions and the disk"
-        ) from error
-    except (ValueError, TypeError) as error:
-        if advice is None:
-            return {}
-        raise SlzoError(f"{str(path)!r}: cannot be read ({error}); {advice}") from error
+        reason = str(error)
+        if isinstance(error, OSError):  # the file may be intact
+            reason, advice = str(error.strerror), "check its permissions and the disk"
+        raise SlzoError(f"{str(path)!r}: cannot be read ({reason}); {advice}") from error
     return content
 
 
