@@ -54,7 +54,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, stop
     """Return the tokens that end an answer: EOS, and each stop text that is a single token."""
     config = model.generation_config
     own = None if config is None else config.eos_token_id  # such as <end_of_turn>, besides the tokenizer's
-    tokens = (tokenizer.eos_token_id, *(_single_token(tokenizer, text) for text in stop))
+    added = tokenizer.get_added_vocab()  # other tokens may be part of longer texts
+    single = (newline_token(tokenizer) if text == "\n" else added.get(text) for text in stop)
+    tokens = (tokenizer.eos_token_id, *single)
     return {token for token in tokens if token is not None}.union([own] if isinstance(own, int) else own or ())
 
 
@@ -68,11 +70,6 @@ def answer_text(
 
 def _without_lead(ids: Sequence[int], lead: tuple[int, ...]) -> Sequence[int]:
     return ids[len(lead) :] if tuple(ids[: len(lead)]) == lead else ids
-
-
-def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the token that is this text alone; ``None`` if there is none. Other tokens may contain a newline too."""
-    return newline_token(tokenizer) if text == "\n" else tokenizer.get_added_vocab().get(text)
 
 
 def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], lead: tuple[int, ...] = ()) -> Ended | None:
