@@ -19,7 +19,7 @@ from torch import Tensor
 from slzo.checkpoints.checkpoint import Checkpoint, read_tuned
 from slzo.checkpoints.metadata import check_commit
 from slzo.data.classes import majority_share
-from slzo.evaluation.bag_of_words import bag_of_words
+from slzo.evaluation.bag_of_words import WordsReference, bag_of_words
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.models.fingerprint import hash_tensors
@@ -402,7 +402,7 @@ def _run_facts(prepared: Prepared, data: TaskData, outcome: FitOutcome, folder: 
     device = model.parts.model.device
     # before the reference, which loads another library
     peak = max(outcome.history.peak_memory_gb, peak_memory_gb(device))
-    words = first = None
+    words, first = WordsReference(), None
     writes = data.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(train, test)

@@ -112,7 +112,7 @@ def test_training_rows_without_a_label_or_a_class():
     ],
 )
 def test_without_common_classes_there_is_no_reference(train, held_out):
-    assert bag_of_words(train, held_out) is None
+    assert bag_of_words(train, held_out) == WordsReference()
 
 
 @pytest.mark.parametrize(

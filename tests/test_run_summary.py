@@ -34,7 +34,7 @@ def run_facts(**facts):
         "command": None,
         "virtual_tokens": False,
         "folder": "run",
-        "reference": None,
+        "reference": WordsReference(),
         "first_order_gb": None,
         "num_rows": 8,
         "scheduled": False,
@@ -422,8 +422,8 @@ def test_a_bag_of_words_without_the_small_classes_is_not_ahead():
             ["largest class 0.6250, bag of words 0.0000, macro_f1 0.0000 (TF-IDF and logistic regression)"],
         ),
         (0.625, WordsReference(problem="why"), ["largest class 0.6250, no bag of words (why)"]),
-        (0.625, None, ["largest class 0.6250"]),
-        (None, None, []),
+        (0.625, WordsReference(), ["largest class 0.6250"]),
+        (None, WordsReference(), []),
     ],
 )
 def test_the_compare_line_has_what_is_known(share, reference, expected):
@@ -440,7 +440,7 @@ AHEAD = "A bag of words is ahead on these rows (0.5100, tuned model 0.5000); a l
         (WordsReference(0.51, 0.51), [AHEAD]),
         (WordsReference(0.5, 0.5), []),
         (WordsReference(problem="why"), []),
-        (None, []),
+        (WordsReference(), []),
     ],
 )
 def test_a_bag_of_words_that_is_ahead_is_the_last_line(reference, expected):

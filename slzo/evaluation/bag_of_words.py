@@ -10,26 +10,26 @@ from slzo.utils.errors import one_line
 
 
 class WordsReference(NamedTuple):
-    """Accuracy and macro F1 on the held-out rows, or ``None`` and why there are none, in a few words."""
+    """Accuracy and macro F1 on the held-out rows. Without them ``problem`` says why; empty if there is nothing to compare."""
 
     accuracy: float | None = None
     macro_f1: float | None = None
     problem: str = ""
 
 
-def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> WordsReference | None:
+def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> WordsReference:
     """Fit TF-IDF features of words and pairs of words with a logistic regression, and score the held-out rows.
 
     The model sees the prompts and labels of the training rows, and no language model. Where it is ahead, the task is about the
     words that a text contains.
 
     Returns:
-        The scores, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.
+        The scores, or the problem; neither if the rows have no common classes.
     """
     labelled = [[example for example in rows if example.gold] for rows in (train, held_out)]
     fitted, scored = labelled
     if not (fitted and scored) or common_candidates([*fitted, *scored]) is None:
-        return None
+        return WordsReference()
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

@@ -53,7 +53,7 @@ class RunFacts:
         trusts_code: Whether the model runs code from its repository.
         virtual_tokens: Whether virtual tokens are tuned, which ``slzo generate`` cannot use.
         folder: Folder of the run; ``None`` if no files are written.
-        reference: A linear model's score on the held-out rows; ``None`` if it was not computed.
+        reference: A linear model's scores on the held-out rows.
         first_order_gb: Peak memory of first order for the same tensors, GiB; ``None`` if it does not fit or is not possible.
     """
 
@@ -71,5 +71,5 @@ class RunFacts:
     trusts_code: bool
     virtual_tokens: bool
     folder: str | None
-    reference: WordsReference | None
+    reference: WordsReference
     first_order_gb: float | None

@@ -40,9 +40,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "score_before": scores_before.get(metric),
         "score_after": after.metrics[metric],
         "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
-        "reference_score": None if run.reference is None else run.reference.accuracy,
-        "reference_macro_f1": None if run.reference is None else run.reference.macro_f1,
-        "reference_problem": "" if run.reference is None else run.reference.problem,
+        "reference_score": run.reference.accuracy,
+        "reference_macro_f1": run.reference.macro_f1,
+        "reference_problem": run.reference.problem,
         "ahead": _ahead(run.reference, after.metrics),
         "score_change": None if change is None else change.change,
         "score_change_standard_error": None if change is None else change.standard_error,
@@ -160,9 +160,9 @@ def _references(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _ahead(reference: WordsReference | None, scores: Mapping[str, float]) -> str | None:
+def _ahead(reference: WordsReference, scores: Mapping[str, float]) -> str | None:
     """Return a sentence if a bag of words is better than the tuned model in accuracy and macro F1; otherwise ``None``."""
-    if reference is None or reference.accuracy is None or reference.macro_f1 is None:
+    if reference.accuracy is None or reference.macro_f1 is None:
         return None
     accuracy = scores["accuracy"]
     if reference.accuracy <= accuracy or reference.macro_f1 <= scores.get("macro_f1", -1.0):
