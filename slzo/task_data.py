@@ -14,7 +14,7 @@ from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalPlan, Row, TrainBatch, plan_batches
 from slzo.data.chat import ChatEncoder
-from slzo.data.classes import one_class_warning, unlabelled_warning
+from slzo.data.classes import one_class_warning
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
 from slzo.data.row_encoding import encode_rows, prompt_batches
@@ -346,10 +346,8 @@ class TaskData:
         """Print how many rows there are and what is unusual about them."""
         for note in splits.notes:
             rank_zero_print(note)
-        remarks = [self._source.unused_warning(), one_class_warning(self.task, splits.train)]
-        for warning in remarks:
-            if warning is not None:
-                rank_zero_warn(warning)
+        for warning in filter(None, (self._source.unused_warning(), one_class_warning(self.task, splits.train))):
+            rank_zero_warn(warning)
         self._warn_unlabelled(splits, stage)
         counts = f"{len(splits.train)} training, {len(splits.dev)} dev and " if splits.train else ""
         origin = f", {splits.origin}" if splits.origin else ""
@@ -364,9 +362,9 @@ class TaskData:
         """Warn of rows without a label where they count in a score."""
         self._told_unlabelled = stage != "predict"
         if self._told_unlabelled and self.reward is None:
-            for warning in (unlabelled_warning("dev", splits.dev), unlabelled_warning("held-out", splits.test)):
-                if warning is not None:
-                    rank_zero_warn(warning)
+            for name, examples in (("dev", splits.dev), ("held-out", splits.test)):
+                if (missing := sum(not example.is_labelled for example in examples)) > 0:
+                    rank_zero_warn(f"{missing} of {len(examples)} {name} rows have no label and are not scored")
 
     def _check_unchanged(self) -> None:
         """Refuse an option that was changed after the rows were read, which would have no effect."""

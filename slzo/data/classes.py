@@ -25,12 +25,6 @@ def one_class_warning(task: Task, examples: Sequence[Example]) -> str | None:
     )
 
 
-def unlabelled_warning(name: str, examples: Sequence[Example]) -> str | None:
-    """Return a warning if some rows of a split, called ``name``, have no label and so no score."""
-    missing = sum(not example.is_labelled for example in examples)
-    return f"{missing} of {len(examples)} {name} rows have no label and are not scored" if missing else None
-
-
 def majority_share(examples: Sequence[Example]) -> float | None:
     """Return the share of labelled rows whose class is the most frequent one; ``None`` if the rows have no common classes."""
     labelled = [example for example in examples if example.gold and example.candidates]
