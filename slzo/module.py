@@ -48,7 +48,7 @@ from slzo.training.resume import agreed_settings, apply_changed_settings, make_m
 from slzo.training.run import Prepared, RunContext
 from slzo.training.scored import check_scored
 from slzo.utils.argument_checks import ArgumentTypes, check_types
-from slzo.utils.docs import class_names, with_lists
+from slzo.utils.docs import with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.process_group import check_agreement
@@ -69,7 +69,7 @@ _ENGINE = Engine()
 _RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
 
-@with_lists(SCOPES=class_names(SCOPES), ESTIMATORS=class_names(ESTIMATORS))
+@with_lists(SCOPES=SCOPES, ESTIMATORS=ESTIMATORS)
 class ZOModule(LightningModule):
     """Tunes the dominant decoder layer of a language model by zeroth-order optimization; :mod:`slzo` has a complete example.
 

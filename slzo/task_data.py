@@ -33,7 +33,7 @@ from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.argument_checks import ArgumentTypes, check_types
 from slzo.utils.console import rank_zero_print, rank_zero_warn
-from slzo.utils.docs import class_names, with_lists
+from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.pluralize import pluralize
 from slzo.utils.seeding import global_seed
@@ -69,7 +69,7 @@ _NAMED: ArgumentTypes = {
 }
 
 
-@with_lists(TASKS=sorted(TASKS), OBJECTIVES=class_names(OBJECTIVES), REWARDS=sorted(REWARDS))
+@with_lists(TASKS=sorted(TASKS), OBJECTIVES=OBJECTIVES, REWARDS=sorted(REWARDS))
 class TaskData:
     """The training, dev and held-out rows of one task.
 

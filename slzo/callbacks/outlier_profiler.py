@@ -10,11 +10,11 @@ from slzo.lightning.trainer_state import folder_of
 from slzo.module import zo_module
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.training.profiling import ProfileOptions
-from slzo.utils.docs import class_names, with_lists
+from slzo.utils.docs import with_lists
 from slzo.zo.selection import RULES, Auto, SelectionRule
 
 
-@with_lists(RULES=class_names(RULES))
+@with_lists(RULES=RULES)
 class OutlierProfiler(Callback):
     """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
 

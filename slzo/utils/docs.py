@@ -1,4 +1,4 @@
-"""Insert lists of registered names into docstrings."""
+"""Insert lists of what is registered into docstrings."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -6,19 +6,15 @@ from typing import TypeVar
 _Documented = TypeVar("_Documented", bound=Callable)
 
 
-def with_lists(**lists: Iterable[str]) -> Callable[[_Documented], _Documented]:
-    """Return a decorator that replaces ``{NAME}`` in the docstring, from which help texts are made, with names."""
+def with_lists(**lists: Iterable[str | type]) -> Callable[[_Documented], _Documented]:
+    """Return a decorator that replaces ``{NAME}`` in the docstring, from which help texts are made, with texts or class names."""
 
     def fill(documented: _Documented) -> _Documented:
         text = documented.__doc__ or ""
-        for name, names in lists.items():
+        for name, items in lists.items():
+            names = (each if isinstance(each, str) else each.__name__ for each in items)
             text = text.replace(f"{{{name}}}", ", ".join(names))
         documented.__doc__ = text
         return documented
 
     return fill
-
-
-def class_names(kinds: Iterable[type]) -> list[str]:
-    """Return the names of registered classes."""
-    return [kind.__name__ for kind in kinds]
