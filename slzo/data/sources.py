@@ -41,17 +41,8 @@ class SourceRows:
 class RowSource:
     """Where a task's rows come from: its own file, ``data_dir``, the rows that come with the task, or the Hub.
 
-    The first of these that applies is read.
-
-    Attributes:
-        task: The task.
-        data_dir: Folder with ``<task>/{train,validation}.{jsonl,json,csv,tsv,parquet}``, the official SuperGLUE
-            download, or the task's own folder in one of these forms.
-        hub_path: Hub repository with the same fields that replaces the task's own, with ``@REVISION`` if it is not the newest
-            commit.
-        hub_config: Configuration of the Hub repository; by default the task's own, or none in another repository.
-        columns: Keep the fields of each row in :attr:`Example.columns`.
-        skip_bad_rows: Leave out rows that cannot be used.
+    The first of these that applies is read. For the options see :class:`slzo.task_data.TaskData`; ``data_dir`` may also be the
+    task's own folder. With ``columns``, the fields of each row are kept in :attr:`Example.columns`.
     """
 
     task: Task

@@ -28,15 +28,8 @@ def replay_run(
 ) -> None:
     """Take the first steps of a run again with the losses of its log, and write a checkpoint.
 
-    On the same machine with the same number of threads the weights are bit-identical to those of the run.
-
-    Args:
-        options: Options of the run.
-        data: Rows of the run; only their objective is used, no row is read.
-        run: Folder of the run.
-        steps: Number of steps; ``None`` for all steps of the log.
-        output: Checkpoint to write; ``None`` for a file in the run's folder.
-        device: Device of the model.
+    On the same machine with the same number of threads the weights are bit-identical to those of the run. No row is read. For
+    ``steps`` and ``output`` see :func:`slzo.commands.replay.replay`.
 
     Raises:
         SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.

@@ -40,13 +40,8 @@ class Sensitivity:
 def measure_sensitivity(trials: LayerTrials, layer: int, directions: int, seed: int) -> Sensitivity:
     """Measure the sensitivity of one layer along random directions, on the first :data:`SENSITIVITY_ROWS` training rows.
 
-    The measurement ends when the standard error is below a quarter of the mean, after 8 directions at the earliest.
-
-    Args:
-        trials: The model and the rows.
-        layer: Decoder layer, counted from 0.
-        directions: Largest number of directions.
-        seed: Seed of directions and rows; both are the same for every layer.
+    The measurement ends when the standard error is below a quarter of the mean, after 8 directions at the earliest and
+    ``directions`` at the latest. Directions and rows follow from the seed, and are the same for every layer.
 
     Raises:
         SlzoError: The loss is not finite at this distance.

@@ -14,14 +14,7 @@ MIN_DIRECTIONS = 20
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Options of a sweep.
-
-    Attributes:
-        layers: Layers to train; ``None`` for all. The sensitivity is measured in all layers of the model.
-        steps: Steps of each training; 0 measures only the sensitivity.
-        seeds: Seeds; each layer is trained once with each.
-        directions: Largest number of random directions for the sensitivity; 0 does not measure it.
-        seconds: Training time of each layer, without scoring; layers that finish their steps earlier continue until then.
+    """Options of a sweep of layers; see :func:`slzo.commands.sweep.sweep` for their meaning.
 
     Raises:
         SlzoError: An option is out of range.

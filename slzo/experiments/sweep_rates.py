@@ -23,13 +23,9 @@ from slzo.zo.trial import Trial
 
 @dataclass(frozen=True)
 class RatePlan:
-    """Options of a sweep of rates.
+    """Options of a sweep of rates; see :func:`slzo.commands.sweep.sweep` for their meaning.
 
-    Attributes:
-        lrs: Learning rates; ``None`` for seven, a factor of sqrt(10) apart, around the options' own.
-        eps: Sizes of the perturbation; ``None`` for the options' own.
-        steps: Steps of each training.
-        seeds: Seeds; each pair is trained once with each.
+    If ``lrs`` is ``None``, there are seven, a factor of sqrt(10) apart, around the options' own.
     """
 
     lrs: Sequence[float] | None

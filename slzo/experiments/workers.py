@@ -17,14 +17,11 @@ from slzo.utils.errors import SlzoError
 
 @contextmanager
 def workers(number: int) -> Iterator[None]:
-    """Run the command of this process in more processes for a ``with`` block, which does the same work itself.
+    """Run the command in ``number`` processes, this one included, for a ``with`` block, which does the same work itself.
 
     The processor's cores are divided evenly, and so are the GPUs. The block must divide its work with
     :meth:`slzo.experiments.store.CellStore.complete`, so that it does what a process leaves that ends early. At the end, or if
     the block raises, the processes are ended.
-
-    Args:
-        number: Number of processes, this one included.
 
     Raises:
         SlzoError: ``number`` is not positive, or larger than the number of cores.

@@ -20,10 +20,7 @@ _PANELS = (("max_abs", "largest |h|", BLUE), ("ratio", "largest / median |h|", O
 def profile_plot(profile: Mapping[str, Any], model: str, task: str) -> Figure:
     """Draw the largest magnitude and its ratio to the median by layer, on log axes, with standard errors.
 
-    Args:
-        profile: Content of ``outlier_profile.json``.
-        model: Name of the model.
-        task: Name of the task whose prompts were profiled.
+    ``profile`` is the content of ``outlier_profile.json``; model and task are named in the title.
     """
     chosen, layers = int(profile["dominant_layer"]), profile["layers"]
     subject = " on ".join(part for part in (model, task) if part)

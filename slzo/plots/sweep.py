@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 def sweep_plot(rows: Sequence[Mapping[str, Any]], title: str, below: str, loss: str) -> Figure:
     """Draw sensitivity, outlier ratio and gain by layer with standard errors, and mark the chosen layer.
 
-    Args:
-        rows: Rows as under ``layers`` in ``sweep.json``.
-        title: Title of the plot.
-        below: Line below the title.
-        loss: What the loss is called.
+    ``rows`` are those under ``layers`` in ``sweep.json``, and ``below`` is the line below the title.
     """
     figure = new_figure(8, 8, title, below)
     axes = figure.subplots(3, sharex=True)
@@ -54,11 +50,7 @@ def sweep_curves_plot(
 ) -> Figure:
     """Draw the dev loss of each trained layer over steps and over seconds; the chosen layer's lines are thicker.
 
-    Args:
-        curves: Scores by layer, as in ``sweep.json``.
-        title: Title of the plot.
-        chosen: The chosen layer; ``None`` if there is none.
-        loss: What the loss is called.
+    ``curves`` has the scores by layer, as in ``sweep.json``.
     """
     figure = new_figure(11, 4.8, title)
     steps, seconds = figure.subplots(1, 2, sharey=True)

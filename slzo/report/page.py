@@ -17,12 +17,7 @@ from slzo.version import __version__
 
 
 def write_report(runs: Sequence[RunFiles], path: Path, curves: str | None = None) -> None:
-    """Write the page, one file that opens without a network.
-
-    Args:
-        runs: One run, or several to show side by side.
-        path: File to write.
-        curves: Curves of the runs as SVG; ``None`` to draw them.
+    """Write the page, one file that opens without a network. Without ``curves``, an SVG, those of the runs are drawn.
 
     Raises:
         SlzoError: The file cannot be written.

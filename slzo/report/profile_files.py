@@ -40,12 +40,7 @@ def profile_content(profile: OutlierProfile, choice: Choice) -> dict[str, Any]:
 def write_profile(folder: Path, content: Mapping[str, Any], choice: Choice | None, model: str, task: str) -> None:
     """Write ``outlier_profile.json`` with its plot and, after a race, ``race.json`` with its curves.
 
-    Args:
-        folder: Folder to write to.
-        content: The profile, see :func:`profile_content`.
-        choice: Choice of the layer, with the trials of a race; ``None`` if they are not known.
-        model: Name or path of the model, for the plots.
-        task: Name of the task, for the plots.
+    ``content`` is that of :func:`profile_content`; without a ``choice`` the trials of a race are not known.
     """
     model = model.rstrip("/").rpartition("/")[2]
     write_json(folder / PROFILE_FILE, content)

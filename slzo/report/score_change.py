@@ -80,13 +80,8 @@ def score_change(
 
     If the same rows were scored both times, the standard error is that of the mean of their differences, s / sqrt(n) with the
     sample standard deviation s. Otherwise, for metrics that are proportions of rows, it is that of the difference of two
-    independent proportions, sqrt((p (1 - p) + q (1 - q)) / n). For other metrics there is none.
-
-    Args:
-        metric: The metric that summarizes the run.
-        before: Scores before training, if there are any.
-        after: Scores after training.
-        num_rows: Number of rows that were scored after training.
+    independent proportions, sqrt((p (1 - p) + q (1 - q)) / n). For other metrics there is none. ``num_rows`` is the number of
+    rows that were scored after training.
 
     Returns:
         ``None`` if a score is missing or not finite, or if there is only one row: its change shows nothing.
@@ -110,13 +105,7 @@ def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: 
     """Return the standard error of a held-out score.
 
     It is that of the mean over the rows, s / sqrt(n), which is sqrt(p (1 - p) / (n - 1)) for a proportion; ``None`` for other
-    metrics without scores of rows, and for one row.
-
-    Args:
-        metric: Name of the metric.
-        score: The score.
-        rows: Score of each row by id; empty if it is unknown.
-        num_rows: Number of rows.
+    metrics without scores of rows, and for one row. ``rows`` has the score of each row by id, and is empty if it is unknown.
     """
     if len(rows) > 1 and math.isclose(statistics.fmean(rows.values()), score, abs_tol=1e-4 * max(1.0, abs(score))):
         return standard_error(list(rows.values()))

@@ -174,9 +174,7 @@ def _ahead(reference: WordsReference, scores: Mapping[str, float]) -> str | None
 def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:
     """Return id, prompt, correct answers as texts, and both predictions of a row.
 
-    Args:
-        after: Record of the row, see :func:`slzo.evaluation.held_out.score_held_out`.
-        before: Prediction before training; ``None`` if it is unknown.
+    ``after`` is its record, see :func:`slzo.evaluation.held_out.score_held_out`, and ``before`` its prediction before training.
     """
     return {
         "id": after["id"],

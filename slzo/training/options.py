@@ -142,9 +142,7 @@ class TrainingOptions:
     def step_settings(self, layer: int | None, seed: int) -> dict[str, Any]:
         """Return the options that steps depend on by their full names, such as ``model.scope.rank``, primitives only.
 
-        Args:
-            layer: The layer that is tuned; ``None`` if there is none, or none is chosen yet.
-            seed: Seed of the directions.
+        ``layer`` is ``None`` if the scope needs none, or if none is chosen yet.
         """
         optimizer = dict(self.optimizer.settings)
         scheduler = optimizer.pop("scheduler") or {}

@@ -124,10 +124,7 @@ def choose(rule: SelectionRule, context: SelectionContext, data: TaskData) -> Ch
 def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
     """Return remarks on problems with the prompts and how they were handled, one line each.
 
-    Args:
-        asked: Requested number of sequences.
-        given: Number of sequences that were available.
-        sequences: Token ids of the sequences that the figures are averaged over.
+    ``sequences`` are the token ids of those that the figures are averaged over.
     """
     notes = []
     if given < asked:

@@ -16,11 +16,7 @@ def check_scored(options: TrainingOptions, data: TaskData, metadata: Mapping[str
 
     Warn of other types, of other options of the same task, and of rows that it may have been trained on.
 
-    Args:
-        options: Options of the model.
-        data: The rows.
-        metadata: Metadata of the checkpoint.
-        stage: What the trainer runs, such as validate or test.
+    The ``stage`` is what the trainer runs, such as validate or test.
 
     Raises:
         SlzoError: The checkpoint was trained with another tokenizer.

@@ -57,12 +57,7 @@ def plan_time(
 ) -> TimePlan | None:
     """Turn the time of a run into steps and validations, and print them. A collective call.
 
-    Args:
-        model: The model.
-        options: Options of the training.
-        data: Rows of the task.
-        budget: The time; ``None`` if it is not limited.
-        scheduler_state: State of the learning-rate scheduler of a run that is continued.
+    Without a ``budget`` there is no plan. ``scheduler_state`` is that of the run that is continued.
 
     Raises:
         SlzoError: Not even one step and its validation fit.
@@ -87,12 +82,6 @@ def measure_times(model: TunedModel, options: TrainingOptions, data: TaskData, b
 
     The steps are real ones with an optimizer that moves nothing, so that masters and optimizer need no second copy. The cached
     states of their rows are kept.
-
-    Args:
-        model: The tuned model.
-        options: Options of the training.
-        data: Rows of the task.
-        budget: The time of the run.
     """
     most = _SHARE * budget.left
     step, new_row = _time_steps(model, options, data, most)

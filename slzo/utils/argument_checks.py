@@ -10,12 +10,7 @@ ArgumentTypes = Mapping[str, tuple[Any, str]]
 
 
 def check_types(prefix: str, types: ArgumentTypes, given: Mapping[str, Any]) -> None:
-    """Check the types of arguments; ``True`` and ``False`` are not numbers.
-
-    Args:
-        prefix: Group of the arguments, for messages.
-        types: The types.
-        given: The arguments; those without a type are not checked.
+    """Check the types of arguments, of a group called ``prefix``; ``True`` and ``False`` are not numbers.
 
     Raises:
         SlzoError: An argument has another type.

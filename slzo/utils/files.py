@@ -113,9 +113,7 @@ def finite(content: Any) -> Any:
 def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is no such file.
 
-    Args:
-        path: The file.
-        advice: What to do about a damaged file, for the error; ``None`` treats it, and one that cannot be read, as empty.
+    ``advice`` is what to do about a damaged file; without it, such a file and one that cannot be read count as empty.
 
     Raises:
         SlzoError: The file cannot be read or holds no object, and there is advice.

@@ -48,12 +48,7 @@ def repository_of(folder: Path) -> str | None:
 
 
 def model_commit(name: str, folder: str | Path | None) -> str | None:
-    """Return the commit of a model; ``None`` unless it is from the Hub.
-
-    Args:
-        name: Name of the model, as in ``model.model``.
-        folder: Folder that it was loaded from; ``None`` if it was not loaded.
-    """
+    """Return the commit of a model that was loaded from a folder; ``None`` unless it is from the Hub."""
     path = Path(folder or "")
     return commit_of(path) if repository_of(path) == split_revision(name)[0] else None
 
@@ -62,11 +57,7 @@ def model_commit(name: str, folder: str | Path | None) -> str | None:
 def model_folder(id: str, revision: str | None) -> Path:
     """Return the cached folder of a model at a commit, and fetch all of its files but the weights.
 
-    Within a process, a name stays at one commit.
-
-    Args:
-        id: Hub id.
-        revision: Branch, tag or commit; ``None`` for the main branch.
+    The revision is a branch, a tag or a commit, ``None`` for the main branch. Within a process, a name stays at one commit.
 
     Raises:
         SlzoError: The Hub does not have it, needs a login, or cannot be reached, and it is not in the cache.
@@ -166,10 +157,7 @@ def _as_slzo_error(id: str, revision: str | None) -> Iterator[None]:
 def known_problem(error: Exception, id: str, repo_type: RepoType = "model") -> str | None:
     """Return what is wrong with a repository of the Hub and what to do, in one line; ``None`` for other errors.
 
-    Args:
-        error: What huggingface_hub, transformers or datasets raised.
-        id: Hub id.
-        repo_type: What the repository holds.
+    ``error`` is what huggingface_hub, transformers or datasets raised.
     """
     from huggingface_hub import errors
 

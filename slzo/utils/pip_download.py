@@ -18,11 +18,7 @@ _TIMEOUT_SECONDS = 15
 def download_wheel(package: str, version: str, folder: Path, advice: str) -> Path:
     """Download a wheel without its dependencies, report the size so far every few seconds, and return its path.
 
-    Args:
-        package: Name on PyPI.
-        version: The exact version.
-        folder: An empty folder for the wheel and for pip's temporary files.
-        advice: What to do if the download fails, for the error.
+    The folder is empty, and takes pip's temporary files too. ``advice`` ends the message of an error.
 
     Raises:
         SlzoError: Pip is missing or failed.

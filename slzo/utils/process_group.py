@@ -22,11 +22,7 @@ def gather_from_processes(items: list[_Item]) -> list[_Item]:
 
 
 def check_agreement(values: Mapping[str, Any], advice: str) -> None:
-    """Check that some values are the same on all processes. A collective call.
-
-    Args:
-        values: Primitives by the name that the message uses; only equality counts.
-        advice: What to do if they differ, for the message.
+    """Check that some values are the same on all processes; otherwise ``advice`` ends the message. A collective call.
 
     Raises:
         SlzoError: On all processes, if a value of one process differs from that of the first process.

@@ -24,10 +24,7 @@ def is_restarted() -> bool:
 def requeue(job: str, continues: bool = True, by_script: bool = False) -> str:
     """Put the job of this process back into the queue, and say so; if that fails, say how to do it by hand.
 
-    Args:
-        job: Number of the job.
-        continues: Whether there is a checkpoint to continue from.
-        by_script: Whether a Python script trains, which passes ``ckpt_path`` itself.
+    The job ``continues`` if there is a checkpoint, which in a Python script (``by_script``) is passed by the script itself.
     """
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=_PATIENCE_S)
