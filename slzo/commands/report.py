@@ -1,6 +1,7 @@
 """``slzo report``."""
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from slzo.report.page import write_report
@@ -39,8 +40,5 @@ def report(runs: list[str], output: str | None = None) -> None:
 def _names(folders: Sequence[Path]) -> list[str]:
     """Return different names for the runs: the last parts of their paths."""
     parts = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-count:]) for own in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(folder) for folder in folders]
+    length = next(length for length in count(1) if len({own[-length:] for own in parts}) == len(set(parts)))
+    return ["/".join(own[-length:]) for own in parts]

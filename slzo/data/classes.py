@@ -27,7 +27,7 @@ def one_class_warning(task: Task, examples: Sequence[Example]) -> str | None:
 
 def majority_share(examples: Sequence[Example]) -> float | None:
     """Return the share of labelled rows whose class is the most frequent one; ``None`` if the rows have no common classes."""
-    labelled = [example for example in examples if example.gold and example.candidates]
+    labelled = [example for example in examples if example.gold]
     if not labelled or common_candidates(labelled) is None:
         return None
     counts = Counter(label for example in labelled for label in example.gold)

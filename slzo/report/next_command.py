@@ -63,13 +63,13 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     return f"{search}  # try other learning rates"
 
 
-def first_order_command(run: RunFacts, memory_gb: float) -> str:
+def first_order_command(run: RunFacts) -> str:
     """Return the command that trains the same tensors by back-propagation, with its memory after a #."""
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
     scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
     command = _command("fit", run, *layer, *chosen, *scheduler, python="ZOModule(estimator=Backprop())")
-    return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
+    return f"{command}  # first order fits (about {run.first_order_gb:.2f} GiB) and may learn more"
 
 
 def _one_process(run: RunFacts) -> tuple[str, ...]:
