@@ -37,13 +37,7 @@ _MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class App:
-    """The objects that a command works with.
-
-    Attributes:
-        trainer: Runs fit, validate, test and predict.
-        model: The options of the model.
-        datamodule: The rows of the task.
-    """
+    """The objects that a command works with."""
 
     trainer: ZOTrainer
     model: ZOModule

@@ -24,13 +24,7 @@ _MAX_ERROR = 0.25
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Sensitivity of the loss to random directions before training, |L+ - L-| / (2 eps).
-
-    Attributes:
-        mean: Mean over the directions.
-        standard_error: Standard error of the mean.
-        directions: Number of directions.
-    """
+    """Sensitivity of the loss before training, |L+ - L-| / (2 eps): mean over a number of random directions, with its error."""
 
     mean: float
     standard_error: float
