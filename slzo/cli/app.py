@@ -170,29 +170,30 @@ class SlzoCLI(LightningCLI):
         """Refuse a command without a task if it reads rows."""
         if self.config.get("data.task") is not None:
             return
-        if self._command.reads_rows:
-            start = f"slzo {self._command.name}"
-            if (path := self.config.get("ckpt_path")) is not None:
-                if Exported.at(path) is not None:
-                    raise SlzoError(
-                        f"data.task: the exported folder {path!r} names no built-in task; give the config with your own, as in "
-                        f"{start} --ckpt_path {path} --config my_task.yaml"
-                    )
-                find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
-                if not self._command.reads_run_config:
-                    raise SlzoError(
-                        f"data.task: {start} does not read the config of the run; repeat the command of the run with "
-                        "--ckpt_path, or give --config RUN/config.yaml"
-                    )
-                raise SlzoError(
-                    f"data.task: the run of ckpt_path {path!r} has no config.yaml, as those from Python; give a config, as in "
-                    f"{start} --ckpt_path {path} --config my_task.yaml"
-                )
+        if not self._command.reads_rows:
+            self.config["data.task"] = "movie_reviews"  # the data module is made, but no row is read
+            return
+        start, path = f"slzo {self._command.name}", self.config.get("ckpt_path")
+        if path is None:
             raise SlzoError(
                 f"data.task: no task is given; begin with a config, as in {start} --config quickstart, or with a task, as in "
                 f"{start} --data.task movie_reviews"
             )
-        self.config["data.task"] = "movie_reviews"  # the data module is made, but no row is read
+        if Exported.at(path) is not None:
+            raise SlzoError(
+                f"data.task: the exported folder {path!r} names no built-in task; give the config with your own, as in "
+                f"{start} --ckpt_path {path} --config my_task.yaml"
+            )
+        find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
+        if not self._command.reads_run_config:
+            raise SlzoError(
+                f"data.task: {start} does not read the config of the run; repeat the command of the run with "
+                "--ckpt_path, or give --config RUN/config.yaml"
+            )
+        raise SlzoError(
+            f"data.task: the run of ckpt_path {path!r} has no config.yaml, as those from Python; give a config, as in {start} "
+            f"--ckpt_path {path} --config my_task.yaml"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Write runs below ``trainer.default_root_dir`` if it is given; a limit of time or epochs replaces that of steps."""
