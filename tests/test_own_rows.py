@@ -307,7 +307,8 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
         rows = data.rows(split)
         long = sum(len(row.example.prompt) > 30 for row in rows)
         assert capsys.readouterr().err == (
-            f"slzo: warning: data.max_length 30: shortened {long} {split} row{'s' * (long > 1)}, cut on the left\n"
+            f"slzo: warning: data.max_length 30: shortened {long} of {len(rows)} {split} row{'s' * (len(rows) > 1)}, cut on "
+            "the left, so the start of the prompt is missing; raise it, or move what must stay to the end of the prompt\n"
         )
         data.profile_batches(4)
 

@@ -79,7 +79,7 @@ class ChatEncoder(Encoder):
         chat: Template and turns to train on.
     """
 
-    shortening = "without the earliest turns"
+    shortening = "without the earliest turns, or without the start of the last one"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
         super().__init__(tokenizer, max_length)

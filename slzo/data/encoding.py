@@ -44,7 +44,7 @@ class Encoder:
     template: str | None = None
     stop: tuple[str, ...] = ()
     lead: tuple[int, ...] = ()
-    shortening = "cut on the left"
+    shortening = "cut on the left, so the start of the prompt is missing"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer

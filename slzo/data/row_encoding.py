@@ -64,7 +64,8 @@ def encode_rows(
         rank_zero_print(note)
     if num_cut:
         rank_zero_warn(
-            f"data.max_length {encoder.max_length}: shortened {pluralize(num_cut, f'{split} row')}, {encoder.shortening}"
+            f"data.max_length {encoder.max_length}: shortened {num_cut} of {pluralize(len(found), f'{split} row')}, "
+            f"{encoder.shortening}; {encoder.length_advice}, or move what must stay to the end of the prompt"
         )
     if num_long:
         rank_zero_warn(
