@@ -1,5 +1,7 @@
 """The prompts, answers and labels of each task, and tasks made of a template."""
 
+import re
+
 import pytest
 
 from slzo.task_data import TaskData
@@ -327,9 +329,11 @@ def test_a_backslash_and_an_n_are_no_line_break(capsys):
     )
 
 
-def test_bytes_are_no_list_of_answers():
-    with pytest.raises(ValueError, match=r"field 'a' is b'Paris'; it must be text or a number"):
-        TemplateTask("{t}", answer_field="a").example({"t": "x", "a": b"Paris"}, "0")
+@pytest.mark.parametrize("answers", [b"Paris", {"text": ["Paris"], "answer_start": [0]}, ["Paris", None], [["Paris"]]])
+def test_answers_are_texts_or_numbers_or_lists_of_them(answers):
+    message = rf"field 'a' is {re.escape(repr(answers))}; answers must be texts or numbers, one or a list of them"
+    with pytest.raises(ValueError, match=message):
+        TemplateTask("{t}", answer_field="a").example({"t": "x", "a": answers}, "0")
 
 
 def test_spaces_between_a_prompt_and_its_candidates(capsys):

@@ -226,15 +226,23 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] 
     return {key: index for keys in (numbers, texts) for index, key in enumerate(keys)}
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _as_text(value: object, field: str) -> str:
-    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+    if _is_text(value):
         return str(value)
     raise ValueError(f"field {field!r} is {short_repr(value)}; it must be text or a number")
 
 
 def _answer_texts(value: object, field: str) -> tuple[str, ...]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    answers = tuple(_as_text(item, field) for item in values)
+    if not all(map(_is_text, values)):
+        raise ValueError(
+            f"field {field!r} is {short_repr(value)}; answers must be texts or numbers, one or a list of them"
+        )
+    answers = tuple(map(str, values))
     if not all(answer.strip() for answer in answers):
         raise ValueError(f"field {field!r} is {short_repr(value)}; an answer must not be empty")
     return answers
