@@ -551,3 +551,12 @@ def test_rows_may_hold_values_of_numpy():
             return Example(id, row["text"], (" a", " b"), label_field(row, 2))
 
     assert {example.gold for example in set_up(FromArrays()).splits.test} == {(0,), (1,)}
+
+
+def test_an_empty_cell_of_a_csv_file_with_one_column_is_a_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text\na\n""\n\nb\n')
+    data = TaskData(template(train_file=str(path)), predict_file=str(path), tokenizer="smollm2-135m")
+    data.setup("predict")
+    rows = [(row.example.id, row.example.prompt) for row in data.rows("predict")]
+    assert rows == [("0", "a is"), ("1", "is"), ("2", "b is")]

@@ -173,7 +173,8 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
             cells = next(lines, None)
             if cells is None:
                 return
-            if not any(cell.strip() for cell in cells):
+            # a blank line is []; the only cell of a row may be empty, "", and without the row later ones had other positions
+            if not any(cell.strip() for cell in cells) and not (names and cells == [""]):
                 continue
             if not names:
                 names = _column_names(cells, f"{path}:{start}")
