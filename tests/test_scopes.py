@@ -476,6 +476,7 @@ def test_settings_and_their_differences():
     expected = {"class": "LoRA", "rank": 4, "alpha": 16.0, "target_modules": None, "layers": None}
     assert constructor_settings(LoRA(4), "model.scope") == expected
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b: 2 -> 3; c: None -> 4"
+    assert differences({"a": "{t}\nIt was"}, {"a": "{t} It was"}) == r"a: '{t}\nIt was' -> {t} It was"
 
 
 def test_masked_checkpoints_of_another_shape_are_refused():

@@ -61,7 +61,13 @@ def flat_settings(option: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the settings that differ, as ``name: old -> new``."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+    return "; ".join(f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in names)
+
+
+def _shown(value: object) -> str:
+    """Return the text of a value, in quotes if it has line breaks, or white space at its ends."""
+    is_plain = not isinstance(value, str) or (value.isprintable() and value == value.strip())
+    return str(value) if is_plain else repr(value)
 
 
 @dataclass(frozen=True)
