@@ -226,19 +226,19 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int | float] 
     return {key: index for keys in (numbers, texts) for index, key in enumerate(keys)}
 
 
-def _is_text(value: object) -> bool:
+def _is_text_or_number(value: object) -> bool:
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _as_text(value: object, field: str) -> str:
-    if _is_text(value):
+    if _is_text_or_number(value):
         return str(value)
     raise ValueError(f"field {field!r} is {short_repr(value)}; it must be text or a number")
 
 
 def _answer_texts(value: object, field: str) -> tuple[str, ...]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    if not all(map(_is_text, values)):
+    if not all(map(_is_text_or_number, values)):
         raise ValueError(
             f"field {field!r} is {short_repr(value)}; answers must be texts or numbers, one or a list of them"
         )
