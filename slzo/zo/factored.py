@@ -22,6 +22,7 @@ from slzo.zo.tuned_tensor import TunedTensor
 # Factors are exchanged if those of all processes have at most this share of the gradient's elements. Every process multiplies the
 # factors of all, so with many inputs this takes longer than sending the gradient.
 _LARGEST_SHARE = 0.25
+_SMALL_BYTES = 1 << 20
 
 
 class Factors(NamedTuple):
@@ -85,9 +86,8 @@ class FactoredGradient:
             self._multiply(name)
         names = [name for name in self.tuned.names if name in self.whole]
         if num_inputs:
-            # Fewer exchanges wait less. Vectors are small, and two processes send no more for a gathering than for a sum.
             processes = len(next(iter(num_inputs.values())))
-            along = [name for name in names if processes == 2 or self.whole[name].dim() == 1]
+            along = [name for name in names if _is_sent_along(self.whole[name], processes)]
             self._gather(along, num_inputs, gather_rows)
             names = [name for name in names if name not in along]
         self.whole |= zip(names, sum_tensors(sum_rows, [self.whole[name] for name in names]), strict=True)
@@ -152,6 +152,12 @@ class FactoredGradient:
 def _most_inputs(tensor: TunedTensor) -> int:
     """Return the largest number of inputs of which factors are kept or sent."""
     return int(_LARGEST_SHARE * tensor.master.numel() / max(1, sum(tensor.live.shape)))
+
+
+def _is_sent_along(whole: Tensor, processes: int) -> bool:
+    """Return whether a whole gradient is gathered with the factors, which saves the wait for another exchange."""
+    # two processes send no more to gather than to sum, but need memory for both parts
+    return whole.dim() == 1 or (processes == 2 and whole.nbytes <= _SMALL_BYTES)
 
 
 def factored_vjp(
