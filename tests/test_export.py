@@ -401,16 +401,7 @@ def test_an_adapter_keeps_the_chat_template_and_the_system_prompt(model_dir, tmp
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
     assert 'tokenizer.chat_template = open("PATH/chat_template.jinja").read()' in text
     assert "--chat-template PATH/chat_template.jinja" in text
-    assert "begin with this system prompt: `Be *kind*.`" in text
-
-
-def test_the_card_shows_prompt_and_answers_with_their_spaces(model_dir, tmp_path):
-    settings = {"data.task": "mine", "data.batch_size": 8, "data.task.prompt": "Q: {text}\nA:"}
-    text = adapter_card(model_dir, tmp_path, settings=settings, candidates=[" no", " `yes`"])
-    assert 'Prompts have the form `"Q: {text}\\nA:"`.' in text
-    assert 'among `` [" no", " `yes`"] ``.' in text
-    assert "ends at" not in text
-    assert 'answer ends at the first of `["\\n"]`.' in adapter_card(model_dir, tmp_path, stop=["\n"])
+    assert '[{"role": "system", "content": "Be *kind*."}, {"role": "user", "content": "..."}]' in text
 
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])

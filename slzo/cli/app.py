@@ -181,7 +181,7 @@ class SlzoCLI(LightningCLI):
             )
         if Exported.at(path) is not None:
             raise SlzoError(
-                f"data.task: the exported folder {path!r} names no built-in task; give the config with your own, as in "
+                f"data.task: the exported folder {path!r} does not hold its task, a class of your own; give its config, as in "
                 f"{start} --ckpt_path {path} --config my_task.yaml"
             )
         find_checkpoint(path, RUNS)  # a wrong path is the first error to correct

@@ -1,5 +1,6 @@
 """The config of the run that a command works on, read without being named on the command line."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from slzo.cli.config_files import read_config_file
 from slzo.cli.given import option_values
 from slzo.commands.registry import Command
 from slzo.export.exported import Exported
+from slzo.export.facts import FACTS_FILE
 from slzo.utils.config_code import TRUST, code_in
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
@@ -66,8 +68,13 @@ def _of_export(exported: Exported, args: Sequence[str], has_config: bool) -> lis
             raise
         return []
     if has_config:
-        options.pop("data.task", None)
-    return [f"--{name}={value}" for name, value in options.items()]
+        options = {name: value for name, value in options.items() if not name.startswith("data.")}
+    if code := code_in({"data": {"task": options.get("data.task")}}, ()):
+        raise SlzoError(
+            f"{code[0]} in {str(exported.folder / FACTS_FILE)!r}: would run code that did not come with slzo; give the config of "
+            "the task with --config"
+        )
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in options.items()]
 
 
 def _checked(config: Path, args: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
 
 def load_code(facts: Facts) -> str:
     """Return the Python code that loads the adapter."""
-    base, tokenizer = load_base_code(facts)
+    base, tokenizer = load_base_code(facts, "base")
     imports = f"from peft import PeftModel\nfrom transformers import {facts.auto_class}, AutoTokenizer"
     return f'{imports}\n\n{base}\nmodel = PeftModel.from_pretrained(base, "PATH_OR_REPOSITORY")\n{tokenizer}'
 

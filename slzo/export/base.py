@@ -32,12 +32,12 @@ class ExportFormat:
     hub_relation: str = "finetune"
 
 
-def load_base_code(facts: Facts) -> tuple[str, str]:
-    """Return the lines of Python that load the base model as ``base``, and its tokenizer."""
+def load_base_code(facts: Facts, model: str) -> tuple[str, str]:
+    """Return the lines of Python that load the base model as a variable of the given name, and its tokenizer."""
     name = facts.origin.name
     at = "" if facts.origin.commit is None else f', revision="{facts.origin.commit}"'
     at += trust_argument(facts)
-    base = f'base = {facts.auto_class}.from_pretrained("{name}", dtype="{facts.metadata["dtype"]}"{at})'
+    base = f'{model} = {facts.auto_class}.from_pretrained("{name}", dtype="{facts.metadata["dtype"]}"{at})'
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'
     if facts.metadata.get("chat_template"):
         tokenizer += f'\ntokenizer.chat_template = open("PATH/{CHAT_TEMPLATE}").read()'

@@ -1,6 +1,5 @@
 """Write the model card: README.md with the Hub's metadata, and how to use the folder, how it was trained, scores and licence."""
 
-import json
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from slzo.export.answer_code import answer_code
 from slzo.export.base import CHAT_TEMPLATE, ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
@@ -75,7 +75,7 @@ def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
 
 def _sections(facts: Facts, format: ExportFormat) -> Iterator[str]:
     yield _what(facts)
-    yield f"## Use\n\n```python\n{format.load_code(facts)}\n```{_vllm(facts)}{_prompting(facts)}{_system_prompt(facts)}"
+    yield f"## Use\n\n```python\n{format.load_code(facts)}\n\n{answer_code(facts)}\n```{_vllm(facts)}"
     yield f"## Training\n\n{_training(facts)}"
     yield f"## Scores\n\n{_scores(facts)}"
     yield f"## Licence\n\n{_licence(facts)}"
@@ -111,25 +111,6 @@ def _vllm(facts: Facts) -> str:
     if facts.metadata.get("chat_template"):
         command += f" --chat-template PATH/{CHAT_TEMPLATE}"
     return f"\n\nvLLM: {_code(command)}"
-
-
-def _prompting(facts: Facts) -> str:
-    """Return the template of the prompts, the candidates, and the texts that end an answer, as far as they are known."""
-    metadata = facts.metadata
-    told = {
-        "Prompts have the form": metadata["settings"].get("data.task.prompt"),
-        "The answer is the one with the highest mean log-likelihood of its tokens among": metadata.get("candidates"),
-        "A generated answer ends at the first of": metadata.get("stop"),
-    }
-    # as JSON, which shows spaces and line breaks
-    lines = [f"{words} {_code(json.dumps(value, ensure_ascii=False))}." for words, value in told.items() if value]
-    return "".join(f"\n\n{line}" for line in lines)
-
-
-def _system_prompt(facts: Facts) -> str:
-    """Return the system prompt of the conversations; empty without one."""
-    text = facts.metadata.get("system_prompt")
-    return f"\n\nConversations begin with this system prompt: {_code(text)}" if text else ""
 
 
 def _training(facts: Facts) -> str:

@@ -31,9 +31,9 @@ def write_delta(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
 
 def load_code(facts: Facts) -> str:
     """Return the Python code that loads the tensors into the base model."""
-    base, tokenizer = load_base_code(facts)
+    base, tokenizer = load_base_code(facts, "model")
     imports = f"from safetensors.torch import load_file\nfrom transformers import {facts.auto_class}, AutoTokenizer"
-    load = 'base.load_state_dict(load_file("PATH/delta.safetensors"), strict=False)'
+    load = 'model.load_state_dict(load_file("PATH/delta.safetensors"), strict=False)'
     return f"{imports}\n\n{base}\n{load}\n{tokenizer}"
 
 

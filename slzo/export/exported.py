@@ -8,6 +8,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel
 
 from slzo.export.adapter import ADAPTER_CONFIG_FILE
+from slzo.export.base import CHAT_TEMPLATE
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.facts import FACTS_FILE
 from slzo.models.adapters.base import import_peft
@@ -57,8 +58,8 @@ class Exported:
         dtype: DType = self.facts.get("dtype", "float32")
         return dtype
 
-    def options(self, model: str | None) -> dict[str, str]:
-        """Return the options that score it: model, dtype, and the task if it is a built-in one.
+    def options(self, model: str | None) -> dict[str, Any]:
+        """Return the options that score it: model, dtype, and the task with its options, unless it is a class of the user.
 
         ``model`` is the base model that the user gave; ``None`` for the one that the folder names.
 
@@ -67,7 +68,15 @@ class Exported:
         """
         if model is None:
             model = str(self.folder) if self.is_whole else self.base_name("model.model")
-        options = {"model.model": model, "model.dtype": self.facts.get("dtype"), "data.task": self.facts.get("task")}
+        task, demonstrations = self.facts.get("task"), self.facts.get("num_demonstrations")
+        if isinstance(task, dict) and self.facts.get("chat_template"):
+            task = {**task, "init_args": {**task["init_args"], "template": str(self.folder / CHAT_TEMPLATE)}}
+        options = {
+            "model.model": model,
+            "model.dtype": self.facts.get("dtype"),
+            "data.task": task,
+            "data.num_demonstrations": demonstrations,
+        }
         return {name: value for name, value in options.items() if value is not None}
 
     def base_name(self, option: str) -> str:

@@ -10,13 +10,21 @@ from slzo.models.load import auto_class
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
 from slzo.tasks.base import HubSource
-from slzo.tasks.registry import TASKS
 from slzo.utils.files import read_json
 from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
-_PROMPTING = ("chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length", "num_demonstrations")
+_PROMPTING = (
+    "task",
+    "chat",
+    "system_prompt",
+    "chat_template",
+    "candidates",
+    "stop",
+    "prompt_length",
+    "num_demonstrations",
+)
 
 
 FACTS_FILE = "slzo.json"
@@ -76,8 +84,8 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
-        # for slzo generate; the template only if it is not the tokenizer's own
-        chat = {name: self.metadata.get(name) for name in _PROMPTING}
+        # for slzo predict and generate; the chat template only if it is not the tokenizer's own
+        kept = {name: self.metadata.get(name) for name in _PROMPTING}
         return {
             "slzo": __version__,
             "format": self.format,
@@ -88,8 +96,7 @@ class Facts:
             "dtype": self.metadata["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.metadata["tensors"].items()},
             "fingerprint": self.metadata["base"],
-            **({"task": self.task} if self.task in TASKS else {}),
-            **{name: value for name, value in chat.items() if value},
+            **{name: value for name, value in kept.items() if value},
         }
 
 

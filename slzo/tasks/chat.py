@@ -6,6 +6,8 @@ turns), or ``instruction``, ``input`` and ``output`` (Alpaca).
 Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
+from typing import Any
+
 from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
@@ -93,6 +95,10 @@ class ChatTask(Task):
         prompt = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
         references = tuple(text.strip() for text in known)
         return Example(id, prompt.strip(" "), known, tuple(range(len(known))), references, messages=turns)
+
+    def options_to_predict(self) -> dict[str, Any]:
+        names = ("system", "turns", "max_new_tokens", "stop", "metrics", "name", "id_field")
+        return {name: value for name in names if (value := getattr(self, name))}
 
 
 def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:

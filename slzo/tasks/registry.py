@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from slzo.tasks.base import Task
 from slzo.tasks.boolq import BoolQ
@@ -45,6 +46,14 @@ def get_task(name: str) -> Task:
     own = f"for your own files use {TemplateTask.__name__} or {ChatTask.__name__}"
     hint = did_you_mean(name.lower(), TASKS, own)
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}; {hint}")
+
+
+def task_to_predict(task: Task) -> str | dict[str, Any] | None:
+    """Return a task as the option ``data.task`` takes it for rows to predict; ``None`` for a class of the user."""
+    kind = type(task)
+    if kind in (TemplateTask, ChatTask):
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": task.options_to_predict()}
+    return task.name if TASKS.get(task.name) is kind else None
 
 
 def _task_at(path: str) -> Task:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from string import Formatter
+from typing import Any
 
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
@@ -128,6 +129,14 @@ class TemplateTask(Task):
         if self.kind is Kind.GENERATION:
             return Example.from_answers(id, prompt, self._answers(row), self.stop[0])
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]), labels=self.labels or ())
+
+    def options_to_predict(self) -> dict[str, Any]:
+        names = ["prompt", "label_field", "name", "id_field"]
+        if self.kind is Kind.GENERATION:
+            names += ["answer_field", "references_field", "stop", "max_new_tokens", "metrics"]
+        else:
+            names += ["candidates", "labels"]
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def _answers(self, row: Fields) -> tuple[str, ...]:
         """Return the accepted answers, the one to train on first; empty if the row has no such field."""

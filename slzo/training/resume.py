@@ -17,6 +17,7 @@ from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord,
 from slzo.data.classes import common_candidates
 from slzo.task_data import TaskData
 from slzo.tasks.base import Kind
+from slzo.tasks.registry import task_to_predict
 from slzo.training.options import TrainingOptions
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import rank_zero_print, rank_zero_warn
@@ -61,6 +62,7 @@ def make_metadata(prepared: Prepared, data: TaskData) -> dict[str, Any]:
         "trust_remote_code": options.trust_remote_code,
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,
+        "task": task_to_predict(data.task),
         "chat": data.task.chat is not None,
         "system_prompt": None if data.task.chat is None else data.task.chat.system,
         "chat_template": data.chat_template,
