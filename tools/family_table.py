@@ -11,6 +11,7 @@ before every layer. The tool stops at a wrong result.
 import argparse
 import logging
 import random
+import re
 import sys
 import textwrap
 import warnings
@@ -48,6 +49,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
 }
 _TOLERANCE = 1e-4
+_GLUE = "\x00"  # keeps a name and its marks on one line
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,17 @@ class Verdict:
 
     Attributes:
         model_type: Name in ``config.json``.
-        kind: Class of the model; empty if no model was made.
         runs: ``packed``, ``padded``, ``refused``, or ``not built``.
-        note: Why the model does not run packed, in a few words.
+        note: Why the model is refused or was not built, in a few words.
+        limit: The longest rows that it runs, if they are shorter than those of the test.
         error: Largest relative difference of logits from plain forward passes.
         experts: Whether the model is a mixture of experts.
     """
 
     model_type: str
-    kind: str
     runs: str
     note: str = ""
+    limit: str = ""
     error: float = 0.0
     experts: bool = False
 
@@ -95,27 +97,21 @@ def verdict_of(model_type: str) -> Verdict:
     try:
         model = tiny_model(model_type)
     except Exception as error:
-        return Verdict(model_type, "", "not built", _first_words(error))
-    kind = type(model).__name__
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        return Verdict(model_type, "not built", _first_words(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             parts = split_and_verify(model, onednn=False)
         except SlzoError as error:
             reason = str(error).partition(" is not supported: ")[2].partition("; use a causal")[0]
             # if a plain pass fails for another reason than missing inputs, the tiny model is at fault
             works = not reason.startswith("a plain forward pass failed") or "pixel_values" in reason
-            return Verdict(model_type, kind, "refused" if works else "not built", reason)
-    padded = [str(warning.message) for warning in caught if "padding is used" in str(warning.message)]
-    reason = padded[0].partition("(")[2].rpartition(")")[0] if padded else ""
+            return Verdict(model_type, "refused" if works else "not built", reason)
     difference = largest_error(parts, tiny_model(model_type))
     assert difference <= _TOLERANCE, f"{model_type}: accepted, but its logits are wrong by {difference:.2g}"
     limit = "" if parts.limits.longest is None else f"up to {parts.limits.longest} tokens of {MAX_LENGTH}"
     experts = any("expert" in name for name, _ in model.named_parameters())
-    if not parts.packed:
-        reason = reason or "its attention cannot be replaced"
-    note = "; ".join(text for text in (reason, limit) if text)
-    return Verdict(model_type, kind, "packed" if parts.packed else "padded", note, difference, experts)
+    return Verdict(model_type, "packed" if parts.packed else "padded", "", limit, difference, experts)
 
 
 @torch.no_grad()
@@ -157,57 +153,75 @@ def _encodes(model_type: str) -> bool:
         return False
 
 
-def markdown_table(verdicts: Iterable[Verdict]) -> str:
-    """Return the table, sorted by result."""
-    verdicts = list(verdicts)
-    counts = {runs: sum(v.runs == runs for v in verdicts) for runs in ("packed", "padded", "refused", "not built")}
-    worst = max((v.error for v in verdicts if v.runs in ("packed", "padded")), default=0.0)
-    lines = [
-        "# Model types",
-        "",
-        "Look up the `model_type` of your model's config.json:",
-        "",
-        "| result | model types | meaning |",
-        "|---|---:|---|",
-        f"| packed | {counts['packed']} | The model runs without padding. |",
-        f"| padded | {counts['padded']} | The model runs with its own attention and masks. The results are as exact. |",
-        f"| refused | {counts['refused']} | slzo refuses the model. The note has the reason. |",
-        f"| not built | {counts['not built']} | No tiny model could be made from the default configuration. |",
-        "",
-        f"These are all causal model types of transformers {transformers.__version__}, without encoder-decoders. Each was tested "
-        "on a tiny random model:",
-        "",
-        "```bash",
-        "python tools/family_table.py --markdown docs/families.md",
-        "```",
-        "",
-        f"- In float32 the logits differ from those of plain forward passes, one sequence at a time, by at most {worst:.0e} of",
-        "  the largest logit, over every layer that the model can be split before.",
-        "- **Note**: for padded models, why they do not run packed.",
-        "- **(MoE)** marks mixtures of experts.",
-        "- **(images)** marks models with image input. Their text decoder is tuned.",
-        "- Gemma 4 E2B and E4B, whose later layers take keys and values from earlier ones, run packed. They were",
-        "  tested on tiny models (`tests/test_shared_key_values.py`). `PrefixTuning` refuses them.",
-        "",
-        "| type | class | runs | note |",
-        "|---|---|---|---|",
-    ]
-    order = ("packed", "padded", "refused")
-    for verdict in sorted(verdicts, key=lambda v: ((*order, "not built").index(v.runs), v.model_type)):
-        marks = [" (MoE)"] if verdict.experts else []
-        marks += [" (images)"] if verdict.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else []
-        note = verdict.note.replace("|", "/").replace("\n", " ")
-        if verdict.runs in order:
-            lines.append(f"| {verdict.model_type}{''.join(marks)} | {verdict.kind} | {verdict.runs} | {note} |")
-    not_built = ", ".join(sorted(v.model_type for v in verdicts if v.runs == "not built"))
-    last = ["", textwrap.fill(f"Not built: {not_built}.", 120)] if not_built else []
-    return "\n".join([*lines, *last]) + "\n"
+def markdown_page(verdicts: Iterable[Verdict]) -> str:
+    """Return the page, with a section for each result."""
+    groups: dict[str, list[Verdict]] = {runs: [] for runs in ("packed", "padded", "refused", "not built")}
+    for verdict in sorted(verdicts, key=lambda v: v.model_type):
+        groups[verdict.runs].append(verdict)
+    worst = max((v.error for v in groups["packed"] + groups["padded"]), default=0.0)
+    text = f"""# Model types
+
+Look up the `model_type` of your model's config.json. These are all causal model types of transformers
+{transformers.__version__}, without encoder-decoders. (MoE) marks mixtures of experts. (images) marks models with image input,
+whose text decoder is tuned.
+
+| result | model types | meaning |
+|---|---:|---|
+| [packed](#packed) | {len(groups["packed"])} | The model runs without padding. |
+| [padded](#padded) | {len(groups["padded"])} | The model runs with its own attention and masks. The results are as exact. |
+| [refused](#refused) | {len(groups["refused"])} | slzo refuses the model. |
+| [not built](#not-built) | {len(groups["not built"])} | No tiny model could be made. The check at the start of a run decides. |
+
+```bash
+python tools/family_table.py --markdown docs/families.md
+```
+
+Each type was tested on a tiny random model. In float32 the logits differ from those of plain forward passes, one sequence
+at a time, by at most {worst:.0e} of the largest logit, over every layer that the model can be split before. Gemma 4 E2B and
+E4B, whose later layers take keys and values from earlier ones, run packed too (`tests/test_shared_key_values.py`);
+`PrefixTuning` refuses them.
+
+## Packed
+
+{_names(groups["packed"])}
+
+## Padded
+
+{_names(groups["padded"])}
+
+## Refused
+
+"""
+    reasons = sorted({_reason(verdict) for verdict in groups["refused"]})
+    for reason in reasons:
+        names = _names(verdict for verdict in groups["refused"] if _reason(verdict) == reason)
+        text += textwrap.indent(f"- {reason}:\n{names}\n", "  ")[2:]
+    return f"{text}\n## Not built\n\n{_names(groups['not built'])}\n"
+
+
+def _names(verdicts: Iterable[Verdict]) -> str:
+    names = ", ".join(_marked(verdict).replace(" ", _GLUE) for verdict in verdicts)
+    return textwrap.fill(names, 140, break_on_hyphens=False).replace(_GLUE, " ")
+
+
+def _marked(verdict: Verdict) -> str:
+    marks = [" (MoE)"] if verdict.experts else []
+    if verdict.runs != "not built" and verdict.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        marks.append(" (images)")
+    if verdict.limit:
+        marks.append(f" ({verdict.limit})")
+    return verdict.model_type + "".join(marks)
+
+
+def _reason(verdict: Verdict) -> str:
+    """Return the reason of a refusal without its figures and the words of other libraries."""
+    return re.split(r", relative error|, found|, of shape| \(|: ", verdict.note)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Test the model types and write the table."""
+    """Test the model types and write the page."""
     parser = argparse.ArgumentParser(description="Find which model types of transformers slzo can tune.")
-    parser.add_argument("--markdown", help="file to write the table to; left out, the table is printed")
+    parser.add_argument("--markdown", help="file to write the page to; left out, it is printed")
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types to test (default: all)")
     options = parser.parse_args(argv)
     unknown = sorted(set(options.types or []) - set(all_types()))
@@ -218,11 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model_type in options.types or all_types():
         verdicts.append(verdict_of(model_type))
         print(f"{model_type}: {verdicts[-1].runs} {verdicts[-1].note}", file=sys.stderr, flush=True)
-    table = markdown_table(verdicts)
+    page = markdown_page(verdicts)
     if options.markdown is None:
-        print(table)
+        print(page)
     else:
-        Path(options.markdown).write_text(table, encoding="utf-8")
+        Path(options.markdown).write_text(page, encoding="utf-8")
     return 0
 
 
