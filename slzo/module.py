@@ -422,11 +422,13 @@ class ZOModule(LightningModule):
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
         is_logged = every > 0 and (self.global_step + 1) % every == 0
+        # at other steps no logger or monitor reads most values, and logging them takes up to a twentieth of a short step
+        is_read = is_logged or validation_due(trainer) or is_last_step(trainer, self.global_step + 1)
         optimizer = cast("Optimizer", self.optimizers())
         scheduler = self.lr_schedulers()
         group = shard_group_of(trainer)
         before = (0, 0.0) if group is None else (group.num_bytes, group.seconds)
-        result = self.stepper.step(batch, self.global_step, optimizer, scheduler, is_logged)
+        result = self.stepper.step(batch, self.global_step, optimizer, scheduler, is_read)
         values = self._step_values(batch, result, time.perf_counter() - started)
         if group is not None:
             values["train/gathered_bytes"] = float(group.num_bytes - before[0])
@@ -435,8 +437,7 @@ class ZOModule(LightningModule):
         loss = torch.tensor(result.estimate.loss)
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=1)
         self.log("train/loss", loss, batch_size=batch.packed.num_examples)
-        # at other steps no logger or monitor reads the rest, and logging it takes up to a twentieth of a short step
-        if is_logged or validation_due(trainer) or is_last_step(trainer):
+        if is_read:
             self._log_values(values, batch)
             values = {}
         return {"loss": loss, "result": result, "values": values}

@@ -1139,6 +1139,21 @@ class Ends(Callback):
         self.at_validation = trainer.callback_metrics["train/evaluations"]
 
 
+@pytest.mark.parametrize("limit", [{"max_steps": 3}, {"max_epochs": 1}], ids=str)
+def test_the_norm_of_an_update_can_be_watched(limit, model_dir, data_dir):
+    """Before validations and after the last step, also at steps that are not logged."""
+    seen = {}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen[trainer.global_step] = "train/update_norm" in trainer.callback_metrics
+
+    stop = EarlyStopping("train/update_norm", patience=9)
+    trainer = ZOTrainer(**limit, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[stop, Watch()], **QUIET)
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir, num_train=12))
+    assert seen == {1: False, 2: True, 3: True}
+
+
 @pytest.mark.parametrize("end", [pytest.param(3, marks=pytest.mark.slow), 4, 9])
 def test_a_step_logs_all_its_values_where_they_are_read(end, model_dir, data_dir):
     """Every third step, before validations, and at the last step, whatever ends the training."""

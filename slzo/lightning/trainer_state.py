@@ -54,10 +54,14 @@ def interval_of(trainer: Trainer) -> int | float | None:
     return getattr(trainer, "val_check_interval", None)
 
 
-def is_last_step(trainer: Trainer) -> bool:
-    """Whether training ends after the current step, as far as this is known in advance."""
-    may_stop = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
-    if (trainer.should_stop and may_stop) or trainer.global_step == trainer.max_steps:
+def is_last_step(trainer: Trainer, done: int | None = None) -> bool:
+    """Whether training ends after the current step, as far as this is known in advance.
+
+    ``done`` is the number of steps with the current one; by default that of the trainer, which counts it when it is done.
+    """
+    done = trainer.global_step if done is None else done
+    may_stop = done >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+    if (trainer.should_stop and may_stop) or done == trainer.max_steps:
         return True
     epochs = trainer.max_epochs
     return epochs is not None and trainer.current_epoch + 1 == epochs and trainer.is_last_batch
