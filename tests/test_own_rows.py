@@ -542,10 +542,13 @@ def test_a_task_without_name_or_kind_is_named(attribute):
         TaskData(Incomplete())
 
 
-def test_rows_may_hold_values_of_numpy():
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor], ids=lambda kind: kind.__name__)
+def test_rows_may_hold_values_of_numpy_and_tensors(kind):
+    """As those of a ``datasets.Dataset`` with a format."""
+
     class FromArrays(OwnRows):
         def rows(self, split):
-            return [{"id": f"{split}{i}", "text": f"{split} {i}", "label": np.int64(i % 2)} for i in range(20)]
+            return [{"id": f"{split}{i}", "text": f"{split} {i}", "label": kind(i % 2)} for i in range(20)]
 
         def example(self, row, id):
             return Example(id, row["text"], (" a", " b"), label_field(row, 2))

@@ -7,8 +7,6 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, Self, SupportsIndex
 
-import numpy as np
-
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
@@ -180,7 +178,7 @@ def check_task(task: Task) -> None:
 
 
 def rows_of(task: Task, split: Split) -> list[Fields] | None:
-    """Return what :meth:`Task.rows` returns, as a list, with Python's own values in place of NumPy's.
+    """Return what :meth:`Task.rows` returns, as a list, with Python's own values in place of NumPy's and of tensors.
 
     Raises:
         SlzoError: The method raises an error, or a row is not a mapping.
@@ -201,7 +199,7 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
+    if hasattr(value, "tolist"):  # of NumPy, or a tensor
         return value.tolist()
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
