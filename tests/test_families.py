@@ -197,6 +197,14 @@ def test_a_model_without_a_twin_is_padded(monkeypatch):
         assert not split_and_verify(tiny_model("llama")).packed
 
 
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [("gemma3n_text", r"\(4, 1, 2, 32\)"), ("deepseek_v4", r"\(1, 2, 4, 32\)")]
+)
+def test_a_model_with_several_states_per_token_is_refused(model_type, shape):
+    with pytest.raises(SlzoError, match=f"its layers pass on more than one state per token, of shape {shape} for two"):
+        split_and_verify(family_table.tiny_model(model_type))
+
+
 def test_a_refused_model_leaves_no_run_folder(tmp_path, sst2_options, capsys):
     family_table.tiny_model("gemma3n_text").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -64,7 +64,7 @@ class Decoder:
         returned, output = seen[layer], seen[self.module]
         is_tuple = isinstance(returned, tuple | list)
         hidden = returned[0] if is_tuple else returned
-        if hidden.shape[:2] != (1, 2):
+        if hidden.dim() != 3 or hidden.shape[:2] != (1, 2):
             raise refusal(
                 self.model,
                 f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens",
