@@ -300,6 +300,21 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
 
 
+def test_a_checkpoint_is_found_while_another_process_writes_files(run, monkeypatch):
+    """The hidden folder of a file that is being written is gone a moment later."""
+    hidden, scandir = Path("run/.history.json-1.slzo-partial"), os.scandir
+    hidden.mkdir()
+
+    def late(path):
+        if Path(path) == hidden:
+            hidden.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert newest_checkpoint("run").path == CHECKPOINT
+    assert not hidden.exists()
+
+
 def test_a_run_with_weights_alone_is_scored_and_not_continued(run, capsys):
     """Such as one of a plain Trainer with save_weights_only, or whose last.ckpt was removed."""
     whole = read_checkpoint(CHECKPOINT).content

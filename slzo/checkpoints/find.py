@@ -1,6 +1,8 @@
 """Finds the checkpoints of runs: the last and the best one of the newest run, or of a given one."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of
@@ -32,7 +34,8 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Checkpoint:
     Raises:
         SlzoError: There is no intact checkpoint.
     """
-    times = {path: _modified(path) for path in Path(root).glob("**/checkpoints/*.ckpt")}
+    files = (file for folder in _folders_below(root) for file in folder.glob("checkpoints/*.ckpt"))
+    times = {path: _modified(path) for path in files}
     known = {path: time for path, time in times.items() if time is not None and not path.name.startswith(REPLAYED)}
     found = sorted(known, key=known.__getitem__, reverse=True)
     if not found:
@@ -78,10 +81,18 @@ def _readable(path: Path) -> Checkpoint | None:
 
 def _warn_of_newer_run(root: Path, run: Path, saved: float) -> None:
     """Warn of a run that started after ``run`` had ``saved`` its newest checkpoint, and has none itself."""
-    times = ((_modified(file), file.parent) for file in root.glob(f"**/{ENVIRONMENT_FILE}"))
+    times = ((_modified(folder / ENVIRONMENT_FILE), folder) for folder in _folders_below(root))
     newer = [(time, folder) for time, folder in times if time is not None and time > saved and folder != run]
     if newer:
         rank_zero_warn(f"{str(max(newer)[1])!r} is newer and has no checkpoint")
+
+
+def _folders_below(root: str | Path) -> Iterator[Path]:
+    """Yield a folder and all below it.
+
+    Unlike ``Path.rglob`` this does not fail if one disappears, such as the hidden one of a file that another process writes.
+    """
+    return (Path(folder) for folder, _, _ in os.walk(root))
 
 
 def _modified(path: Path) -> float | None:
@@ -172,7 +183,7 @@ def best_file(saved: str, checkpoint: str | Path) -> Path:
 def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
     """Read the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
     mine = (job, program_line())  # a job may run several commands
-    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == mine]
+    found = [folder for folder in _folders_below(root) if _job_of(folder / ENVIRONMENT_FILE) == mine]
     found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
     if not found:
         return None
