@@ -9,6 +9,7 @@ from helpers import described, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import Block, pack
 from slzo.data.batch import TrainBatch
+from slzo.evaluation.decoding import decode
 from slzo.models import startup_check
 from slzo.models.parts import ModelParts
 from slzo.models.placement import Placement
@@ -17,7 +18,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators import SPSA, Backprop
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, PrefixTuning, Scope
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import Point, TunedTensors
 from slzo.zo.tuned_model import TunedModel
@@ -53,6 +54,15 @@ def test_a_description_and_the_masters_continue_a_training_on_another_copy_of_th
     again.tensors.load(tuned.tensors.clone_masters())
     assert torch.equal(again.final_states(batch), tuned.final_states(batch))
     assert take_steps(again) == take_steps(tuned)
+
+
+def test_a_learned_prefix_is_not_left_out_of_padded_batches():
+    """A checkpoint of packed batches is restored; export runs no layers."""
+    description = TunedModel.from_scope(ModelParts(tiny_model()), PrefixTuning(3), prompts=prompts).description()
+    padded = TunedModel.from_description(ModelParts(tiny_model(), packed=False), description)
+    for run in (lambda: padded.final_states(make_batch()), lambda: decode(padded.parts, [[5, 6]], set())):
+        with pytest.raises(SlzoError, match=r"PrefixTuning: needs packed batches, .* model.engine.packed false"):
+            run()
 
 
 def test_a_description_of_other_bases_does_not_fit():

@@ -144,6 +144,7 @@ def generate_padded(
     """
     if not prompts:
         return []
+    parts.check_padded()
     lengths = [len(prompt) for prompt in prompts]
     # the model would see padding: run equal lengths together
     if not parts.limits.left_padding and len(set(lengths)) > 1:

@@ -143,7 +143,7 @@ class ModelParts:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
 
         Raises:
-            SlzoError: A sequence is longer than the longest of ``limits``.
+            SlzoError: A sequence is longer than the longest of ``limits``, or there are virtual tokens and the model is padded.
         """
         before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
         longest = self.limits.longest
@@ -190,12 +190,25 @@ class ModelParts:
                 LAYOUT_ARGUMENT: batch.layout if attend is None else attend,
             }
         assert attend is None  # a padded model uses its own attention
+        self.check_padded()
         layout = batch.layout.in_one_group
         return {
             "input_ids": batch.input_ids[layout.groups[0]],
             "position_ids": batch.position_ids[layout.groups[0]],
             "attention_mask": layout.valid[0].long(),
         }
+
+    def check_padded(self) -> None:
+        """Check that the model's own attention, with padding, computes the same.
+
+        Raises:
+            SlzoError: It does not see the virtual tokens.
+        """
+        if self.virtual_tokens is not None:
+            raise SlzoError(
+                "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false does not "
+                "allow; leave that option out"
+            )
 
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Convert hidden states from the model's shape to packed form, shape (T, hidden)."""
