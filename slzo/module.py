@@ -10,7 +10,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +22,7 @@ from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
+from slzo.lightning.run_context import run_context
 from slzo.lightning.strategy import shard_group_of
 from slzo.lightning.trainer_checks import check_torch, check_trainer
 from slzo.lightning.trainer_state import (
@@ -29,8 +30,6 @@ from slzo.lightning.trainer_state import (
     folder_of,
     interval_of,
     is_last_step,
-    is_quick,
-    planned_steps,
     validation_due,
 )
 from slzo.models.device_map import DeviceMap, DeviceMapOptions
@@ -40,12 +39,10 @@ from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.private.lightning import is_compiled
-from slzo.task_data import TaskData
 from slzo.training.build import adapt_rows, load_parts, restore
 from slzo.training.options import TrainingOptions
-from slzo.training.profiling import ProfileOptions
 from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
-from slzo.training.run import Prepared, RunContext
+from slzo.training.run import Prepared
 from slzo.training.scored import check_scored
 from slzo.utils.argument_checks import ArgumentTypes, check_types
 from slzo.utils.docs import with_lists
@@ -598,30 +595,6 @@ class ZOModule(LightningModule):
             self._drop_parts()
 
 
-def zo_module(module: LightningModule) -> ZOModule:
-    """Return the module that a callback's hook was given.
-
-    Raises:
-        SlzoError: It is not a ZOModule.
-    """
-    if not isinstance(module, ZOModule):
-        raise SlzoError(
-            f"trainer.callbacks: those of slzo need a ZOModule, not a {type(module).__name__}; leave them out"
-        )
-    return module
-
-
-def returned(module: LightningModule, hook: str, outputs: Any, name: str) -> Any:
-    """Return a value of what a hook of the module returned, for a callback.
-
-    Raises:
-        SlzoError: A subclass returns something else.
-    """
-    if not isinstance(outputs, Mapping) or name not in outputs:
-        raise SlzoError(f"{type(module).__name__}.{hook}: callbacks need what super().{hook} returns; return that")
-    return outputs[name]
-
-
 def _check_batch(batch: object, kind: type[TrainBatch | EvalBatch]) -> None:
     """Refuse a batch of another data loader."""
     if not isinstance(batch, kind):
@@ -629,27 +602,6 @@ def _check_batch(batch: object, kind: type[TrainBatch | EvalBatch]) -> None:
             f"data: a batch is a {type(batch).__name__}, not one of TaskDataModule; do not override its data loaders, and pass "
             "your own rows through the task"
         )
-
-
-def run_context(
-    trainer: Trainer, data: TaskData, folder: Path | None = None, checkpoint: Checkpoint | None = None
-) -> RunContext:
-    """Return where and how long a trainer trains, with rows that are set up for ``fit``."""
-    options = (getattr(each, "options", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    limit = callback_of(trainer, TimeLimit)
-    done = None if checkpoint is None else checkpoint.step
-    return RunContext(
-        device=trainer.strategy.root_device,
-        max_steps=trainer.max_steps,
-        planned_steps=planned_steps(trainer, data),
-        folder=folder,
-        checkpoint=checkpoint,
-        profiler=next((each for each in options if isinstance(each, ProfileOptions)), None),
-        steps_before=trainer.global_step if done is None else 0,
-        quick=is_quick(trainer),
-        time_budget=None if limit is None or is_quick(trainer) else limit.budget(trainer, data, done),
-        shard_group=shard_group_of(trainer),
-    )
 
 
 # types of the options that are used before TrainingOptions checks the rest

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slzo.callbacks.hooks import returned, zo_module
 from slzo.evaluation.evaluator import Outcome
-from slzo.module import returned, zo_module
 from slzo.utils.errors import check_at_least
 
 _LONGEST = 1000

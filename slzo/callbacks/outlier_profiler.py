@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from slzo.callbacks.hooks import zo_module
 from slzo.lightning.trainer_state import folder_of
-from slzo.module import zo_module
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.training.profiling import ProfileOptions
 from slzo.utils.docs import with_lists

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.module import zo_module
+from slzo.callbacks.hooks import zo_module
 from slzo.utils.console import rank_zero_print
 from slzo.utils.files import output_file, replacing
 from slzo.utils.pluralize import pluralize

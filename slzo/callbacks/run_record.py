@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
+from slzo.callbacks.hooks import zo_module
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
-from slzo.module import ZOModule, zo_module
+from slzo.module import ZOModule
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
 from slzo.task_data import TaskData

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
-from slzo.module import ZOModule, returned, zo_module
+from slzo.callbacks.hooks import returned, zo_module
+from slzo.module import ZOModule
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
 from slzo.utils.pluralize import pluralize

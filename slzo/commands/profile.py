@@ -6,7 +6,7 @@ from slzo.callbacks.outlier_profiler import log_plot
 from slzo.cli.app import App
 from slzo.fit import profile_and_choose
 from slzo.lightning.loggers import run_folder
-from slzo.module import run_context
+from slzo.lightning.run_context import run_context
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError

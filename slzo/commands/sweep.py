@@ -12,7 +12,7 @@ from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import OF_CELLS, RatePlan, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
-from slzo.module import run_context
+from slzo.lightning.run_context import run_context
 from slzo.task_data import TaskData
 from slzo.utils.errors import SlzoError
 
