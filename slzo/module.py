@@ -155,6 +155,7 @@ class ZOModule(LightningModule):
         self._given: PreTrainedModel | None = None  # loaded by the user, or that of an exported folder
         self._given_is_tuned = False
         self.tuned_model: TunedModel | None = None
+        self._is_unchanged = False  # a fit has prepared it from the untuned model, and taken no step
         self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
         # submodules: strategies move them to their device and find what requires a gradient
@@ -280,6 +281,9 @@ class ZOModule(LightningModule):
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
+        if self._is_unchanged:  # the fit before this one ended before its first step
+            self._release()
+        is_new = self.tuned_model is None and checkpoint is None
         trainer = self.trainer
         data = self.datamodule
         folder = folder_of(trainer)  # a collective call: every process must make it
@@ -302,7 +306,7 @@ class ZOModule(LightningModule):
             limit.apply(trainer, prepared.time_plan)
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
-        self._prepared = prepared
+        self._prepared, self._is_unchanged = prepared, is_new
         self._hold_tuned(prepared.model)
 
     def _load_parts(self) -> ModelParts:
@@ -415,6 +419,7 @@ class ZOModule(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
         """Take one training step; callbacks get its loss, its result, and the values that it did not log."""
         _check_batch(batch, TrainBatch)
+        self._is_unchanged = False
         started = time.perf_counter()
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
@@ -552,6 +557,7 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
+        self._is_unchanged = False
         self.tuned_model.tensors.load(state_dict)
         return torch.nn.Module().load_state_dict({})  # nothing is missing or unexpected
 
@@ -590,7 +596,7 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.close_log()
             self.tuned_model.release()
-            self.tuned_model = self._prepared = None
+            self.tuned_model, self._prepared, self._is_unchanged = None, None, False
             self.masters = nn.ParameterList()
             self._drop_parts()
 

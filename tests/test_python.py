@@ -17,7 +17,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import last_checkpoint, on_tiny, run_dir, summary, tuned, write_lines
+from helpers import last_checkpoint, on_tiny, run_dir, same_tensors, summary, tuned, write_lines
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -577,6 +577,21 @@ def test_a_fit_that_fails_leaves_nothing_in_the_model(model_dir, data_dir, monke
         ZOModule(str(model_dir)), datamodule=rows(data_dir), ckpt_path=str(last_checkpoint())
     )
     assert scored == trainer.test(module, datamodule=data)
+
+
+@pytest.mark.parametrize("scope", [LayerScope(), LoRA(rank=2)], ids=lambda scope: scope.describe())
+def test_a_fit_after_one_that_ended_before_its_first_step_is_that_of_a_new_module(scope, model_dir, data_dir):
+    """With the same directions, profile and log of losses."""
+    module, data = ZOModule(str(model_dir), 2, scope, eps=1e-3, seed=0), rows(data_dir)
+    broken = Callback()
+    broken.on_train_start = fail
+    with pytest.raises(SlzoError, match="out of luck"):
+        ZOTrainer(max_steps=1, callbacks=[broken], **QUIET).fit(module, datamodule=data)
+    ZOTrainer(max_steps=2, val_check_interval=2, **QUIET).fit(module, datamodule=data)
+    fitted(model_dir, data_dir, scope)
+    assert same_tensors(tuned(last_checkpoint(0)), tuned(last_checkpoint(1)))
+    assert summary(0)["layer_reason"] == summary(1)["layer_reason"]
+    assert (run_dir(0) / "zo_log").exists() == (run_dir(1) / "zo_log").exists()
 
 
 def fail(*_, **__):
