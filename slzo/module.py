@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NOT_COMPILED = "model: torch.compile does not work with slzo's steps; pass a new ZOModule that is not compiled"
+NO_ROWS = "model: needs the rows of a TaskDataModule; pass datamodule=... to the trainer"
 _ENGINE = Engine()
 _RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
@@ -386,7 +387,7 @@ class ZOModule(LightningModule):
         """The rows that the trainer was given."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(datamodule, TaskDataModule):
-            raise SlzoError("model: needs the rows of a TaskDataModule; pass datamodule=... to the trainer")
+            raise SlzoError(NO_ROWS)
         return datamodule
 
     @property

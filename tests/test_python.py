@@ -782,6 +782,17 @@ class OwnRows(TaskDataModule):
     """A user's subclass."""
 
 
+@pytest.mark.parametrize("method", ["fit", "test", "validate", "predict"])
+def test_a_call_without_rows_says_what_to_pass(method, model_dir, data_dir):
+    """Also after a call that had some, where Lightning asks for a method such as test_dataloader."""
+    module, trainer = ZOModule(str(model_dir)), ZOTrainer(**QUIET)
+    trainer.test(module, datamodule=rows(data_dir))
+    with pytest.raises(SlzoError, match=r"^model: needs the rows of a TaskDataModule; pass datamodule=\.\.\."):
+        getattr(trainer, method)(module)
+    with pytest.raises(SlzoError, match=r"^datamodule 'sst2': is a str; give a TaskDataModule"):
+        getattr(trainer, method)(module, datamodule="sst2")
+
+
 def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
     own = OwnRows("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12)
     ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(ZOModule(str(model_dir), layer=1), datamodule=own)

@@ -31,12 +31,12 @@ from slzo.lightning.trainer_options import (
     take_time_limit,
 )
 from slzo.lightning.trainer_state import callback_of, folder_of, is_quick
-from slzo.module import NOT_COMPILED, ZOModule
+from slzo.module import NO_ROWS, NOT_COMPILED, ZOModule
 from slzo.private.lightning import is_compiled
 from slzo.task_data import TaskData
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
-from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.errors import SlzoError, one_line, short_repr
 from slzo.utils.files import check_local
 from slzo.utils.signals import interrupts_restored
 from slzo.utils.slurm import is_restarted, job_id
@@ -123,6 +123,7 @@ class ZOTrainer(Trainer):
                 clock.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
+        _check_rows(train_dataloaders, datamodule)
         if isinstance(datamodule, TaskData):
             model.options.check_objective(datamodule.objective)
             metrics, maximized = datamodule.metric_names, datamodule.maximized_metrics
@@ -181,7 +182,7 @@ class ZOTrainer(Trainer):
         Arguments are those of :meth:`lightning.pytorch.Trainer.test`. ``ckpt_path`` can also be ``last`` or ``best``; without it
         the current weights are scored, untuned or tuned.
         """
-        with self._scoring(ckpt_path, model) as path:
+        with self._scoring(ckpt_path, model, dataloaders, datamodule) as path:
             return super().test(
                 model, dataloaders, ckpt_path=path, verbose=verbose, datamodule=datamodule, weights_only=weights_only
             )
@@ -196,7 +197,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Score dev rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._scoring(ckpt_path, model) as path:
+        with self._scoring(ckpt_path, model, dataloaders, datamodule) as path:
             return super().validate(
                 model, dataloaders, ckpt_path=path, verbose=verbose, datamodule=datamodule, weights_only=weights_only
             )
@@ -211,7 +212,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Predict held-out rows; for ``ckpt_path`` see :meth:`test`."""
-        with self._scoring(ckpt_path, model) as path:
+        with self._scoring(ckpt_path, model, dataloaders, datamodule) as path:
             return super().predict(
                 model,
                 dataloaders,
@@ -257,12 +258,15 @@ class ZOTrainer(Trainer):
             self.strategy.checkpoint_io.known = checkpoint
 
     @contextmanager
-    def _scoring(self, ckpt_path: str | Path | None, model: LightningModule | None) -> Iterator[str | None]:
+    def _scoring(
+        self, ckpt_path: str | Path | None, model: LightningModule | None, loaders: object, datamodule: object
+    ) -> Iterator[str | None]:
         """Run Lightning with the path of the checkpoint to score; print that there is none, unless the model is tuned.
 
         Without a model, Lightning takes the one that was fitted, and its best checkpoint.
         """
         scored = None if model is None else _checked(model)
+        _check_rows(loaders, datamodule)
         with self._running():
             checkpoint = self._find(ckpt_path)
             if checkpoint is None and scored is not None and not scored.is_tuned:
@@ -279,6 +283,14 @@ def _checked(model: object) -> ZOModule:
             f"model {type(model).__name__}: ZOTrainer takes a ZOModule; use lightning.Trainer for other modules"
         )
     return model
+
+
+def _check_rows(loaders: object, datamodule: object) -> None:
+    """Refuse a call without rows, for which Lightning asks for methods of the module, and rows that are no data module."""
+    if loaders is None and datamodule is None:
+        raise SlzoError(NO_ROWS)
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise SlzoError(f"datamodule {short_repr(datamodule)}: is a {type(datamodule).__name__}; give a TaskDataModule")
 
 
 def _run_logger(given: Any, root: str | Path | None) -> Any:
