@@ -92,10 +92,8 @@ class TaskDataModule(TaskData, LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Return training batches from the current step on."""
-        trainer = self.trainer
-        return BatchLoader(
-            self.sampler(steps_done=lambda: trainer.global_step if trainer else 0), self.pack_training_rows
-        )
+        steps_done = partial(getattr, self.trainer, "global_step", 0)  # not a lambda, which could not be pickled
+        return BatchLoader(self.sampler(steps_done=steps_done), self.pack_training_rows)
 
     def val_dataloader(self) -> BatchLoader[EvalBatch]:
         """Return dev rows in an order that is fast to score."""

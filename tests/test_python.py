@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import math
+import pickle
 import random
 import shlex
 import signal
@@ -791,6 +792,15 @@ def test_a_call_without_rows_says_what_to_pass(method, model_dir, data_dir):
         getattr(trainer, method)(module)
     with pytest.raises(SlzoError, match=r"^datamodule 'sst2': is a str; give a TaskDataModule"):
         getattr(trainer, method)(module, datamodule="sst2")
+
+
+def test_a_module_is_pickled_after_a_fit(model_dir, data_dir):
+    """As when a worker process returns it."""
+    module, data = ZOModule(str(model_dir), 2, eps=1e-3, seed=0), rows(data_dir)
+    ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=data)
+    copied, copied_data = pickle.loads(pickle.dumps((module, data)))
+    trainer = ZOTrainer(**QUIET)
+    assert trainer.test(copied, datamodule=copied_data) == trainer.test(module, datamodule=data)
 
 
 def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
