@@ -182,7 +182,8 @@ class ZOModule(LightningModule):
         """Tune a model that is already loaded, in place.
 
         Checkpoints name the folder or Hub id that it comes from (``model.name_or_path``), and other commands load it from there.
-        They refuse it if its weights were changed after loading; call ``save_pretrained`` and load it from that folder then.
+        They refuse it if its weights were changed after loading; call ``save_pretrained`` before the fit and load it from that
+        folder then. With LoRA and PrefixTuning the model keeps modules of an adapter; export a checkpoint to save it.
 
         Args:
             model: Model that ``from_pretrained`` of transformers returned, neither quantized nor divided over devices.
