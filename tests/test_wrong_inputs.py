@@ -93,6 +93,7 @@ WRONG = """
 --model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
 --model.optimizer=LBFGS | model.optimizer LBFGS: cannot take
 --model.optimizer=Muon | model.optimizer Muon: cannot take
+--model.optimizer=SGD --model.optimizer.maximize=true | model.optimizer.maximize true: raises the loss
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (the run takes 8 steps)

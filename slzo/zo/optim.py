@@ -136,6 +136,8 @@ class OptimizerOptions:
                 f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
                 "another torch.optim class"
             )
+        if probe.defaults.get("maximize"):
+            raise SlzoError("model.optimizer.maximize true: raises the loss, also that of a reward; leave it out")
         rate = probe.param_groups[0].get("lr")
         if not isinstance(rate, int | float):
             raise SlzoError(f"model.optimizer {name}: its learning rate is {rate!r}; give a number for lr, or auto")
