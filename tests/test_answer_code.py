@@ -17,12 +17,15 @@ from slzo.tasks.template import TemplateTask
 
 CANDIDATES = {"prompt": " {text} {{so}}\nIt was", "candidates": [" terrible", " very good"], "labels": ["bad", "good"]}
 ANSWERS = {"prompt": "Film: {text}\nAnswer:", "answer_field": "label", "max_new_tokens": 4, "stop": [";", "\n"]}
+PLAIN_CHAT = {"max_new_tokens": 4, "template": "talk.jinja"}
 CHAT = {"system": "Be kind.", "max_new_tokens": 4, "stop": ["?"], "template": "talk.jinja"}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
 @pytest.mark.parametrize(
-    ("kind", "own"), [("TemplateTask", CANDIDATES), ("TemplateTask", ANSWERS), ("ChatTask", CHAT)], ids=str
+    ("kind", "own"),
+    [("TemplateTask", CANDIDATES), ("TemplateTask", ANSWERS), ("ChatTask", CHAT), ("ChatTask", PLAIN_CHAT)],
+    ids=["candidates", "answers", "chat", "plain_chat"],
 )
 def test_a_folder_answers_as_its_run(kind, own, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

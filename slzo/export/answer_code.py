@@ -25,7 +25,9 @@ print(max(answers, key=score))"""
 _TEXT = """\
 {inputs}
 stop = {stop}
-output = model.generate(**inputs, max_new_tokens={length}, do_sample=False, stop_strings=stop, tokenizer=tokenizer)
+output = model.generate(
+    **inputs, max_new_tokens={length}, do_sample=False, stop_strings=stop or None, tokenizer=tokenizer
+)
 text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 for end in stop:
     text = text.partition(end)[0]
