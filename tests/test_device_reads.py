@@ -166,12 +166,13 @@ def test_a_run_reads_no_more_than_its_steps(options, monkeypatch):
         return result
 
     monkeypatch.setattr(ZOModule, "training_step", counting)
-    own = [option for option in options if "log_every_n_steps" not in option]
-    assert main(["fit", *own, "--model.layer=1", "--trainer.log_every_n_steps=4"]) == 0
-    assert len(counts) == 8
-    assert [count for number, count in enumerate(counts) if (number + 1) % 4] == [{"cpu": 1}] * 6
-    # the size of the update, where it is logged
-    assert counts[3] == {"cpu": 1, "aten::_local_scalar_dense": 1, "__float__": 1}
+    own = [option for option in options if "log_every_n_steps" not in option and "val_check_interval" not in option]
+    own += ["--trainer.log_every_n_steps=4", "--trainer.val_check_interval=6"]
+    assert main(["fit", *own, "--model.layer=1"]) == 0
+    # the size of the update: where it is logged, before a validation, and in the last step
+    read = {4, 6, 8}
+    size = {"aten::_local_scalar_dense": 1, "__float__": 1}
+    assert counts == [{"cpu": 1, **(size if step in read else {})} for step in range(1, 9)]
 
 
 @needs_card
