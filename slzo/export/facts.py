@@ -15,17 +15,7 @@ from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
-_PROMPTING = (
-    "task",
-    "chat",
-    "system_prompt",
-    "chat_template",
-    "candidates",
-    "stop",
-    "prompt_length",
-    "num_demonstrations",
-)
-
+_KEPT = ("task", "chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length", "num_demonstrations")
 
 FACTS_FILE = "slzo.json"
 """File of an exported folder that holds its facts."""
@@ -85,7 +75,7 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
         # for slzo predict and generate; the chat template only if it is not the tokenizer's own
-        kept = {name: self.metadata.get(name) for name in _PROMPTING}
+        kept = {name: self.metadata.get(name) for name in _KEPT}
         return {
             "slzo": __version__,
             "format": self.format,

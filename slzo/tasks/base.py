@@ -155,10 +155,6 @@ class Task(ABC):
         """
         return None
 
-    def options_to_predict(self) -> dict[str, Any] | None:
-        """Return the constructor's arguments for rows to predict, without files; ``None`` if only a config can make the task."""
-        return None
-
 
 def check_task(task: Task) -> None:
     """Check the name and the kind of a task.

@@ -97,6 +97,7 @@ class ChatTask(Task):
         return Example(id, prompt.strip(" "), known, tuple(range(len(known))), references, messages=turns)
 
     def options_to_predict(self) -> dict[str, Any]:
+        """Return the constructor's arguments for rows to predict, without files."""
         names = ("system", "turns", "max_new_tokens", "stop", "metrics", "name", "id_field")
         return {name: value for name in names if (value := getattr(self, name))}
 

@@ -51,7 +51,7 @@ def get_task(name: str) -> Task:
 def task_to_predict(task: Task) -> str | dict[str, Any] | None:
     """Return a task as the option ``data.task`` takes it for rows to predict; ``None`` for a class of the user."""
     kind = type(task)
-    if kind in (TemplateTask, ChatTask):
+    if type(task) is TemplateTask or type(task) is ChatTask:
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": task.options_to_predict()}
     return task.name if TASKS.get(task.name) is kind else None
 

@@ -131,6 +131,7 @@ class TemplateTask(Task):
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]), labels=self.labels or ())
 
     def options_to_predict(self) -> dict[str, Any]:
+        """Return the constructor's arguments for rows to predict, without files."""
         names = ["prompt", "label_field", "name", "id_field"]
         if self.kind is Kind.GENERATION:
             names += ["answer_field", "references_field", "stop", "max_new_tokens", "metrics"]
