@@ -12,6 +12,7 @@ from slzo.models.attention import KeyValues
 from slzo.models.key_value_capture import run_with_key_values
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
+from slzo.models.shared_key_values import by_head
 
 
 class PromptStates:
@@ -45,7 +46,7 @@ class PromptStates:
         for layer, heads, sizes in reversed(self._columns):
             start -= sum(sizes)
             key, value = wide[:, start : start + sum(sizes)].split(sizes, dim=1)
-            states[layer] = (_by_head(key, heads), _by_head(value, heads))
+            states[layer] = (by_head(key, heads), by_head(value, heads))
         return wide[:, :start], states
 
     def _run(self, batch: TokenBatch) -> Tensor:
@@ -64,8 +65,3 @@ class PromptStates:
             (layer, key.shape[0], (key.shape[0] * key.shape[2], value.shape[0] * value.shape[2]))
             for layer, (key, value) in states.items()
         ]
-
-
-def _by_head(states: Tensor, heads: int) -> Tensor:
-    """Split columns of all heads, shape (T, G * D), into shape (G, T, D)."""
-    return states.unflatten(1, (heads, -1)).transpose(0, 1)

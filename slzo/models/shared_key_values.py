@@ -87,6 +87,11 @@ class KeyValueSharing:
         return tuple(each for each in self.shared if each.source < layer < num_layers)
 
 
+def by_head(states: Tensor, heads: int) -> Tensor:
+    """Split columns of all heads, shape (..., T, heads * size), into shape (..., heads, T, size)."""
+    return states.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
 def split_states(states: Tensor, shared: Sequence[SharedKeyValues]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Split states, shape (B, T, hidden + columns), into hidden states and keys and values, shapes (B, heads, T, size)."""
     if not shared:
@@ -96,7 +101,7 @@ def split_states(states: Tensor, shared: Sequence[SharedKeyValues]) -> tuple[Ten
     for each in shared:
         sizes = [each.heads * size for size in each.sizes]
         key, value = states[..., end : end + sum(sizes)].split(sizes, dim=-1)
-        found[each.kind] = (_by_head(key, each.heads), _by_head(value, each.heads))
+        found[each.kind] = (by_head(key, each.heads), by_head(value, each.heads))
         end += sum(sizes)
     return hidden, found
 
@@ -109,7 +114,3 @@ def join_states(
         return hidden
     pieces = (state.transpose(1, 2).flatten(2) for each in shared for state in found[each.kind])
     return torch.cat([hidden, *(piece.to(hidden) for piece in pieces)], dim=-1)
-
-
-def _by_head(states: Tensor, heads: int) -> Tensor:
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
