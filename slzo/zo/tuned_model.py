@@ -124,7 +124,7 @@ class TunedModel:
             SlzoError: The description is of another base model, or does not fit the model. The model is unchanged then.
         """
         base = Fingerprint.of(parts.model, parts.placement)
-        base.check(description.get("base", {}), name=description.get("model"))
+        base.check(description["base"], name=description.get("model"))
         settings = description["adapter"]
         try:
             adapter = None if settings is None else adapter_from_dict(settings)
@@ -141,7 +141,7 @@ class TunedModel:
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
             model = cls(changes, tensors, description["scope"], base, layer=description["layer"], engine=engine)
-            model.base.check(description.get("base", {}), name=description.get("model"))
+            model.base.check(description["base"], name=description.get("model"))
             return model
 
     def description(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class TunedModel:
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
             )
-        self.base.check(description.get("base", {}), name=description.get("model"))
+        self.base.check(description["base"], name=description.get("model"))
 
     def release(self) -> None:
         """Remove the adapter's modules from the model and restore quantized ones. Other weights stay as they are.
