@@ -200,8 +200,8 @@ def _stepper(
     options: TrainingOptions,
     data: TaskData,
     run: RunContext,
-    auto: AutoRate | None = None,
-    scheduler_state: Mapping[str, Any] | None = None,
+    auto: AutoRate | None,
+    scheduler_state: Mapping[str, Any] | None,
 ) -> tuple[Stepper, TimePlan | None]:
     """Measure what is ``auto``, unless a checkpoint has it, and the time of a step.
 
