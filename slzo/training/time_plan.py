@@ -2,6 +2,7 @@
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Self
@@ -139,11 +140,8 @@ class TimePlan:
             return times.of_steps(steps) + validations(steps) * times.validation
 
         def fitting() -> int:
-            low, high = 0, int(min(most, max(0.0, usable) / times.step))
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if needed(middle) <= usable else (low, middle - 1)
-            return low
+            largest = int(min(most, max(0.0, usable) / times.step))
+            return bisect_right(range(1, largest + 1), usable, key=needed)
 
         steps = fitting()
         every: int | None = None
