@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from slzo.batches.chunks import chunk_by_tokens
 from slzo.batches.encoded import EncodedExample
@@ -21,9 +20,6 @@ from slzo.models.logits import needed_logits
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import MAX_NEW_TOKENS
 
-_Losses = tuple[Sequence[int], RowLosses]
-"""Prompts by number, and the losses of their gold answers."""
-
 
 class Decoded(NamedTuple):
     """Generated answers, those of one point after the other.
@@ -31,14 +27,12 @@ class Decoded(NamedTuple):
     Attributes:
         answers: Tokens of each answer, without the stop token.
         ends: Stop token of each answer; ``None`` if it ended otherwise.
-        gold: Total loss of the gold answers' tokens and their number, shape (2,); ``None`` if no gold answers were given.
-        gold_by_prompt: The same of each prompt with a gold answer, by its number.
+        gold: Loss of the gold answer's tokens and their number, of each prompt with a gold answer, by its number.
     """
 
     answers: list[list[int]]
     ends: list[int | None]
-    gold: Tensor | None
-    gold_by_prompt: dict[int, tuple[float, float]]
+    gold: dict[int, tuple[float, float]]
 
 
 @torch.no_grad()
@@ -73,27 +67,26 @@ def decode(
         kept: Cached states of the prompts; they enter the first varied layer, or any layer if none is varied.
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt; with one point only.
     """
-    losses: list[_Losses] = []
     if not parts.packed:
-        losses += [] if gold is None else _gold_losses(parts, gold, prefill_tokens)
+        losses = {} if gold is None else _gold_losses(parts, gold, prefill_tokens)
         made = generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
-        total = None if gold is None else _total(losses, parts)
-        return Decoded([answer for answer, _ in made], [end for _, end in made], total, _by_prompt(losses))
+        return Decoded([answer for answer, _ in made], [end for _, end in made], losses)
     prompt_of = list(range(len(prompts)) if prompt_of is None else prompt_of) * (
         1 if varied is None else varied.num_points
     )
     answers: list[list[int]] = [[] for _ in prompt_of]
     ends: list[int | None] = [None] * len(prompt_of)
     if not prompt_of:
-        return Decoded(answers, ends, None, {})
+        return Decoded(answers, ends, {})
     tokens: dict[int, int] = {}
+    gold_losses: dict[int, tuple[float, float]] = {}
     check_places(parts)
     decoder = Decoder(parts, prompts, prompt_of, max_new_tokens, prefill_tokens, varied, kept)
     for rows, cached in decoder.chunks():
         logits, of_rows = decoder.prefill(rows, cached, gold)
         tokens |= logits.tokens(0, sampling)
         if of_rows is not None:
-            losses.append((rows, of_rows))
+            gold_losses |= _by_prompt(rows, of_rows)
     for step in range(max_new_tokens):
         finished = {answer for answer, token in tokens.items() if token in stops}
         for answer in finished:
@@ -107,28 +100,20 @@ def decode(
         if not tokens or step == max_new_tokens - 1:
             break
         tokens = decoder.advance(tokens).tokens(step + 1, sampling)
-    return Decoded(answers, ends, _total(losses, parts) if losses else None, _by_prompt(losses))
+    return Decoded(answers, ends, gold_losses)
 
 
-def _gold_losses(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> list[_Losses]:
-    losses: list[_Losses] = []
+def _gold_losses(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {}
     known = [number for number, example in enumerate(gold) if example.gold]
     for chunk in chunk_by_tokens([len(gold[number].sequences[0].ids) for number in known], max_tokens):
         rows = [known[place] for place in chunk]
         batch = pack([gold[row] for row in rows]).to(parts.model.device)
-        losses.append((rows, answer_losses(needed_logits(parts, batch), batch)))
-    return losses
-
-
-def _total(losses: Sequence[_Losses], parts: ModelParts) -> Tensor:
-    if not losses:
-        return torch.zeros(2, device=parts.model.device)
-    return torch.stack([each.sum() for _, each in losses], dim=1).sum(dim=1)
-
-
-def _by_prompt(losses: Sequence[_Losses]) -> dict[int, tuple[float, float]]:
-    found: dict[int, tuple[float, float]] = {}
-    for rows, each in losses:
-        pairs = zip(each.totals.tolist(), each.weights.tolist(), strict=True)
-        found |= {row: pair for row, pair in zip(rows, pairs, strict=True) if pair[1] > 0}
+        found |= _by_prompt(rows, answer_losses(needed_logits(parts, batch), batch))
     return found
+
+
+def _by_prompt(rows: Sequence[int], losses: RowLosses) -> dict[int, tuple[float, float]]:
+    """Return loss and number of tokens of the rows that have a gold answer."""
+    pairs = zip(losses.totals.tolist(), losses.weights.tolist(), strict=True)
+    return {row: pair for row, pair in zip(rows, pairs, strict=True) if pair[1] > 0}

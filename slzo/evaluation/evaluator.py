@@ -94,11 +94,11 @@ class Evaluator:
         packed = batch.packed
         if packed is None:
             answers, decoded = self._generate(batch.rows, keep=keep_prefix, with_gold=True)
-            assert decoded.gold is not None
+            loss = torch.tensor([(0.0, 0.0), *decoded.gold.values()], device=self.parts.model.device).sum(dim=0)
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
             num_tokens = tuple(answer.num_tokens for answer in answers)
-            return Outcome(texts, [], decoded.gold, num_tokens, rewarded, decoded.gold_by_prompt)
+            return Outcome(texts, [], loss, num_tokens, rewarded, decoded.gold)
         if self.states is None or packed.shares_tokens:  # states are cached by example
             final = final_states(self.parts, packed, 0, None)[0]
         else:
