@@ -61,10 +61,9 @@ class StepBatchSampler(Generic[T]):
 
     def _make_batches(self, epoch: int) -> list[list[T]]:
         generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
-        order = torch.randperm(len(self.rows), generator=generator).tolist()
-        size = self.batch_size * self.world_size
-        batches = (order[number * size : (number + 1) * size] for number in range(len(self)))
-        own = (divide_by_tokens(batch, self.num_tokens, self.world_size)[self.rank] for batch in batches)
+        order = torch.randperm(len(self.rows), generator=generator)
+        batches = order.split(self.batch_size * self.world_size)[: len(self)]
+        own = (divide_by_tokens(batch.tolist(), self.num_tokens, self.world_size)[self.rank] for batch in batches)
         return [[self.rows[number] for number in numbers] for numbers in own]
 
 
