@@ -59,9 +59,10 @@ def score_held_out(
                 scores.append((example.id, value))
 
     found = score_rows(evaluator, batches, score, keep_prefix, seen=keep)
-    by_row = dict(gather_from_processes(scores))
     if metric == PERPLEXITY:
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))
+    else:
+        by_row = dict(gather_from_processes(scores))
     found.pop("loss", None)
     scored = HeldOutScores({metric: math.nan, **found}, by_row)  # without gold answers there is no perplexity
     return scored, dict(gather_from_processes(samples))
