@@ -88,8 +88,8 @@ def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_em
     largest = max(max(ids, default=0) for ids in sequences)
     if largest >= num_embeddings:
         raise RowError(
-            f"{example.location}: the tokenizer gives it token {largest}, and the model has {num_embeddings}; remove the special "
-            "token from the text"
+            f"{example.location}: the tokenizer gives it token {largest}, and the model has {num_embeddings}; give the tokenizer "
+            "that belongs to the model, or remove special tokens from the text"
         )
 
 
