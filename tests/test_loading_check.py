@@ -14,6 +14,7 @@ from slzo.models import gguf_folder
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.loading_check import reason_of
 from slzo.models.original_weights import OriginalWeights
+from slzo.models.save import save_model
 from slzo.models.shape import model_shape
 from slzo.utils.errors import SlzoError
 from tiny import make_tokenizer
@@ -195,6 +196,9 @@ def test_an_unknown_quantization_and_a_folder_that_is_no_model_are_named(folder)
     change_config(folder, quantization_config={"quant_method": "foo"})
     with pytest.raises(SlzoError, match="transformers does not know its quantization 'foo'"):
         load_model(str(folder))
+    change_config(folder, quantization_config={"bits": 4})
+    with pytest.raises(SlzoError, match=r"quantization_config of its config.json has no quant_method; correct it, or"):
+        load_model(str(folder))
     (folder / "config.json").rename(folder / "slzo.json")
     with pytest.raises(SlzoError, match="the folder has an adapter or a delta, not a whole model; give its base model"):
         load_model(str(folder))
@@ -215,3 +219,24 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
     assert reason_of(error) == f"{file} cannot be opened; check its permissions"
     file.unlink()
     assert reason_of(error) == str(error)
+
+
+def test_an_adapter_beside_a_model_is_not_added_silently(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
+    with pytest.raises(SlzoError, match=r"has an adapter \(adapter_config.json\) beside the model; merge it"):
+        load_model(str(folder))
+    load_tokenizer(str(folder))
+
+
+def test_an_attention_that_is_not_installed_names_its_entries(folder):
+    change_config(folder, _attn_implementation="flash_attention_2")
+    with pytest.raises(SlzoError, match=r"remove attn_implementation and _attn_implementation from its config.json"):
+        load_model(str(folder))
+
+
+def test_a_config_that_transformers_does_not_write_is_one_line(folder, tmp_path):
+    change_config(folder, output_attentions=True)
+    with pytest.raises(
+        SlzoError, match=r"^output: transformers cannot write this model .*output_attentions.* --format delta"
+    ):
+        save_model(load_model(str(folder)), make_tokenizer(), tmp_path / "saved")

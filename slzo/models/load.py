@@ -60,6 +60,11 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
             what = "the folder has an adapter or a delta, not a whole model; give its base model, or export with --format merged"
         raise SlzoError(f"model.model {name!r}: {what}")
     check_config_file(name, folder / "config.json")
+    if not tokenizer_only and (folder / "adapter_config.json").is_file():  # with peft, transformers adds it silently
+        raise SlzoError(
+            f"model.model {name!r}: the folder has an adapter (adapter_config.json) beside the model; merge it with "
+            "merge_and_unload of peft, or move its files away to tune the model without it"
+        )
     return str(folder)
 
 
@@ -89,6 +94,8 @@ def _load(name: str, where: str, loader: Any, config: PretrainedConfig | None = 
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set trust_remote_code to true (--help names the option)"
+        elif isinstance(error, ImportError) and "toggled on" in reason:  # for an attention of its config.json
+            advice = "install it, or remove attn_implementation and _attn_implementation from its config.json"
         elif "quantization_config" in kwargs:
             advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
         elif "offload_folder" in str(error):
@@ -173,7 +180,14 @@ def _check_quantized(name: str, stored: Any, quantization: Any) -> None:
         raise SlzoError(
             f"model.quantization {quantization!r}: model {name!r} is already quantized ({method}); leave the option out"
         )
-    if not AutoHfQuantizer.supports_quant_method(stored if isinstance(stored, dict) else stored.to_dict()):
+    try:
+        known = AutoHfQuantizer.supports_quant_method(stored if isinstance(stored, dict) else stored.to_dict())
+    except (AttributeError, ValueError):
+        raise SlzoError(
+            f"model.model {name!r}: the quantization_config of its config.json has no quant_method; correct it, or remove it if "
+            "the weights are not quantized"
+        ) from None
+    if not known:
         raise SlzoError(
             f"model.model {name!r}: transformers does not know its quantization {method!r}; give another model"
         )

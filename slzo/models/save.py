@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from slzo.models.loading_check import reason_of
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 
@@ -23,6 +25,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     Raises:
         OSError: The folder cannot be written.
+        SlzoError: transformers refuses to write the model's config.
     """
     try:
         # transformers cannot convert quantized tensors back to the original file format
@@ -31,6 +34,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     except Exception as error:
         if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
             raise OSError(str(error)) from error
+        if isinstance(error, StrictDataclassError):  # transformers reads some configs that it does not write
+            raise SlzoError(
+                f"output: transformers cannot write this model ({reason_of(error)}); correct the config.json of the base model, "
+                "or use --format delta"
+            ) from error
         raise
     for weights in folder.glob("*.safetensors"):  # safetensors makes files that only their owner can read
         shutil.copymode(folder / "config.json", weights)
