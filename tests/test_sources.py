@@ -2,18 +2,21 @@
 
 import csv
 import json
+import pickle
 import re
 import sys
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from datasets import ClassLabel, Dataset
 from helpers import SHARED_DATA, read_lines, slzo_error, write_lines
 from pyarrow import parquet
 
 from slzo.data.files import BadRows, read_file
 from slzo.data.sources import RowSource, row_id
 from slzo.data.superglue import hub_rows
+from slzo.tasks.fields import with_names
 from slzo.tasks.movie_reviews import MovieReviews
 from slzo.tasks.registry import get_task
 from slzo.tasks.template import TemplateTask
@@ -423,3 +426,43 @@ def test_rows_from_python_have_complete_characters(row):
 
     with pytest.raises(SlzoError, match="row 1: half of a surrogate pair; write complete characters"):
         RowSource(Own("{t} is", [" bad", " good"])).read("test")
+
+
+def named_labels(kind, tmp_path, monkeypatch):
+    """Rows whose labels have names, in the order bad, good, and where a task reads them from."""
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}).cast_column(
+        "label", ClassLabel(names=["bad", "good"])
+    )
+    if kind == "hub":
+        fake_hub(monkeypatch, lambda *args, split: rows)
+        return TemplateTask, {}, {"hub_path": "me/films"}
+    if kind == "parquet":
+        rows.to_parquet(tmp_path / "rows.parquet")
+        return TemplateTask, {"train_file": str(tmp_path / "rows.parquet")}, {}
+
+    class Own(TemplateTask):
+        def rows(self, split):
+            return rows.with_format("torch") if kind == "torch" else rows
+
+    return Own, {}, {}
+
+
+@pytest.mark.parametrize("kind", ["python", "torch", "hub", "parquet"])
+def test_labels_are_the_numbers_or_the_names_of_a_class_label(kind, tmp_path, monkeypatch):
+    task, files, source = named_labels(kind, tmp_path, monkeypatch)
+
+    def gold(candidates, labels=None):
+        made = task("{text} is", candidates, labels=labels, **files)
+        return [example.gold for example in RowSource(made, columns=True, **source).read("train").examples]
+
+    assert gold([" poor", " fine"]) == gold([" poor", " fine"], [0, 1]) == [(0,), (1,), ()]
+    assert gold([" poor", " fine"], ["bad", "good"]) == [(0,), (1,), ()]
+    assert gold([" fine", " poor"], ["good", "bad"]) == gold([" good", " bad"]) == [(1,), (0,), ()]
+    with pytest.raises(SlzoError, match="field 'label' is 'bad'; it must be one of good, fair "):
+        gold([" x", " y"], ["good", "fair"])
+
+
+def test_a_label_with_a_name_is_a_number():
+    label = with_names({"label": 1, "other": 1}, {"label": ("bad", "good"), "missing": ("x",)})["label"]
+    again = pickle.loads(pickle.dumps(label))
+    assert (again, again.name, json.dumps(again), str(again)) == (1, "good", "1", "1")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slzo.tasks.fields import Fields, check_characters
+from slzo.tasks.fields import Fields, check_characters, label_names, with_names
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, one_line
 
@@ -236,13 +236,22 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     try:
         file = parquet.ParquetFile(io.BytesIO(_read_bytes(path)), page_checksum_verification=True)
         _column_names(file.schema_arrow.names, str(path))
+        names = _names_in_parquet(file.schema_arrow.metadata or {})
         rows = file.read().to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = one_line(error)
         what = "not a Parquet file" if isinstance(error, pyarrow.ArrowInvalid) else "a damaged Parquet file"
         raise SlzoError(f"{path}: {what} ({reason}); write it again, or use JSON Lines") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{path} row {number}", row
+        yield f"{path} row {number}", with_names(row, names)
+
+
+def _names_in_parquet(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Return the names of labels in the metadata that datasets writes; empty if there are none."""
+    try:
+        return label_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
+    except (ValueError, LookupError, TypeError):
+        return {}
 
 
 READERS: Mapping[str, Callable[[Path, BadRows], Iterator[PlacedRow]]] = {

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slzo.tasks.base import HubSource, Split
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, label_names, with_names
 from slzo.utils.console import rank_zero_info
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.hub import causes, commit_of, known_problem
@@ -48,4 +48,5 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
             f"data.hub_path '{source.path}@{source.revision}': only commit {commit} is in the cache, and the Hub cannot be "
             "reached; connect to the network once, or give that commit"
         )
-    return origin, rows, commit
+    names = label_names(getattr(rows, "features", None))
+    return origin, (with_names(row, names) for row in rows), commit

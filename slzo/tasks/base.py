@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self, SupportsIndex
 
 from slzo.rewards.registry import PERPLEXITY
-from slzo.tasks.fields import Fields
+from slzo.tasks.fields import Fields, label_names, with_names
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.class_paths import raised
 from slzo.utils.errors import SlzoError, broken_contract, short_repr
@@ -191,7 +191,8 @@ def rows_of(task: Task, split: Split) -> list[Fields] | None:
         raise broken_contract(
             "data.task", task, f"rows({split!r}) returned the row {short_repr(wrong)}", "mappings of fields"
         )
-    return None if found is None else [_plain(row) for row in found]
+    names = label_names(getattr(rows, "features", None))
+    return None if found is None else [with_names(_plain(row), names) for row in found]
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,51 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from slzo.utils.errors import short_repr
 
 Fields = Mapping[str, Any]
 """The fields of a row by name, as the Hub calls them."""
+
+
+class NamedLabel(int):
+    """A number whose data set has names for its numbers, as the feature ``ClassLabel`` of datasets."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, value: int, names: tuple[str, ...]) -> Self:
+        label = super().__new__(cls, value)
+        label.names = names
+        return label
+
+    def __getnewargs__(self) -> tuple[int, tuple[str, ...]]:  # type: ignore[override]
+        return int(self), self.names
+
+    @property
+    def name(self) -> str:
+        return self.names[self]
+
+
+def label_names(features: object) -> dict[str, tuple[str, ...]]:
+    """Return the names of labels by field, from the ``features`` of a data set, as objects of datasets or as dictionaries."""
+    if not isinstance(features, Mapping):
+        return {}
+    found = {
+        field: feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
+        for field, feature in features.items()
+    }
+    return {field: tuple(map(str, names)) for field, names in found.items() if isinstance(names, list)}
+
+
+def with_names(row: Fields, names: Mapping[str, tuple[str, ...]]) -> Fields:
+    """Return a row whose numbers know their names; others, such as -1 for no label, stay as they are."""
+    named = {
+        field: NamedLabel(row[field], known)
+        for field, known in names.items()
+        if type(row.get(field)) is int and 0 <= row[field] < len(known)
+    }
+    return {**row, **named} if named else row
 
 
 def is_missing(value: object) -> bool:

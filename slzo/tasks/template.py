@@ -12,7 +12,7 @@ from typing import Any
 
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
-from slzo.tasks.fields import Fields, is_missing
+from slzo.tasks.fields import Fields, NamedLabel, is_missing
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least, short_repr
 
@@ -28,7 +28,8 @@ class TemplateTask(Task):
         candidates: Answer texts, with a leading space if they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
-            without leading and trailing spaces. A row label of -1, null, or an empty cell means that the row has none.
+            without leading and trailing spaces. For numbers with names, as of ``ClassLabel`` of datasets (from Python, the Hub or
+            Parquet), give either. A row label of -1, null, or an empty cell means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
         references_field: Generation: field with further accepted answers, a text or a list of texts.
         stop: Generation: texts that end an answer; answers to train on end with the first one. Left out, a newline.
@@ -115,6 +116,7 @@ class TemplateTask(Task):
             _check_spaces(prompt, self.candidates)
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
+            self._named = frozenset(self._index_of if labels else map(str.strip, self.candidates))
             self.no_label = {label_field: ""}
         if references_field is not None:
             self.optional_fields = {"data.task.references_field": references_field}
@@ -153,6 +155,8 @@ class TemplateTask(Task):
         return tuple(dict.fromkeys(answers))
 
     def _gold(self, label: object) -> tuple[int, ...]:
+        if isinstance(label, NamedLabel) and not self._named.isdisjoint(label.names):
+            label = label.name
         if isinstance(label, float) and label.is_integer():  # Parquet files made with pandas
             label = int(label)
         if isinstance(label, str | int | float):
