@@ -231,14 +231,24 @@ def test_a_template_with_a_clock_gives_the_same_tokens_every_day(tmp_path):
     assert "strftime_now" in made.template  # exported folders keep it
 
 
+# as of models with image input; the content of rows is text
+PARTS = (
+    "{% for m in messages %}{{ m['role'] }}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}</s>{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (FORGETS, "use data.task.turns last, or data.task.template"),
+        (
+            PARTS,
+            r"^data.task.template .*own.jinja': this template leaves out the text of a message; choose plain, chatml, or",
+        ),
         ("{% for %}", r"^data.task.template .*: the chat template cannot format a conversation of user \("),
         (None, "neither a known template nor a readable file"),
     ],
-    ids=["forgets former turns", "no template", "no file"],
+    ids=["forgets former turns", "content in parts", "no template", "no file"],
 )
 def test_templates_that_cannot_be_used(tmp_path, content, message):
     path = tmp_path / "own.jinja"

@@ -231,6 +231,13 @@ class ChatEncoder(Encoder):
         except ValueError as error:
             name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
+        if prompt == self._render(
+            (Message("user", "c"),), True
+        ):  # as those of image models that read parts of a message
+            raise SlzoError(
+                f"data.task.template{'' if self.chat.template is None else f' {self.chat.template!r}'}: this template leaves out "
+                f"the text of a message; choose {', '.join(TEMPLATES)}, or give a file with one that writes message['content']"
+            )
         lead, answer, end = full[len(prompt) :].partition("b")
         if not answer or not full.startswith(prompt):
             lead = ""
