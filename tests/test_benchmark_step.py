@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -73,10 +74,14 @@ def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [(["--task=sst9"], "data.task 'sst9': unknown task"), (["--task=sst2", "--data_dir=nowhere"], "data.data_dir")],
+    [
+        (["--task=sst9"], "data.task 'sst9': unknown task"),
+        (["--task=sst2", "--data_dir=nowhere"], "data.data_dir"),
+        (["--task=sst2", "--data_dir=DATA", "--batch_size=99"], "--batch_size 99: there are 79 training rows"),
+    ],
 )
-def test_bad_options_give_one_line(model_dir, options, expected, capsys):
-    assert tool.main([f"--model={model_dir}", *options]) == 2
+def test_bad_options_give_one_line(model_dir, data_dir, options, expected, capsys):
+    assert tool.main([f"--model={model_dir}", *(option.replace("DATA", str(data_dir)) for option in options)]) == 2
     assert capsys.readouterr().err.startswith(f"benchmark_step: error: {expected}")
 
 
@@ -96,3 +101,5 @@ def test_results_of_several_tasks_are_a_table_and_a_plot(tmp_path, monkeypatch, 
     assert rows[2] == "| sst2 | 2 | 200 | 0.50 | 20 (20) | 1.00 | 10 (10) | - | - | - | 1.50 |"
     assert rows[3].startswith("| copa | 2 | 300 |")
     assert "published MeZO step" in (tmp_path / "steps.svg").read_text()
+    assert step_table.main([str(tmp_path / "none.json")]) == 2
+    assert re.fullmatch(r"step_table: error: '.*none.json': not a result of .*\n", capsys.readouterr().err)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT
 
+import plain_training
 from options import option, parse
 from slzo.experiments.store import CellStore
 from tables import finished, markdown_table
@@ -83,3 +84,8 @@ def test_cells_are_computed_once(tmp_path):
 
 def test_a_table_in_markdown():
     assert markdown_table(["task", "rows"], [["sst2", 3]]) == "| task | rows |\n|---|---:|\n| sst2 | 3 |"
+
+
+def test_a_wrong_task_of_a_plain_training_is_one_line(capsys):
+    assert plain_training.main(["--task=sst9", "--data_dir=nowhere", "--method=mezo"]) == 2
+    assert capsys.readouterr().err.startswith("plain_training: error: data.task 'sst9': unknown task")

@@ -233,7 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SlzoError("--device cuda: torch finds no GPU; leave it out")
-    load_rows(options)  # before long work
+    rows, _ = load_rows(options)  # before long work
+    if options.batch_size > len(rows):
+        raise SlzoError(
+            f"--batch_size {options.batch_size}: there are {len(rows)} training rows; choose at most as many"
+        )
     kinds = () if options.no_memory else ("inference", "slzo")
     memory = {what: in_new_process(memory_of, options, what) for what in kinds}
     result = report(options, *compare(options), memory)

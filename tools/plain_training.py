@@ -8,7 +8,8 @@ Prints the peak memory of the process in GiB, the median seconds of a step after
 import gc
 import json
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from measuring import timed
-from options import option, parse
+from options import command, option, parse
 from published_step import PaddedBatch, encoded_rows, pad_left, published_loss, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.models.load import load_model
@@ -96,5 +97,11 @@ def measure(options: Options) -> dict[str, float]:
     }
 
 
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Take the steps and print the figures as JSON."""
+    print(json.dumps(measure(parse(Options, __doc__, argv))))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(parse(Options, __doc__))))
+    sys.exit(main())

@@ -4,10 +4,14 @@ python tools/step_table.py steps/*.json --plot docs/images/steps
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from options import command
 from slzo.plots.style import lines, new_figure, save, style_axis
+from slzo.utils.errors import SlzoError
 from slzo.utils.files import read_json
 from tables import markdown_table
 
@@ -71,13 +75,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     save(figure, path.parent, path.name)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="JSON files of benchmark_step.py")
     parser.add_argument("--plot", help="also draw the seconds to this path, without suffix")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = [read_json(Path(file)) for file in args.files]
+    for file, result in zip(args.files, results, strict=True):
+        if "tokens" not in result:
+            raise SlzoError(f"{file!r}: not a result of benchmark_step.py on a CPU; give files that its --json wrote")
     results.sort(key=lambda result: sum(result["tokens"]) / len(result["tokens"]))
     print(table(results))
     if args.plot:
@@ -85,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
