@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT
 
+import benchmark_evaluation
+import methods_at_equal_time
 import plain_training
+import rewards_by_default
 from options import option, parse
 from slzo.experiments.store import CellStore
 from tables import finished, markdown_table
@@ -86,6 +89,33 @@ def test_a_table_in_markdown():
     assert markdown_table(["task", "rows"], [["sst2", 3]]) == "| task | rows |\n|---|---:|\n| sst2 | 3 |"
 
 
-def test_a_wrong_task_of_a_plain_training_is_one_line(capsys):
-    assert plain_training.main(["--task=sst9", "--data_dir=nowhere", "--method=mezo"]) == 2
-    assert capsys.readouterr().err.startswith("plain_training: error: data.task 'sst9': unknown task")
+@pytest.mark.parametrize(
+    ("tool", "options", "expected"),
+    [
+        (plain_training, ["--task=sst9", "--method=mezo"], "data.task 'sst9': unknown task"),
+        (benchmark_evaluation, ["--tasks", "sst2:all"], "--tasks 'sst2:all': give TASK:ROWS"),
+        (methods_at_equal_time, ["--layers", "middle"], "--layers 'middle': choose removing, last, first, or"),
+    ],
+)
+def test_a_wrong_option_of_a_tool_is_one_line(tool, options, expected, capsys):
+    assert tool.main(["--data_dir=nowhere", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"{tool.__name__}: error: {expected}")
+
+
+def test_methods_are_compared_in_layers_that_no_rule_chooses(model_dir, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods_at_equal_time, "ROWS", {"sst2": (16, 8, 4)})
+    paths = [f"--data_dir={data_dir}", f"--output={tmp_path / 'cells'}", "--models", str(model_dir)]
+    assert methods_at_equal_time.main([*paths, "--methods", "output", "--seconds=0.1", "--layers", "last", "1"]) == 0
+    assert [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()[-2:]] == ["last (3)", "1 (1)"]
+
+
+@pytest.mark.parametrize(("status", "kept"), [(130, False), (2, True)])
+def test_a_signal_ends_the_comparison_of_rewards_without_a_result(status, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards_by_default, "slzo", lambda _: status)
+    options = [f"--output={tmp_path / 'out'}", "--rewards", "length", "--objectives", "reward"]
+    if kept:
+        assert rewards_by_default.main(options) == 0
+    else:
+        with pytest.raises(SystemExit, match="130"):
+            rewards_by_default.main(options)
+    assert len(list(tmp_path.glob("out/cells/cells/*.json"))) == kept

@@ -25,6 +25,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.task_data import TaskData
 from slzo.tasks.base import MAX_NEW_TOKENS
+from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 
 TIE = 1e-4
@@ -133,10 +134,18 @@ def best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
+def _task_and_rows(item: str) -> tuple[str, int]:
+    task, _, count = item.partition(":")
+    if not count.isdecimal():
+        raise SlzoError(f"--tasks {item!r}: give TASK:ROWS, such as sst2:500")
+    return task, int(count)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print the table."""
     options = parse(Options, __doc__, argv)
+    tasks = [_task_and_rows(item) for item in options.tasks]
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []
@@ -145,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
     print(f"{options.model}, float32, {threads}, oneDNN {'on' if parts.onednn else 'off'}")
     print(f"{'task':8s} {'rows':>5s} {'slzo rows/s':>12s} {'plain rows/s':>13s} {'speedup':>8s}  different predictions")
-    for item in options.tasks:
-        task, _, count = item.partition(":")
-        result = compare(task, int(count or 100), options, parts, plain)
+    for task, count in tasks:
+        result = compare(task, count, options, parts, plain)
         results.append(result)
         ties = sum(difference["gap"] <= TIE for difference in result.disagreements)
         note = f"{len(result.disagreements)} ({ties} ties within {TIE:g})" if result.disagreements else "0"

@@ -31,10 +31,11 @@ from slzo.task_data import TaskData
 from slzo.training.build import auto_rate, make_stepper, tune
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import fill_prefix, plan_prefix
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
-from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer
+from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import chosen_layers, load, task_rows
@@ -56,7 +57,7 @@ ROWS = {
     "squad": (200, 50, 50),
 }
 FIRST_CHECK, GROWTH = 2.0, 1.5  # seconds; factor
-NAMED_LAYERS = ("removing", "last", "first")
+RULES: dict[str, type[SelectionRule]] = {"removing": OutlierRemovingLayer, "first": FirstOutlierLayer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class Setting:
     Attributes:
         rows: The rows.
         parts: The model.
-        layers: Layer by name: ``removing`` the outlier, ``last``, ``first`` outlier layer.
+        layers: Layer by name: ``last``, and those of the rules that are used.
         states: States that enter the layer trained last, for the next method there.
     """
 
@@ -101,12 +102,13 @@ class Setting:
     states: dict[int, PrefixCache] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
-        """Load a model and the rows of a task, and profile the layers."""
+    def of(cls, model: str, task: str, seed: int, data_dir: str, names: Sequence[str]) -> "Setting":
+        """Load a model and the rows of a task; profile the layers if names among ``RULES`` are used."""
         data = task_rows(model, task, data_dir, ROWS.get(task, (1000, 200, 854)), seed)
         parts = load(ZOModule(model, seed=seed).options, data)
-        removing, first = chosen_layers(parts, data, OutlierRemovingLayer(), FirstOutlierLayer())
-        layers = {"removing": removing, "last": parts.num_layers - 1, "first": first}
+        layers = {"last": parts.num_layers - 1}
+        if rules := [name for name in RULES if name in names]:
+            layers |= zip(rules, chosen_layers(parts, data, *(RULES[name]() for name in rules)), strict=True)
         return cls(data, parts, layers)
 
 
@@ -181,10 +183,14 @@ def row_of(cell: Cell, result: dict[str, Any]) -> list[object]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the missing cells and print the table."""
     options = parse(Options, __doc__, argv)
-    if wrong := [layer for layer in options.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
-        raise SystemExit(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
+    for layer in options.layers:
+        if layer not in (*RULES, "last") and not layer.isdecimal():
+            raise SlzoError(f"--layers {layer!r}: choose removing, last, first, or a number from 0")
     store = CellStore(options.output, {"seconds": options.seconds, "threads": torch.get_num_threads()})
-    setting_of = lru_cache(maxsize=1)(lambda model, task, seed: Setting.of(model, task, seed, options.data_dir))
+
+    @lru_cache(maxsize=1)
+    def setting_of(model: str, task: str, seed: int) -> Setting:
+        return Setting.of(model, task, seed, options.data_dir, options.layers)
 
     def compute(cell: Cell) -> dict[str, Any]:
         setting = setting_of(cell.model, cell.task, cell.seed)

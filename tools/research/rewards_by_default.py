@@ -56,7 +56,7 @@ def right_sum(completions: Sequence[str], references: Sequence[Sequence[str]]) -
     return [float(text.replace(" ", "") == answers[0].replace(" ", "")) for text, answers in pairs]
 
 
-_OWN = "tools/research/rewards_by_default.py"
+_OWN = str(Path(__file__).resolve())
 # reward, prompt, field with the gold answer if there is one
 TASKS: Mapping[str, tuple[Any, str, str | None]] = {
     "json": (
@@ -150,7 +150,10 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     options = [f"--config={path}", f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-    if slzo(["fit", *options]):
+    status = slzo(["fit", *options])
+    if status > 128:  # ended by a signal, so the tool ends too, without a result
+        raise SystemExit(status)
+    if status:
         return {"problem": "the run ended with an error"}
     newest = max(folder.glob("runs/version_*/summary.json"), key=lambda path: path.stat().st_mtime)
     summary = read_json(newest)
