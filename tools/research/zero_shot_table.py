@@ -45,8 +45,10 @@ def page(results: Mapping[str, Mapping[str, float]], model: str) -> str:
         [task, result["n"], *(f"{result[name]:.4f}" if name in result else "" for name in names)]
         for task, result in results.items()
     ]
-    lines = [f"# Zero-shot scores of {model}", "", markdown_table(["task", "rows", *names], rows)]
-    lines += ["", "```bash", command, "```", ""]
+    lines = [f"# Zero-shot scores of {model}", ""]
+    lines += ["Scores of the untuned model, to compare with those of `slzo test` on your machine:", ""]
+    lines += [markdown_table(["task", "rows", *names], rows), "", "```bash", command, "```", ""]
+    lines += ["`DIR`: [Setup](results.md#setup).", ""]
     lines.append(
         "The model is scored in float32 on all rows of each task's `validation.jsonl`. Prompts, candidates and metrics are "
         "those of MeZO."
