@@ -1,6 +1,7 @@
 """Every tool starts as its docstring says: in a process of its own, without a path set by the tests."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ import pytest
 from helpers import ROOT
 
 import benchmark_evaluation
+import memory_and_time
 import methods_at_equal_time
 import plain_training
 import rewards_by_default
+import zero_shot_table
 from options import option, parse
 from slzo.experiments.store import CellStore
 from tables import finished, markdown_table
@@ -119,3 +122,19 @@ def test_a_signal_ends_the_comparison_of_rewards_without_a_result(status, kept, 
         with pytest.raises(SystemExit, match="130"):
             rewards_by_default.main(options)
     assert len(list(tmp_path.glob("out/cells/cells/*.json"))) == kept
+
+
+def test_the_memory_and_the_seconds_of_slzo_are_measured(model_dir, data_dir):
+    found = memory_and_time.fit(memory_and_time.Cell(str(model_dir), "sst2", 2, "slzo", 2), str(data_dir))
+    assert set(found) == {"planned", "peak", "seconds"}
+    assert min(found.values()) > 0
+
+
+def test_the_page_of_zero_shot_scores_is_what_its_tool_writes():
+    page = (ROOT / "docs/zero_shot.md").read_text(encoding="utf-8")
+    head, _, *rows = [re.split(r" ?\| ?", line.strip("|\n ")) for line in page.splitlines() if line.startswith("|")]
+    scores = {
+        task: {"n": count} | {name: float(value) for name, value in zip(head[2:], values, strict=False) if value}
+        for task, count, *values in rows
+    }
+    assert zero_shot_table.page(scores, "smollm2-135m") == page

@@ -109,6 +109,7 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
         trainer = ZOTrainer(
             max_steps=6,
             val_check_interval=6,
+            log_every_n_steps=1,  # so that each step has its seconds
             default_root_dir=folder,
             accelerator="cpu",
             enable_progress_bar=False,
