@@ -15,7 +15,7 @@ import methods_at_equal_time
 import plain_training
 import rewards_by_default
 import zero_shot_table
-from options import option, parse
+from options import command, option, parse
 from slzo.experiments.store import CellStore
 from tables import finished, markdown_table
 
@@ -72,6 +72,15 @@ def test_options_are_the_fields_of_a_dataclass(capsys):
     shown = capsys.readouterr().out
     assert "\nA table.\n\n    python tools/x.py\n" in shown
     assert "layers (default: 2 28)" in shown
+
+
+def test_ctrl_c_ends_a_tool_in_one_line(capsys):
+    @command
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert main() == 130
+    assert capsys.readouterr().err == "test_tools: interrupted\n"
 
 
 def test_cells_are_computed_once(tmp_path):

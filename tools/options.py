@@ -37,7 +37,8 @@ def parse(options: type[_Options], description: str | None, arguments: Sequence[
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
     """Decorate the main function of a tool: an error of the user or of a file ends it in one line, with status 2.
 
-    The function takes the command line's words, ``None`` for those of the process, and returns the exit status.
+    So does Ctrl-C, with status 130. The function takes the command line's words, ``None`` for those of the process, and
+    returns the exit status.
     """
 
     @wraps(main)
@@ -48,5 +49,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
         except SlzoError as error:
             print(f"{Path(main.__code__.co_filename).stem}: error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(f"{Path(main.__code__.co_filename).stem}: interrupted", file=sys.stderr)
+            return 130
 
     return run
