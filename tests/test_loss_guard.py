@@ -120,13 +120,15 @@ def test_a_resumed_run_goes_on_as_it_would_have(options):
     assert summary(0)["lr_at_end"] == summary(2)["lr_at_end"]
 
 
-def test_weights_that_were_rolled_back_are_not_saved_as_the_best(options):
+def test_weights_that_were_rolled_back_are_not_saved_as_the_best(options, capsys):
     """The score of the validation is that of the weights before the rollback."""
     fit = [*options, *SPIKES, "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--guard.factor=1.001"]
     assert main(["fit", *fit]) == 0
     assert summary()["rollbacks"] == 1
     assert summary()["best_checkpoint"] is None
     assert summary()["score_after"] == summary()["score_before"]
+    assert main(["export", "--ckpt_path=best", "--output=tuned"]) == 2
+    assert "has no best one: it was not validated, all validations led to rollbacks" in capsys.readouterr().err
 
 
 def test_null_never_rolls_back(options, capsys):

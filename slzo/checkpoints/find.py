@@ -117,8 +117,8 @@ def named_checkpoint(name: str, root: str | Path) -> tuple[Checkpoint, Path]:
     if name == "best":
         if (best := _best_of(found)) is None:
             raise SlzoError(
-                f"ckpt_path 'best': the run of {found.path!r} has no best one: it was not validated, or the file is gone; "
-                "give last"
+                f"ckpt_path 'best': the run of {found.path!r} has no best one: it was not validated, all validations led to "
+                "rollbacks, or the file is gone; give last"
             )
         found = read_checkpoint(best)
     rank_zero_print(f"Using the {name} checkpoint of the newest run, {found.path}")
