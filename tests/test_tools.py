@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 import benchmark_evaluation
+import llama_cpp_check
 import memory_and_time
 import methods_at_equal_time
 import plain_training
@@ -112,6 +113,17 @@ def test_a_table_in_markdown():
 def test_a_wrong_option_of_a_tool_is_one_line(tool, options, expected, capsys):
     assert tool.main(["--data_dir=nowhere", *options]) == 2
     assert capsys.readouterr().err.startswith(f"{tool.__name__}: error: {expected}")
+
+
+def test_llama_cpp_without_its_rows_or_its_package_is_one_line(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    options = ["--folder=tuned", "--gguf=tuned.gguf", f"--rows={rows}"]
+    assert llama_cpp_check.main(options) == 2
+    assert capsys.readouterr().err.startswith(f"llama_cpp_check: error: '{rows}': does not exist")
+    rows.write_text('{"prompt": "It was"}\n')
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    assert llama_cpp_check.main(options) == 2
+    assert capsys.readouterr().err == "llama_cpp_check: error: xllamacpp: is not installed; run pip install xllamacpp\n"
 
 
 def test_methods_are_compared_in_layers_that_no_rule_chooses(model_dir, data_dir, tmp_path, monkeypatch, capsys):

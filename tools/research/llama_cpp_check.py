@@ -9,10 +9,17 @@ llama.cpp runs in the package xllamacpp: pip install xllamacpp.
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slzo.utils.errors import SlzoError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from options import command
 
 _NUM_PROMPTS = 20
 
@@ -28,7 +35,10 @@ def tokens_of_transformers(folder: str, prompts: list[str]) -> list[str]:
 
 def tokens_of_llama_cpp(gguf: str, prompts: list[str]) -> list[str]:
     """Return the likeliest next token of each prompt as text."""
-    import xllamacpp
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise SlzoError("xllamacpp: is not installed; run pip install xllamacpp") from error
 
     params = xllamacpp.CommonParams()
     params.model.path = gguf
@@ -40,18 +50,18 @@ def tokens_of_llama_cpp(gguf: str, prompts: list[str]) -> list[str]:
     return [(json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["text"] for answer in answers]
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Print how many first tokens agree, and those that do not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="folder that slzo export --format merged wrote")
     parser.add_argument("--gguf", required=True, help="the same model, converted by llama.cpp")
     parser.add_argument("--rows", required=True, help="file that slzo predict wrote")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     lines = Path(args.rows).read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[:_NUM_PROMPTS]]
-    pairs = list(
-        zip(tokens_of_transformers(args.folder, prompts), tokens_of_llama_cpp(args.gguf, prompts), strict=True)
-    )
+    found_by_llama_cpp = tokens_of_llama_cpp(args.gguf, prompts)  # first, since its package may be missing
+    pairs = list(zip(tokens_of_transformers(args.folder, prompts), found_by_llama_cpp, strict=True))
     for prompt, (expected, found) in zip(prompts, pairs, strict=True):
         if expected != found:
             print(f"{prompt!r}: transformers {expected!r}, llama.cpp {found!r}")
@@ -59,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
