@@ -157,7 +157,7 @@ def line_of(entry: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| shape | parameters | layer | step, s | two forward passes, s | share | peak of steps, GiB | of forward passes, GiB |\n"
+    "| shape | parameters | layer | step, s | two forward passes, s | ratio | peak of steps, GiB | of forward passes, GiB |\n"
     "|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 
