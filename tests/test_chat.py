@@ -243,7 +243,7 @@ PARTS = (
         (FORGETS, "use data.task.turns last, or data.task.template"),
         (
             PARTS,
-            r"^data.task.template .*own.jinja': this template leaves out the text of a message; choose plain, chatml, or",
+            r"^data.task.template .*own.jinja': leaves out the text of a message; choose plain, chatml, or",
         ),
         ("{% for %}", r"^data.task.template .*: the chat template cannot format a conversation of user \("),
         (None, "neither a known template nor a readable file"),

@@ -85,6 +85,7 @@ def test_gold_loss_is_that_of_the_answer_tokens(packed):
         made = decode(parts, prompts, {2}, prefill_tokens=budget, gold=gold)
         assert {number: pair[0] for number, pair in made.gold.items()} == pytest.approx(losses, rel=1e-4)
         assert {number: pair[1] for number, pair in made.gold.items()} == counts
+        assert sum(loss for loss, _ in made.gold.values()) == pytest.approx(sum(losses.values()), rel=1e-5)
         assert made.answers == decode(parts, prompts, {2}).answers
     unknown = [replace(row, gold=()) for row in gold]
     assert decode(parts, prompts, {2}, gold=unknown).gold == {}

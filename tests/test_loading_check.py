@@ -221,9 +221,9 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
     assert reason_of(error) == str(error)
 
 
-def test_an_adapter_beside_a_model_is_not_added_silently(folder):
+def test_an_adapter_in_the_folder_of_a_model_is_not_added_silently(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
-    with pytest.raises(SlzoError, match=r"has an adapter \(adapter_config.json\) beside the model; merge it"):
+    with pytest.raises(SlzoError, match=r"contains a model and an adapter \(adapter_config.json\); merge them with"):
         load_model(str(folder))
     load_tokenizer(str(folder))
 

@@ -224,19 +224,16 @@ class ChatEncoder(Encoder):
 
     def _around_answer(self) -> tuple[tuple[int, ...], str]:
         """Return the tokens that the template writes before an answer, and the text of the end of its turn."""
-        turns = (Message("user", "a"),)
+        name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
         try:
-            prompt = self._render(turns, True)
-            full = self._render((*turns, Message("assistant", "b")), False)
+            prompt, other = (self._render((Message("user", text),), True) for text in "ac")
+            full = self._render((Message("user", "a"), Message("assistant", "b")), False)
         except ValueError as error:
-            name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
             raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
-        if prompt == self._render(
-            (Message("user", "c"),), True
-        ):  # as those of image models that read parts of a message
+        if prompt == other:  # templates of image models read parts of a message instead of its text
             raise SlzoError(
-                f"data.task.template{'' if self.chat.template is None else f' {self.chat.template!r}'}: this template leaves out "
-                f"the text of a message; choose {', '.join(TEMPLATES)}, or give a file with one that writes message['content']"
+                f"data.task.template {name}: leaves out the text of a message; choose {', '.join(TEMPLATES)}, or a file with a "
+                "template that writes message['content']"
             )
         lead, answer, end = full[len(prompt) :].partition("b")
         if not answer or not full.startswith(prompt):

@@ -62,8 +62,8 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
     check_config_file(name, folder / "config.json")
     if not tokenizer_only and (folder / "adapter_config.json").is_file():  # with peft, transformers adds it silently
         raise SlzoError(
-            f"model.model {name!r}: the folder has an adapter (adapter_config.json) beside the model; merge it with "
-            "merge_and_unload of peft, or move its files away to tune the model without it"
+            f"model.model {name!r}: the folder contains a model and an adapter (adapter_config.json); merge them with "
+            "merge_and_unload of peft, or move the adapter's files away to tune the model without it"
         )
     return str(folder)
 

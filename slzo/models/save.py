@@ -34,7 +34,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     except Exception as error:
         if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
             raise OSError(str(error)) from error
-        if isinstance(error, StrictDataclassError):  # transformers reads some configs that it does not write
+        if isinstance(error, StrictDataclassError):  # transformers loads some configs that it refuses to save
             raise SlzoError(
                 f"output: transformers cannot write this model ({reason_of(error)}); correct the config.json of the base model, "
                 "or use --format delta"

@@ -11,7 +11,11 @@ Fields = Mapping[str, Any]
 
 
 class NamedLabel(int):
-    """A number whose data set has names for its numbers, as the feature ``ClassLabel`` of datasets."""
+    """A label of a ``ClassLabel`` feature of datasets: a number with a name.
+
+    Attributes:
+        names: The names of all numbers of the feature.
+    """
 
     names: tuple[str, ...]
 
@@ -25,6 +29,7 @@ class NamedLabel(int):
 
     @property
     def name(self) -> str:
+        """The name of this number."""
         return self.names[self]
 
 
@@ -40,7 +45,7 @@ def label_names(features: object) -> dict[str, tuple[str, ...]]:
 
 
 def with_names(row: Fields, names: Mapping[str, tuple[str, ...]]) -> Fields:
-    """Return a row whose numbers know their names; others, such as -1 for no label, stay as they are."""
+    """Return a row whose numbers have their names; a number without a name, such as -1 for no label, stays as it is."""
     named = {
         field: NamedLabel(row[field], known)
         for field, known in names.items()

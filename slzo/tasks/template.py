@@ -28,8 +28,8 @@ class TemplateTask(Task):
         candidates: Answer texts, with a leading space if they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
-            without leading and trailing spaces. For numbers with names, as of ``ClassLabel`` of datasets (from Python, the Hub or
-            Parquet), give either. A row label of -1, null, or an empty cell means that the row has none.
+            without leading and trailing spaces. If a ``ClassLabel`` of datasets names the numbers (rows from Python, the Hub or
+            Parquet), its names work too. A row label of -1, null, or an empty cell means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
         references_field: Generation: field with further accepted answers, a text or a list of texts.
         stop: Generation: texts that end an answer; answers to train on end with the first one. Left out, a newline.
