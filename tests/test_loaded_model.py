@@ -103,6 +103,11 @@ def test_a_fit_that_ends_before_its_first_step_leaves_the_model_as_it_was(scope,
             "from_model: this LlamaForCausalLM has no name_or_path, so checkpoints could not name",
         ),
         (quantized, {}, r"from_model: this LlamaForCausalLM is quantized \(awq\)"),
+        (
+            lambda folder: AutoModelForCausalLM.from_pretrained(folder).to("meta"),
+            {},
+            "from_model: this LlamaForCausalLM has no values",
+        ),
         (divided, {}, "from_model: this LlamaForCausalLM is divided over 0, cpu"),
         (adapted, {}, "from_model: this LlamaForCausalLM has modules of peft, maybe of an earlier fit; load it again"),
         (

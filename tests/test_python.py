@@ -983,6 +983,14 @@ def test_names_are_those_of_the_trainers_own_run(model_dir, data_dir, capsys):
     assert "untuned" not in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_is_found_from_another_folder(model_dir, data_dir, tmp_path, monkeypatch):
+    trainer, data = fit(data_dir, model_dir)
+    before = trainer.test(datamodule=data, ckpt_path="best")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert trainer.test(datamodule=data, ckpt_path="best") == before
+
+
 def test_epochs_replace_the_default_number_of_steps(model_dir, data_dir):
     trainer, _ = fit(data_dir, model_dir, max_steps=-1, max_epochs=1)
     assert trainer.global_step == 4

@@ -1,5 +1,6 @@
 """Lightning's Trainer with slzo's defaults: its callbacks, its checkpoint files and one folder per run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +162,8 @@ class ZOTrainer(Trainer):
                     self._trained = (model, datamodule)
         folder = folder_of(self)
         self._has_fitted = True
-        self._fitted = folder if folder is not None and (folder / "checkpoints").is_dir() else None
+        # absolute, since a script may change the current folder
+        self._fitted = folder.absolute() if folder is not None and (folder / "checkpoints").is_dir() else None
 
     @property
     def log_dir(self) -> str | None:
@@ -237,7 +239,7 @@ class ZOTrainer(Trainer):
         run of this job.
         """
         runs = RUNS if self.logger is None else self.logger.save_dir or self.default_root_dir
-        root = runs if self._fitted is None else self._fitted
+        root = runs if self._fitted is None else os.path.relpath(self._fitted)
         if ckpt_path is not None and str(ckpt_path) in NAMES and self._has_fitted and self._fitted is None:
             raise SlzoError(
                 f"ckpt_path {str(ckpt_path)!r}: the run of this trainer has no checkpoints; leave out "

@@ -16,8 +16,8 @@ def name_of_loaded(model: PreTrainedModel) -> str:
     """Return the folder or Hub id that a loaded model comes from.
 
     Raises:
-        SlzoError: It is no model of transformers, comes from no folder or Hub id, has an adapter, or its layers are quantized or
-            divided over devices, which slzo does itself.
+        SlzoError: It is no model of transformers, has no values, comes from no folder or Hub id, has an adapter, or its layers
+            are quantized or divided over devices, which slzo does itself.
     """
     from transformers import PreTrainedModel
 
@@ -37,6 +37,10 @@ def name_of_loaded(model: PreTrainedModel) -> str:
         raise SlzoError(
             f"from_model: this {kind} is divided over {', '.join(sorted({str(place) for place in places.values()}))}; give "
             "ZOModule its name and device_map instead"
+        )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise SlzoError(
+            f"from_model: this {kind} has no values (device meta); load it with from_pretrained on another device"
         )
     check_no_adapter(model)
     if (method := method_of(model)) is not None:
