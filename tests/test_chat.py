@@ -84,6 +84,10 @@ def test_three_forms_of_rows():
         ({"prompt": "x", "completion": " "}, "the answer is empty"),
         ({"prompt": " "}, "the user turn is empty"),
         ({"instruction": "x", "input": 3}, "field 'input' is 3; it must be text"),
+        (
+            {"prompt": "x", "chosen": "y", "rejected": "z"},
+            "a preference pair .* write the chosen answer as 'completion'",
+        ),
         ({"text": "x"}, "field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has text"),
     ],
 )

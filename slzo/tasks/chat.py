@@ -108,6 +108,11 @@ def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
         raise ValueError("field 'tools' is not supported; leave it out, or leave out the row")
     if row.get("messages") is not None:
         return _split_off_answer(read_messages(row["messages"], "messages"))
+    if all(row.get(name) is not None for name in ("chosen", "rejected")) and is_missing(row.get("completion")):
+        raise ValueError(
+            "a preference pair ('chosen' and 'rejected') is not supported; write the chosen answer as 'completion', or its "
+            "conversation as 'messages'"
+        )
     if row.get("prompt") is not None:
         prompt, answer = row["prompt"], None if is_missing(row.get("completion")) else row["completion"]
         turns = (Message("user", prompt),) if isinstance(prompt, str) else read_messages(prompt, "prompt")
