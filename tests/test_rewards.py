@@ -445,6 +445,12 @@ def test_a_function_that_does_not_take_its_argument():
 
 
 @pytest.mark.parametrize("in_process", [False, True])
+def test_an_asynchronous_function_is_refused_before_the_model_is_loaded(folder, in_process):
+    with pytest.raises(SlzoError, match=r"data.reward 'mine.py:_later': is asynchronous, .*; call asyncio.run"):
+        RewardRunner("mine.py:_later", in_process=in_process).load()
+
+
+@pytest.mark.parametrize("in_process", [False, True])
 def test_none_of_one_of_several_functions_adds_nothing(folder, in_process):
     found = RewardRunner(["mine.py:nothing", "mine.py:length"], in_process=in_process)(answers("aa"))
     assert found.totals == (0.02,)

@@ -108,6 +108,10 @@ def load_function(spec: RewardSpec) -> RewardFunction:
         RewardFailure: There is no such function, it does not take them, or its file cannot be run.
     """
     function = _find(spec.function) if spec.given is None else spec.given
+    if inspect.iscoroutinefunction(function):
+        raise RewardFailure(
+            spec.function, "is asynchronous, which is not supported; call asyncio.run in a plain function"
+        )
     accepted = _accepted(function, spec.arguments)
     if unknown := [name for name in spec.arguments if name not in accepted]:
         reason = f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}"
