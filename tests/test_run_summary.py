@@ -237,6 +237,11 @@ def test_a_reward_that_never_changed_is_no_matter_of_the_learning_rate():
     assert "too small" in next_command(None, losses(1.0, 0.999), facts)
 
 
+def test_the_next_command_names_what_selected_the_checkpoint():
+    facts = replace(FACTS, metric=SelectionMetric("reward", "reward", 1.0))
+    assert "the dev distance to the best reward (1) was still falling" in next_command(WITHIN, losses(0.6, 0.5), facts)
+
+
 def test_without_a_best_checkpoint_the_last_one_is_used():
     found = summarized(BEFORE, AFTER, best=None, last="run/checkpoints/last.ckpt")
     assert all("--ckpt_path run/checkpoints/last.ckpt" in command for command in found["use"])
@@ -449,6 +454,20 @@ def test_a_bag_of_words_that_is_ahead_is_the_last_line(reference, expected):
     lines = format_summary(found).splitlines()
     assert [line for line in lines if "ahead" in line] == expected
     assert lines[-1] == expected[0] if expected else "slzo fit" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "rollbacks", "expected"),
+    [
+        (SelectionMetric("loss", "reward"), 1, "once, after a dev-loss spike"),
+        (SelectionMetric("reward", "reward", 1.0), 1, "once, after a fall of the dev reward"),
+        (SelectionMetric("f1", "f1", 1.0), 2, "2 times, after falls of the dev f1"),
+    ],
+)
+def test_a_rollback_names_what_selected_the_checkpoint(metric, rollbacks, expected):
+    found = summarized(BEFORE, AFTER) | {"selected_by": metric.name, "rollbacks": rollbacks}
+    assert f"Rollback   {expected};" in format_summary(found)
+    assert summarize(run_facts(metric=replace(metric, metric="accuracy")), BEFORE, AFTER)["selected_by"] == metric.name
 
 
 FIRST_ORDER = (

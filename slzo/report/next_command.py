@@ -35,20 +35,21 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if losses.unchanged and run.metric.metric == "reward" and best is not None:
         answers = _command("predict", run, "--ckpt_path", best, python="ZOTrainer().predict(...)")
         return f"{answers}  # the reward never changed: see which answers it rated"
+    loss = run.metric.loss_name
     if not losses.fell:
-        return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
+        return f"{search}  # the {loss} hardly moved: the learning rate may be too small"
     if change is not None and change.worse and change.shown:
         if run.layer is None:
-            return f"{search}  # the dev loss fell but the score became worse: try other learning rates"
+            return f"{search}  # the {loss} fell but the score became worse: try other learning rates"
         race = ("--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
         look = _command("fit", run, *race, python="OutlierProfiler(Race())")
-        return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
+        return f"{look}  # the {loss} fell but the score became worse: compares layers by short trainings"
     (limit, value), last = run.outcome.limit, run.outcome.last
     goes_on = last is not None and value > 0 and not run.scheduled  # a schedule ends with its steps
     if losses.best == losses.last and last is not None and goes_on:
         options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))
         longer = _command("fit", run, *options, python=f"ZOTrainer({limit}={2 * value})")
-        return f"{longer}  # the dev loss was still falling: takes more steps"
+        return f"{longer}  # the {loss} was still falling: takes more steps"
     if (
         change is not None
         and not change.worse

@@ -37,6 +37,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "unscored_rows": num_rows - run.num_rows,
         "dominant_layer": run.layer,
         "metric": metric,
+        "selected_by": run.metric.name,
         "score_before": scores_before.get(metric),
         "score_after": after.metrics[metric],
         "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
@@ -115,12 +116,13 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"Memory     {summary['peak_memory_gb']:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned"
         )
+    is_loss, name = summary["selected_by"] == "loss", summary["selected_by"]
     if summary["rollbacks"] == 1:
-        lines.append("Rollback   once, after a dev-loss spike; the learning rate was halved")
+        why = "a dev-loss spike" if is_loss else f"a fall of the dev {name}"
+        lines.append(f"Rollback   once, after {why}; the learning rate was halved")
     elif summary["rollbacks"]:
-        lines.append(
-            f"Rollback   {summary['rollbacks']} times, after dev-loss spikes; the learning rate was halved each time"
-        )
+        why = "dev-loss spikes" if is_loss else f"falls of the dev {name}"
+        lines.append(f"Rollback   {summary['rollbacks']} times, after {why}; the learning rate was halved each time")
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {pluralize(summary['skipped_steps'], 'step')} without a finite loss")
     if summary["run_dir"]:
