@@ -309,8 +309,31 @@ def test_a_scope_must_return_tensors_of_the_model():
         ({}, r"returned \{\}"),
         (TunedTensors({}), "returned no tensors"),
         (TunedTensors({"x": torch.zeros(2)}), "returned a tensor 'x', which the model does not have"),
+        (
+            TunedTensors({name: tensor[:4]}),
+            f"returned a part or another view of '{re.escape(name)}', which no checkpoint",
+        ),
+        (
+            TunedTensors({name: tensor.T}),
+            f"returned a part or another view of '{re.escape(name)}', which no checkpoint",
+        ),
     ):
         assert re.search(told, slzo_error(tensors_of, own(Scope, "tensors", returned), context))
+
+
+def test_the_subset_of_a_scope_is_used_from_the_first_step():
+    class OneOfAll(Scope):
+        def tensors(self, context):
+            return TunedTensors(dict(context.parts.model.named_parameters()))
+
+        def subset(self, names, parts):
+            return lambda seed, step: [names[step]]
+
+        def describe(self):
+            return "one tensor in each step"
+
+    tensors = tensors_of(OneOfAll(), ScopeContext(ModelParts(tiny_model()), None))
+    assert tensors.names_of_step(seed=0, step=2) == (tensors.names[2],)
 
 
 @pytest.mark.parametrize(

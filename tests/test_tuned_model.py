@@ -100,15 +100,15 @@ def test_states_of_another_layer_are_not_taken_over():
     assert batch.example_index[0] in first.forward.cache
 
 
-class Slices(LayerScope):
-    """Tunes a part of each tensor, which is no parameter of the model."""
+class Detached(LayerScope):
+    """Tunes a view of each tensor, which is no parameter of the model."""
 
     def tensors(self, context):
-        return TunedTensors({name: tensor.live[:4] for name, tensor in super().tensors(context).items()})
+        return TunedTensors({name: tensor.live.detach() for name, tensor in super().tensors(context).items()})
 
 
 def test_a_derivative_needs_parameters_of_the_model():
-    model = TunedModel.from_scope(ModelParts(tiny_model(), onednn=False), Slices(), 2)
+    model = TunedModel.from_scope(ModelParts(tiny_model(), onednn=False), Detached(), 2)
     Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions())
     with pytest.raises(SlzoError, match=r"model\.scope: tensor '.*' is not a parameter of the model.*use SPSA"):
         Stepper(model, CandidateCrossEntropy(), Backprop(), StepOptions())

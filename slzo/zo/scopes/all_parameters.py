@@ -18,8 +18,7 @@ class AllParameters(Scope):
         self.routers = routers
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        parameters = all_parameters(context.parts, self.routers)
-        return TunedTensors(parameters, self.subset(tuple(parameters), context.parts))
+        return TunedTensors(all_parameters(context.parts, self.routers))
 
     def describe(self) -> str:
         return "all parameters" + (" with routers" if self.routers else "")

@@ -128,8 +128,11 @@ def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
             returned = f"a tensor {name!r}, which the model does not have"
         elif tensor.live.untyped_storage().data_ptr() != known[name].untyped_storage().data_ptr():
             returned = f"a copy of {name!r}, so the model would not change"
+        elif (tensor.live.shape, tensor.live.stride()) != (known[name].shape, known[name].stride()):
+            returned = f"a part or another view of {name!r}, which no checkpoint could restore"
     if returned:
         raise broken_contract("model.scope", scope, f"tensors() returned {returned}", wanted)
+    tensors.subset = scope.subset(tensors.names, context.parts)  # as a resume does
     return tensors
 
 
