@@ -92,8 +92,9 @@ def draw_splits(
 ) -> Splits:
     """Draw the splits so that no two share an id, or a prompt with the same candidates.
 
-    A pool with fewer than ``num_train + num_dev`` rows is divided in proportion. Dev then gets at least one row, and at most a
-    third of the pool unless training gets all its rows.
+    A pool with fewer than ``num_train + num_dev`` rows is divided in proportion, but dev gets up to a fifth of it in any case,
+    since few rows do not tell good weights from others. Dev gets at least one row, and at most a third of the pool unless
+    training gets all its rows.
 
     Args:
         train_pool: Rows for training and dev; ``None`` if only test rows are needed.
@@ -205,7 +206,8 @@ def divide(size: int, num_train: int, num_dev: int) -> tuple[int, int]:
     """Return the numbers of training and dev examples to take from ``size`` rows, see :func:`draw_splits`."""
     if size >= num_train + num_dev:
         return num_train, num_dev
-    share = min(max(1, size * num_dev // (num_train + num_dev)), size // 3)
+    in_proportion, a_fifth = size * num_dev // (num_train + num_dev), min(num_dev, size // 5)
+    share = min(max(1, in_proportion, a_fifth), size // 3)
     dev = min(num_dev, max(share, size - num_train))
     return min(num_train, size - dev), dev
 
