@@ -239,6 +239,14 @@ def test_of_equal_rewards_the_newest_weights_are_good(options, monkeypatch, caps
     )
 
 
+def test_rewards_above_the_largest_possible_one_are_reported_once(options, monkeypatch, capsys):
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": -5.0)
+    monkeypatch.setattr(TaskDataModule, "selection_metric", SelectionMetric("loss", "accuracy", 1.0))
+    steps = ["--model.layer=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    assert main(["fit", *options, *steps, "--record.test_before=false"]) == 0
+    assert capsys.readouterr().err.count("is 6, above the largest possible one, 1; set data.objective.best") == 1
+
+
 def test_an_unknown_reward_is_no_spike(options, monkeypatch):
     """A reward function that failed at every dev row, such as a judge that timed out, says nothing about the weights."""
     found = iter([0.5, *[math.nan] * 9])

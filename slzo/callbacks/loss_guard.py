@@ -47,6 +47,7 @@ class LossGuard(Callback):
         self._first = self._lowest = math.inf
         self._good: Snapshot | None = None
         self._goes_on = True
+        self._warned_of_best = False
 
     @property
     def passes(self) -> Passes:
@@ -59,6 +60,7 @@ class LossGuard(Callback):
             return
         module = zo_module(pl_module)
         self.rolled_back_at = -1
+        self._warned_of_best = False
         if trainer.enable_validation and trainer.val_check_batch is None:
             rank_zero_warn(
                 "guard: with a time as trainer.val_check_interval and no trainer.max_time the run does not roll back after a "
@@ -90,6 +92,13 @@ class LossGuard(Callback):
             self._roll_back(trainer, module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
+        metric = module.datamodule.selection_metric
+        if metric.best is not None and loss < 0 and not self._warned_of_best:
+            self._warned_of_best = True
+            rank_zero_warn(
+                f"guard: the mean dev {metric.name} is {metric.best - loss:.4g}, above the largest possible one, "
+                f"{metric.best:g}; set data.objective.best of the objective Reward to the largest possible {metric.name}"
+            )
         if loss <= self._lowest:  # if rewards are equal, the newest counts
             self._first = loss if self._first == math.inf else self._first
             self._lowest = loss
