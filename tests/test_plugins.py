@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -32,7 +33,7 @@ from slzo.tasks.registry import get_task
 from slzo.tasks.sst2 import Sst2
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Estimate
-from slzo.zo.estimators.base import EstimatorContext
+from slzo.zo.estimators.base import EstimatorContext, estimate_of
 from slzo.zo.objectives import AnswerObjective
 from slzo.zo.scopes import Scope, ScopeContext, tensors_of
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
@@ -344,6 +345,16 @@ def test_the_subset_of_a_scope_is_used_from_the_first_step():
         ({"gradient": {"other": torch.zeros(7)}}, "a gradient of 'other', which is not tuned"),
         ({"gradient": {"vector": torch.zeros(1)}}, "a gradient of 'vector' that is not float32 of shape (7,)"),
         ({"gradient": {"vector": torch.zeros(7).half()}}, "a gradient of 'vector' that is not float32 of shape (7,)"),
+        (
+            {"gradient": {"vector": torch.zeros(7, device="meta")}},
+            "a gradient of 'vector' that is not a dense tensor on",
+        ),
+        ({"gradient": {"vector": torch.zeros(7).to_sparse()}}, "a gradient of 'vector' that is not a dense tensor on"),
+        ({"gradient": None}, "Estimate("),
+        ({"gradient": [torch.zeros(7)]}, "Estimate("),
+        ({"loss": None}, "what is no number (float() argument"),
+        ({"projected_grad": 1.0}, "what is no number ('float' object is not iterable"),
+        ({"num_evaluations": None}, "what is no number (float() argument"),
     ],
 )
 def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told):
@@ -354,10 +365,23 @@ def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told)
     before = quadratic.tuned.clone_masters()
     optimizer = torch.optim.SGD(quadratic.tuned.masters, lr=1.0)
     line = slzo_error(take_step, context, own(SPSA, "estimate", wrong), optimizer)
-    assert f"Own: estimate() returned {told}; it must return an Estimate" in line
+    assert f"Own: estimate() returned {told}" in line
+    assert "; it must return an Estimate" in line
     assert all(torch.equal(master, before[name]) for name, master in quadratic.tuned.named_masters().items())
     assert "returned no grad_norm;" in slzo_error(take_step, context, own(Backprop, "estimate", good), optimizer)
     take_step(context, own(SPSA, "estimate", good), optimizer)
+
+
+def test_an_estimate_of_tensors_becomes_one_of_numbers():
+    """A checkpoint could not hold them."""
+    quadratic = Quadratic()
+    context = EstimatorContext(quadratic.tuned, quadratic, seed=0, step=0)
+    number = torch.tensor(0.5)
+    given = Estimate(number, number, np.float32(0.5), torch.tensor([0.5]), number, {"vector": torch.ones(7)})
+    found = estimate_of(own(SPSA, "estimate", given), context)
+    assert (found.loss, found.loss_plus, found.loss_minus, found.projected_grad) == (0.5, 0.5, 0.5, (0.5,))
+    values = (found.loss, found.loss_plus, found.loss_minus, *found.projected_grad, found.num_evaluations)
+    assert {type(value) for value in values} == {float}
 
 
 @pytest.mark.parametrize("returned", [None, ["x", "x"], [1.0], 1.0])

@@ -2,15 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from slzo.utils.errors import SlzoError, broken_contract, check_at_least, short_repr
+from slzo.utils.errors import SlzoError, broken_contract, check_at_least, one_line, short_repr
 from slzo.zo.loss import Loss
 from slzo.zo.tuned import Gradient, TunedTensors
 
@@ -163,8 +163,13 @@ def estimate_of(estimator: Estimator, context: EstimatorContext) -> Estimate:
     estimator.check_tuned(context.tuned)
     estimate, masters = estimator.estimate(context), context.tuned.named_masters()
     wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
-    if not isinstance(estimate, Estimate):
+    if not isinstance(estimate, Estimate) or not isinstance(estimate.gradient, Mapping):
         raise broken_contract("model.estimator", estimator, f"estimate() returned {short_repr(estimate)}", wanted)
+    try:
+        estimate = _with_floats(estimate)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem = f"estimate() returned what is no number ({one_line(error)})"
+        raise broken_contract("model.estimator", estimator, problem, wanted) from error
     if estimator.perturbs == "weights" and not estimate.projected_grad:
         raise broken_contract("model.estimator", estimator, "estimate() returned no projected_grad", wanted)
     if estimator.perturbs != "weights" and estimate.grad_norm is None:
@@ -174,12 +179,28 @@ def estimate_of(estimator: Estimator, context: EstimatorContext) -> Estimate:
             problem = f"a gradient of {name!r}, which is not tuned"
         elif not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (masters[name].shape, torch.float32):
             problem = f"a gradient of {name!r} that is not float32 of shape {tuple(masters[name].shape)}"
+        elif (tensor.device, tensor.layout) != (masters[name].device, torch.strided):
+            problem = f"a gradient of {name!r} that is not a dense tensor on {masters[name].device}"
         else:
             continue
         raise broken_contract("model.estimator", estimator, f"estimate() returned {problem}", wanted)
     if estimate.finite and not estimate.gradient and context.tuned.names_of_step(context.seed, context.step):
         raise broken_contract("model.estimator", estimator, "estimate() returned no gradient for finite losses", wanted)
     return estimate
+
+
+def _with_floats(estimate: Estimate) -> Estimate:
+    """Return an estimate with Python's numbers in place of tensors and those of NumPy, which a checkpoint could not hold."""
+    evaluations = estimate.num_evaluations
+    return replace(
+        estimate,
+        loss=float(estimate.loss),
+        loss_plus=float(estimate.loss_plus),
+        loss_minus=float(estimate.loss_minus),
+        projected_grad=tuple(map(float, estimate.projected_grad)),
+        num_evaluations=evaluations if isinstance(evaluations, int) else float(evaluations),
+        grad_norm=None if estimate.grad_norm is None else float(estimate.grad_norm),
+    )
 
 
 def check_has_matrices(tuned: TunedTensors, name: str) -> None:
