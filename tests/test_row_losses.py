@@ -245,18 +245,38 @@ def test_one_method_of_a_built_in_objective_can_be_replaced(own, plain, answers)
     assert flat(found.gradient).norm() > 0
 
 
-@pytest.mark.parametrize("returned", ["number", "sums", "points"])
+@pytest.mark.parametrize("returned", ["number", "sums", "points", "weight", "arrays", "device"])
 def test_what_a_users_objective_returns_is_checked(returned, examples):
     class Own(CandidateObjective):
         def losses_from_scores(self, scores, batch):
             own = RowLosses(scores.new_zeros(batch.num_examples), torch.ones(batch.num_examples))
-            return {"number": -scores.sum(), "sums": own.sum(), "points": own}[returned]
+            rows = RowLosses(scores.new_zeros(*scores.shape[:-1], batch.num_examples), own.weights)
+            return {
+                "number": -scores.sum(),
+                "sums": own.sum(),
+                "points": own,
+                "weight": rows._replace(weights=1.0),
+                "arrays": RowLosses(*(each.numpy() for each in rows[:2])),
+                "device": rows._replace(weights=rows.weights.to("meta")),
+            }[returned]
 
     model, loss = tiny_loss(examples, objective=Own())
     error = slzo_error(LayerOutputPerturbation(queries=2).estimate, EstimatorContext(model.tensors, loss, 0, 0))
     assert re.search(
         r"losses_from_scores\(\) returned .*must return RowLosses with a total for each point and example", error
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bool])
+def test_losses_of_other_types_become_float32(dtype, examples):
+    class Own(CandidateObjective):
+        def losses_from_scores(self, scores, batch):
+            totals = torch.ones(*scores.shape[:-1], batch.num_examples, dtype=dtype)
+            return RowLosses(totals, torch.ones(batch.num_examples, dtype=dtype))
+
+    model, loss = tiny_loss(examples, objective=Own())
+    found = LayerOutputPerturbation(queries=2).estimate(EstimatorContext(model.tensors, loss, 0, 0))
+    assert found.loss == 1.0
 
 
 @pytest.mark.parametrize("returned", ["number", "total", "rows"])
