@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.evaluation.generation import Answer
 from slzo.models.parts import ModelParts
-from slzo.tasks.base import Example, example_of
+from slzo.tasks.base import Example, check_task, example_of
 from slzo.tasks.registry import get_task
 from slzo.tasks.sst2 import Sst2
 from slzo.utils.errors import SlzoError
@@ -296,6 +296,26 @@ def test_a_task_must_return_a_usable_example(changes, told):
         ValueError, match=rf"data\.task .*\.Own: example\(\) returned {re.escape(told)}; .*must return an"
     ):
         example_of(own(Sst2, "example", dataclasses.replace(good, **changes)), {}, "1")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [
+        ("kind", "regression", "kind 'regression' is unknown; choose one of classification, "),
+        ("name", 3, "data.task.name 3: "),
+        ("fields", "text", "data.task.fields 'text': is one text; give a list"),
+        ("metrics", "f1", "data.task.metrics 'f1': is one text; give a list"),
+        ("stop", ("",), "data.task.stop ['']: one is empty"),
+        ("max_new_tokens", "5", "data.task.max_new_tokens '5': is a str; give a whole number"),
+        ("max_new_tokens", 0, "data.task.max_new_tokens 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_attribute_of_a_task_is_named(attribute, value, told):
+    assert told in slzo_error(check_task, type("Own", (Sst2,), {attribute: value})())
+
+
+def test_one_text_is_no_list_of_answers():
+    assert "answers 'great': is one text; give a list" in slzo_error(Example.from_answers, "1", "x", "great")
 
 
 def test_a_scope_must_return_tensors_of_the_model():

@@ -11,7 +11,7 @@ from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields, label_names, with_names
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.class_paths import raised
-from slzo.utils.errors import SlzoError, broken_contract, short_repr
+from slzo.utils.errors import SlzoError, broken_contract, check_at_least, short_repr
 
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""
@@ -77,7 +77,12 @@ class Example:
 
     @classmethod
     def from_answers(cls, id: str, prompt: str, answers: Sequence[str], stop: str = "\n") -> Self:
-        """Make a generation example: it trains on the first answer and ``stop``, and is scored against all answers."""
+        """Make a generation example: it trains on the first answer and ``stop``, and is scored against all answers.
+
+        Raises:
+            SlzoError: One text is given in place of the list of answers.
+        """
+        check_list("answers", answers)
         references = tuple(answer.strip() for answer in answers)
         target = (f" {references[0]}{stop}",) if references else ()
         return cls(id, prompt.strip(" "), target, gold=(0,) if references else (), references=references)
@@ -157,16 +162,27 @@ class Task(ABC):
 
 
 def check_task(task: Task) -> None:
-    """Check the name and the kind of a task.
+    """Check the attributes of a task.
 
     Raises:
-        SlzoError: One of them is missing, or the name cannot be part of a file name.
+        SlzoError: Name or kind is missing, the name cannot be part of a file name, or an attribute has another type.
     """
     for attribute, wanted in (("name", "the name of the task"), ("kind", "one of slzo.tasks.base.Kind")):
         if not hasattr(task, attribute):
             raise broken_contract("data.task", task, f"it has no attribute {attribute}", wanted)
+    if task.kind not in list(Kind):
+        raise SlzoError(f"data.task {task.name!r}: kind {task.kind!r} is unknown; choose one of {', '.join(Kind)}")
+    for attribute in ("fields", "metrics"):
+        check_list(f"data.task.{attribute}", getattr(task, attribute))
+    check_stop(task.stop)
+    check_at_least("data.task.max_new_tokens", task.max_new_tokens)
     name = task.name
-    if not name.strip() or name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name):
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name.startswith(".")
+        or any(char in "/\\" or not char.isprintable() for char in name)
+    ):
         raise SlzoError(
             f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
             "a leading dot"
