@@ -18,7 +18,7 @@ def import_failure(path: str, only_module: bool = False) -> str:
         gone = isinstance(error, ModuleNotFoundError) and error.name == outer
         advice = f"; install it, or give the command in the folder that has {outer}.py" if gone else ""
         return f"{module} cannot be imported ({format_error(error)}){format_place(error)}{advice}"
-    return "" if found else f"{module} has no {name}"
+    return "" if found else f"{module} has no {name}; correct the name, also in the config of an earlier run"
 
 
 def format_error(error: BaseException) -> str:
