@@ -161,7 +161,7 @@ def test_the_scope_of_the_page(config):
         ("import nonexistent", "cannot be imported (ModuleNotFoundError: No module named 'nonexistent'), line 1 of"),
         ("x = 1\nclass Mine:\n    size = y", "cannot be imported (NameError: name 'y' is not defined), line 3 of"),
         ("\nclass Mine(\n", "cannot be imported (SyntaxError: '(' was never closed), line 2 of"),
-        ("class Other: pass", "has no Mine"),
+        ("class Other: pass", "has no Mine; correct the name"),
         (None, "cannot be imported (ModuleNotFoundError: No module named 'broken"),
     ],
 )
@@ -272,6 +272,13 @@ def test_a_rule_must_choose_a_layer_of_the_model(returned):
     assert choice_of(own(SelectionRule, "select", Choice(3, "")), context).layer == 3
     line = slzo_error(choice_of, own(SelectionRule, "select", returned), context)
     assert re.search(r"Own: select\(\) returned .*; it must return a Choice of a layer from 0 to 3 \(docs", line)
+
+
+@pytest.mark.parametrize("trials", [None, [1], {1: (None, None)}])
+def test_a_rule_must_return_trials_by_layer(trials):
+    context = SelectionContext([None] * 4)
+    line = slzo_error(choice_of, own(SelectionRule, "select", Choice(1, "", trials=trials)), context)
+    assert re.search(r"Own: select\(\) returned trials .*; it must return a Choice whose trials are", line)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def choice_of(rule: SelectionRule, context: SelectionContext) -> Choice:
         raise broken_contract("profiler.rule", rule, f"select() returned {short_repr(choice)}", wanted)
     if not isinstance(choice.layer, SupportsIndex) or not 0 <= index(choice.layer) <= last:
         raise broken_contract("profiler.rule", rule, f"select() returned layer {short_repr(choice.layer)}", wanted)
+    trials = choice.trials
+    if not isinstance(trials, Mapping) or not all(isinstance(trial, Trial) for trial in trials.values()):
+        wanted = "a Choice whose trials are the first values that context.trials.train() returns, by layer"
+        raise broken_contract("profiler.rule", rule, f"select() returned trials {short_repr(trials)}", wanted)
     return replace(choice, layer=index(choice.layer))
 
 
