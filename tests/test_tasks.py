@@ -315,8 +315,23 @@ def test_a_metric_that_a_task_does_not_have_is_refused():
     class Answers(Lists):
         kind = Kind.GENERATION
 
-    with pytest.raises(SlzoError, match="metric 'accuracy' is not one of its metrics, f1, exact_match; set metric"):
+    with pytest.raises(
+        SlzoError, match="metric 'accuracy' is not one of its metrics, f1, exact_match, reward; set metric"
+    ):
         TaskData(Answers())
+
+    class Lengths(Answers):
+        metric = "length"
+        metrics = ("length",)
+
+    with pytest.raises(SlzoError, match=r"^data.task.metrics 'length': no such metric; choose from perplexity, .*"):
+        TaskData(Lengths())
+
+    class Correlations(Lists):
+        metric = "mcc"
+
+    with pytest.raises(SlzoError, match="metric 'mcc' is not one of its metrics, accuracy, macro_f1; set metric"):
+        TaskData(Correlations())
 
 
 def test_a_backslash_and_an_n_are_no_line_break(capsys):

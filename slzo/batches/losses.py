@@ -67,18 +67,17 @@ class LogitLoss(ABC):
 def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
     """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
     shapes = (*points, batch.num_examples), (batch.num_examples,)
-    if not isinstance(found, RowLosses) or not all(isinstance(each, Tensor) for each in found[:2]):
-        right = False
-    else:
-        right = (found.totals.shape, found.weights.shape) == shapes
-        right = right and found.totals.device == found.weights.device == batch.gold.device
-    if not right:
+    if not (
+        isinstance(found, RowLosses)
+        and all(isinstance(each, Tensor) for each in found[:2])
+        and (found.totals.shape, found.weights.shape) == shapes
+        and found.totals.device == found.weights.device == batch.gold.device
+    ):
         wanted = (
             "RowLosses with a total for each point and example, and a weight for each example, as tensors on "
             f"{batch.gold.device}"
         )
         raise broken_contract("data.objective", loss, f"{method}() returned {short_repr(found)}", wanted)
-    assert isinstance(found, RowLosses)
     found = found._replace(totals=found.totals.float(), weights=found.weights.float())
     own = found.by_position
     if own is not None and (not isinstance(own, Tensor) or own.shape != (*points, batch.logit_positions.numel())):

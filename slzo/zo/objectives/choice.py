@@ -1,6 +1,8 @@
 """The choice of the objective, of the loss and the rewards that are reported, and of the metric that selects a checkpoint."""
 
+from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.rewards.registry import check_metrics
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
@@ -15,10 +17,13 @@ def choose_objective(
     Raises:
         SlzoError: One of them is unknown or does not fit the task, or both name rewards.
     """
-    if task.kind is Kind.GENERATION and task.metric not in (*task.metrics, "reward"):
+    if task.kind is Kind.GENERATION and task.metrics:
+        check_metrics(task.metrics)
+    known = [*task.metrics, "reward"] if task.kind is Kind.GENERATION else TaskMetrics(task).names
+    if task.metric not in known:
         raise SlzoError(
-            f"data.task {task.name!r}: metric {task.metric!r} is not one of its metrics, {', '.join(task.metrics)}; set metric "
-            "in the class to one of them"
+            f"data.task {task.name!r}: metric {task.metric!r} is not one of its metrics, {', '.join(known)}; set metric in the "
+            "class to one of them"
         )
     given = None if reward is None else Reward(reward)
     if objective is None:
