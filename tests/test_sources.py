@@ -162,6 +162,15 @@ def template(**files):
     return TemplateTask("{t} is", [" bad", " good"], **{name: str(path) for name, path in files.items()})
 
 
+def test_an_error_of_two_lines_in_a_task_is_one_line(monkeypatch):
+    def example(self, row, id):
+        raise ValueError("no label,\nno use")
+
+    monkeypatch.setattr(MovieReviews, "example", example)
+    monkeypatch.setattr(MovieReviews, "rows", lambda self, split: [{"text": "x", "label": 1}])
+    assert "row 1: no label, no use; data.skip_bad_rows true" in slzo_error(RowSource(MovieReviews()).read, "train")
+
+
 def test_template_files(tmp_path):
     path = write_lines(tmp_path / "my.jsonl", [{"t": "x", "label": "good"}, {"t": "y", "label": 0}])
     assert [e.gold for e in RowSource(template(train_file=path)).read("train").examples] == [(1,), (0,)]

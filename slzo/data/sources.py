@@ -15,7 +15,7 @@ from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of, rows_of
 from slzo.tasks.fields import Fields, check_characters, is_missing
 from slzo.utils.console import rank_zero_warn
-from slzo.utils.errors import RowError, SlzoError, short_repr
+from slzo.utils.errors import RowError, SlzoError, one_line, short_repr
 from slzo.utils.hub import split_revision
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
@@ -100,7 +100,7 @@ class RowSource:
                         f"id {example.id!r} is also the id of {places[example.id]}; give each row its own id"
                     )
             except ValueError as error:
-                bad.add(RowError(f"{place}: {error}"))
+                bad.add(RowError(f"{place}: {one_line(error, None)}"))
                 continue
             places[example.id] = place
             columns = _without_placeholders(self.task, values) if self.columns else {}
@@ -237,6 +237,6 @@ def _hub_fields(task: Task, placed: Iterable[PlacedRow], bad: BadRows) -> Iterat
         try:
             rows = list(hub_rows(task.name, values))
         except ValueError as error:
-            bad.add(RowError(f"{place}: {error}"))
+            bad.add(RowError(f"{place}: {one_line(error, None)}"))
         else:
             yield from ((place, row) for row in rows)

@@ -325,7 +325,7 @@ def _check(above: float, lowest: float) -> None:
     if not math.isfinite(above):
         raise SlzoError(
             f"model.eps or model.optimizer.lr auto: the loss is {above} before training; use model.dtype bfloat16 or float32, or "
-            "a smaller model.eps"
+            "a smaller model.eps, or correct data.objective if it is your own"
         )
     if above > 0:
         return
