@@ -237,6 +237,14 @@ def test_a_reward_that_never_changed_is_no_matter_of_the_learning_rate():
     assert "too small" in next_command(None, losses(1.0, 0.999), facts)
 
 
+def test_first_order_is_not_suggested_for_a_reward_that_never_changed():
+    points = [{"step": step, "evaluations": 1, "seconds": 1.0, "distance": 1.0} for step in (1, 2)]
+    history = History(seconds=1.0, train_seconds=1.0, points=points)
+    assert summarized(BEFORE, BEFORE, "accuracy", history=history, first_order_gb=1.25)["first_order"]
+    rewarded = HeldOutScores({"reward": 0.0}, BEFORE.rows)
+    assert summarized(rewarded, rewarded, "reward", history=history, first_order_gb=1.25)["first_order"] is None
+
+
 def test_the_next_command_names_what_selected_the_checkpoint():
     facts = replace(FACTS, metric=SelectionMetric("reward", "reward", 1.0))
     assert "the dev distance to the best reward (1) was still falling" in next_command(WITHIN, losses(0.6, 0.5), facts)

@@ -29,7 +29,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     losses = dev_loss(history.validations, run.metric.loss_name)
     doubtful = is_doubtful(change, losses)
     solved = losses is not None and losses.solved
-    first = None if run.first_order_gb is None or solved else first_order_command(run)
+    # first order follows the same rewards
+    constant = losses is not None and losses.unchanged and run.metric.metric == "reward"
+    first = None if run.first_order_gb is None or solved or constant else first_order_command(run)
     suggestion = next_command(change, losses, run) if doubtful and not solved else first
     return {
         **run.figures,
