@@ -122,6 +122,7 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
         f"--data.hub_path=me/rows@{rows[0]}",
         "--data.data_dir=null",
         "--data.num_train=1000",
+        "--data.num_dev=1",
         "--trainer.val_check_interval=1",
     ]
     assert main(["fit", *given, f"--model.model=me/tiny@{older}"]) == 0

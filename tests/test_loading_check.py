@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -228,6 +229,9 @@ def test_an_adapter_in_the_folder_of_a_model_is_not_added_silently(folder):
     load_tokenizer(str(folder))
 
 
+@pytest.mark.skipif(
+    find_spec("kernels") is not None, reason="transformers takes the attention from the package kernels"
+)
 def test_an_attention_that_is_not_installed_names_its_entries(folder):
     change_config(folder, _attn_implementation="flash_attention_2")
     with pytest.raises(SlzoError, match=r"remove attn_implementation and _attn_implementation from its config.json"):
