@@ -418,3 +418,36 @@ def test_an_objective_of_answers_must_return_a_number_for_each(returned):
     row = SimpleNamespace(example=None)
     line = slzo_error(loss.losses_of, [Answer("a", 1), Answer("b", 1)], [row, row])
     assert re.search(r"Own: answer_losses\(\) returned .*; it must return a number for each of the 2 answers", line)
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "wrong"),
+    [
+        (SPSA, "estimate", lambda self: None),
+        (SelectionRule, "select", lambda self, one, other: None),
+        (Scope, "describe", lambda self, name: None),
+        (Sst2, "example", lambda self, row: None),
+        (AnswerObjective, "answer_losses", lambda self, answers, examples, *, more: None),
+    ],
+)
+def test_a_method_with_wrong_arguments_is_refused_with_its_class(base, method, wrong):
+    with pytest.raises(
+        TypeError, match=rf"^Own\.{method}\(self.*\): slzo calls {method}\(self.*\); give the method these arg"
+    ):
+        type("Own", (base,), {method: wrong})
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda self, other_name: None,
+        lambda self, context, more=1, *, other=2: None,
+        lambda *given, **named: None,
+        staticmethod(lambda context: None),
+        torch.no_grad()(lambda self, context: None),
+    ],
+)
+def test_a_method_may_have_further_arguments(right):
+    own_class = type("Own", (SelectionRule,), {"select": right, "helper": lambda self: None})
+    assert own_class().select(None) is None
+    type("More", (own_class,), {"helper": lambda self, value: None})  # not a method of slzo

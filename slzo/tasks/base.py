@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, SupportsIndex
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields, label_names, with_names
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.argument_checks import ChecksOverrides
 from slzo.utils.class_paths import raised
 from slzo.utils.errors import SlzoError, broken_contract, check_at_least, short_repr
 
@@ -99,7 +100,7 @@ class HubSource:
     revision: str | None = None
 
 
-class Task(ABC):
+class Task(ChecksOverrides, ABC):
     """Base class of tasks. A built-in task has one file, one class and one line in the registry.
 
     Attributes (of the class; a task made from a template sets them on the instance):

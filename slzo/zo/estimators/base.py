@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from slzo.utils.argument_checks import ChecksOverrides
 from slzo.utils.errors import SlzoError, broken_contract, check_at_least, one_line, short_repr
 from slzo.zo.loss import Loss
 from slzo.zo.tuned import Gradient, TunedTensors
@@ -97,7 +98,7 @@ class Estimate:
                 tensor.mul_(factor)
 
 
-class Estimator(ABC):
+class Estimator(ChecksOverrides, ABC):
     """Estimates the gradient at the masters. Evaluations change the live weights; the caller restores them.
 
     Attributes:

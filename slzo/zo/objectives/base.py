@@ -11,6 +11,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
+from slzo.utils.argument_checks import ChecksOverrides
 from slzo.utils.errors import broken_contract, short_repr
 from slzo.zo.answer_loss import BatchAnswerLoss
 from slzo.zo.batch_loss import LossContext
@@ -19,7 +20,7 @@ from slzo.zo.loss import Loss, LossReport
 from slzo.zo.policy_gradient import AnswerSampling
 
 
-class Objective(ABC):
+class Objective(ChecksOverrides, ABC):
     """A loss that training minimizes.
 
     Most objectives derive from :class:`LogitObjective`, :class:`CandidateObjective` or :class:`AnswerObjective`.
@@ -46,7 +47,7 @@ class Objective(ABC):
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         """Return the loss of a batch as a function of the tuned tensors."""
 
-    def check_examples(self, examples: Sequence[Example]) -> None:  # noqa: B027  most accept all rows
+    def check_examples(self, examples: Sequence[Example]) -> None:
         """Check the training rows before the model is loaded; by default all are accepted.
 
         Raises:

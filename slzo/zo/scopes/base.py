@@ -8,6 +8,7 @@ from typing import Any, Literal
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
+from slzo.utils.argument_checks import ChecksOverrides
 from slzo.utils.errors import SlzoError, broken_contract, check_integer, short_repr
 from slzo.zo.scopes.linear_maps import check_own_tensors
 from slzo.zo.tuned import Subset, TunedTensors
@@ -61,7 +62,7 @@ class ScopeContext:
     seed: int = 0
 
 
-class Scope(ABC):
+class Scope(ChecksOverrides, ABC):
     """Chooses the tensors to tune, or some of their elements.
 
     Attributes:

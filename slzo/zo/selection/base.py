@@ -8,6 +8,7 @@ from operator import attrgetter, index
 from typing import SupportsIndex
 
 from slzo.models.prefix_cache import PrefixCache
+from slzo.utils.argument_checks import ChecksOverrides
 from slzo.utils.errors import broken_contract, short_repr
 from slzo.zo.profile import LayerStatistics, format_figure
 from slzo.zo.trial import Trial, Trials
@@ -67,7 +68,7 @@ class SelectionContext:
     no_trials: str = "none are possible here; choose another rule"
 
 
-class SelectionRule(ABC):
+class SelectionRule(ChecksOverrides, ABC):
     """Chooses the layer to tune from activation statistics, or from short trainings."""
 
     @abstractmethod
