@@ -211,6 +211,49 @@ def test_a_schedule_that_continues_is_checked_for_the_steps_that_are_left():
         options.check_schedule(8, scheduler.state_dict())
 
 
+def test_chained_schedules_are_continued():
+    """Torch's ChainedScheduler counts no steps of its own."""
+    schedules = torch.optim.lr_scheduler
+
+    def chain(optimizer):
+        cycle = schedules.OneCycleLR(optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)
+        return schedules.ChainedScheduler([cycle, schedules.ExponentialLR(optimizer, 0.9)])
+
+    options = OptimizerOptions.of(partial(torch.optim.SGD, lr=0.1), chain)
+    _, scheduler = options.build([torch.nn.Parameter(torch.ones(1))])
+    for step in range(4):
+        step_scheduler(scheduler, step)
+    options.check_schedule(6, scheduler.state_dict())
+    with pytest.raises(SlzoError, match=r"^model\.lr_scheduler: .*a resumed run keeps the schedule"):
+        options.check_schedule(8, scheduler.state_dict())
+
+
+def test_the_end_of_a_list_of_factors_is_the_end_of_a_schedule():
+    table = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: [1.0, 0.5, 0.2][step])
+    options = OptimizerOptions.of(partial(torch.optim.SGD, lr=0.1), table)
+    with pytest.raises(SlzoError, match=r"^model\.lr_scheduler: list index out of range \(the run takes 4 steps\)"):
+        options.check_schedule(4, None)
+
+
+def test_errors_of_an_own_optimizer_or_scheduler_are_one_line():
+    class Asserts(torch.optim.SGD):
+        def __init__(self, params, lr=0.1):
+            raise AssertionError("lr must be\nnegative")
+
+    with pytest.raises(SlzoError, match=r"^model\.optimizer: lr must be negative; correct its init_args$"):
+        OptimizerOptions.of(Asserts)
+    no_rates = type("NoRates", (torch.optim.lr_scheduler.LRScheduler,), {})  # without get_lr
+    with pytest.raises(SlzoError, match=r"^model\.lr_scheduler: NotImplementedError; correct"):
+        OptimizerOptions.of(partial(torch.optim.SGD, lr=0.1), no_rates)
+    with pytest.raises(SlzoError, match=r"^model\.optimizer SGD: its learning rate is nan; give a number"):
+        OptimizerOptions.of(partial(torch.optim.SGD, lr=math.nan))
+
+
+def test_the_rate_of_a_parameter_group_is_recorded():
+    options = OptimizerOptions.of(lambda params: torch.optim.SGD([{"params": params, "lr": 0.1}], lr=0.5))
+    assert (options.lr, options.settings["lr"]) == (0.1, 0.1)
+
+
 def test_a_fused_step_takes_a_gradient_of_any_layout():
     """Torch's fused AdamW reads a transposed gradient in the wrong order on a CPU."""
     results = []

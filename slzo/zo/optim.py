@@ -36,6 +36,8 @@ _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
 _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
 _TRIED_STEPS = 20_000
 _CORRECT = "correct its init_args"
+# what optimizers and schedulers raise, which may be the user's own
+_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
 def default_optimizer(perturbs_weights: bool) -> type[torch.optim.SGD | torch.optim.AdamW]:
@@ -124,8 +126,8 @@ class OptimizerOptions:
         make = _with_rate(make)
         try:
             probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
+        except _ERRORS as error:
+            raise SlzoError(f"model.optimizer: {one_line(error)}; {_CORRECT}") from error
         name = type(probe).__name__
         if not isinstance(probe, Optimizer):
             raise SlzoError(
@@ -139,12 +141,12 @@ class OptimizerOptions:
         if probe.defaults.get("maximize"):
             raise SlzoError("model.optimizer.maximize true: raises the loss, also that of a reward; leave it out")
         rate = probe.param_groups[0].get("lr")
-        if not isinstance(rate, int | float):
+        if not isinstance(rate, int | float) or math.isnan(rate):
             raise SlzoError(f"model.optimizer {name}: its learning rate is {rate!r}; give a number for lr, or auto")
         options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
         lr = float(rate)
         settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
-        settings.setdefault("lr", lr)
+        settings["lr"] = lr  # that of a group may differ from the default
         normalizes = None
         if lr == AUTO_LR:
             normalizes, _ = rate_rule(probe)
@@ -172,7 +174,7 @@ class OptimizerOptions:
     def _first_rate(self, lr: float) -> float:
         """Return the rate of the first step at which it is not 0, as it may be in a warm-up."""
         optimizer, scheduler = self.build([nn.Parameter(torch.zeros(1, 1))], lr)
-        with suppress(ValueError, ArithmeticError):  # the end of the schedule
+        with suppress(*_ERRORS):  # the end of the schedule
             for _ in range(_TRIED_STEPS):
                 if scheduler is None or optimizer.param_groups[0]["lr"] != 0:
                     break
@@ -194,9 +196,9 @@ class OptimizerOptions:
             done = 0
             if state is not None:
                 scheduler.load_state_dict(copy.deepcopy(dict(state)))
-                done = scheduler.last_epoch
+                done = max(getattr(inner, "last_epoch", 0) for inner in nested_schedulers(scheduler))
             _take_steps(scheduler, min(num_steps - done, _TRIED_STEPS))
-        except (ValueError, ArithmeticError) as error:
+        except _ERRORS as error:
             way = _CORRECT
             if state is not None:
                 way = "a resumed run keeps the schedule of its checkpoint; take fewer steps, or start without a checkpoint"
@@ -213,12 +215,12 @@ def step_scheduler(scheduler: Any, step: int) -> None:
     """
     try:
         scheduler.step()
-    except (ValueError, ArithmeticError) as error:
+    except _ERRORS as error:
         raise _schedule_error(error, f"at step {step + 1} of the training") from error
 
 
 def _schedule_error(error: Exception, where: str, way: str = _CORRECT) -> SlzoError:
-    return SlzoError(f"model.lr_scheduler: {error} ({where}); {way}")
+    return SlzoError(f"model.lr_scheduler: {one_line(error)} ({where}); {way}")
 
 
 def _take_steps(scheduler: Any, num_steps: int) -> None:
@@ -246,8 +248,8 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
         _take_steps(scheduler, 2)
     except ArithmeticError as error:
         raise SlzoError(f"model.lr_scheduler: cannot take a step ({error}); change the argument that is 0") from error
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise SlzoError(f"model.lr_scheduler: {error}; {_CORRECT}") from error
+    except _ERRORS as error:
+        raise SlzoError(f"model.lr_scheduler: {one_line(error)}; {_CORRECT}") from error
     return {"class": type(scheduler).__qualname__, **state}
 
 
@@ -257,7 +259,7 @@ def _state_copies(probe: Optimizer) -> float:
     parameter.grad = torch.ones_like(parameter)
     try:
         probe.step()
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
+    except _ERRORS as error:
         reason = one_line(error)
         raise SlzoError(
             f"model.optimizer {type(probe).__name__}: cannot take a step ({reason}); use another one"
