@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.evaluation.generation import Answer
 from slzo.models.parts import ModelParts
+from slzo.module import ZOModule
 from slzo.tasks.base import Example, check_task, example_of
 from slzo.tasks.registry import get_task
 from slzo.tasks.sst2 import Sst2
@@ -35,7 +36,8 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, Estimate
 from slzo.zo.estimators.base import EstimatorContext, estimate_of
 from slzo.zo.objectives import AnswerObjective
-from slzo.zo.scopes import Scope, ScopeContext, tensors_of
+from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
+from slzo.zo.scopes.base import adapter_of, changed_layers_of
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 from slzo.zo.step import take_step
 from slzo.zo.tuned import TunedTensors
@@ -451,3 +453,43 @@ def test_a_method_may_have_further_arguments(right):
     own_class = type("Own", (SelectionRule,), {"select": right, "helper": lambda self: None})
     assert own_class().select(None) is None
     type("More", (own_class,), {"helper": lambda self, value: None})  # not a method of slzo
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "told"),
+    [
+        (
+            "adapter",
+            torch.nn.Linear(2, 2),
+            r"Own: adapter\(\) returned Linear.*; it must return an slzo\.models\.adapters",
+        ),
+        ("changed_layers", 2, r"Own: changed_layers\(\) returned 2; it must return a list of numbers of layers"),
+        ("changed_layers", ["2"], r"Own: changed_layers\(\) returned \['2'\]; it must return a list of numbers"),
+        ("subset", ["x"], r"Own: subset\(\) returned \['x'\]; it must return a function of seed and step"),
+        (
+            "subset",
+            lambda seed, step: ["x"],
+            r"the function of subset\(\) returned \['x'\] for step 0; let it return a list",
+        ),
+        (
+            "subset",
+            lambda seed, step: None,
+            r"the function of subset\(\) returned None for step 0; let it return a list",
+        ),
+    ],
+)
+def test_other_methods_of_a_scope_are_checked(method, returned, told):
+    scope, context = own(LayerScope, method, returned), ScopeContext(ModelParts(tiny_model()), 1)
+    checks = {"adapter": adapter_of, "changed_layers": changed_layers_of}
+
+    def subset_of(scope, context):
+        return tensors_of(scope, context).names_of_step(0, 0)
+
+    assert re.search(told, slzo_error(checks.get(method, subset_of), scope, context))
+
+
+@pytest.mark.parametrize("layers", [2, "last", [1.5]])
+def test_wrong_layers_of_an_own_scope_are_named(layers):
+    scope = own(Scope, "tensors", None)
+    scope.layers = layers
+    assert slzo_error(ZOModule, scope=scope).startswith(f"model.scope.layers {layers!r}: give a list of numbers")

@@ -23,6 +23,7 @@ from slzo.zo.objectives import GenerationObjective
 from slzo.zo.optim import OptimizerOptions, default_optimizer
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
+from slzo.zo.scopes.base import changed_layers_of
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 
@@ -127,7 +128,7 @@ def _inputs_by_layer(
 
     def inputs_of(layer: int | None) -> MemoryInputs:
         context = ScopeContext(parts, layer)
-        layers = options.scope.changed_layers(context)
+        layers = changed_layers_of(options.scope, context)
         start = min(layers, default=0)
         inputs = MemoryInputs(
             shape,

@@ -15,6 +15,7 @@ from slzo.zo.objectives import GenerationObjective, Objective
 from slzo.zo.optim import OptimizerOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import Scope
+from slzo.zo.scopes.base import check_layers
 from slzo.zo.stepper import StepOptions
 
 
@@ -49,6 +50,7 @@ class TrainingOptions:
                 f"model.parallel {self.parallel!r}: choose one of rows, directions, or give the number of processes that divide "
                 "the directions of a step"
             )
+        check_layers(self.scope.layers)
         self.estimator.check(self.step.num_queries)
         if self.estimator.perturbs is None and self.parallel not in ("rows", 1):
             raise SlzoError(

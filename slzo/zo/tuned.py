@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.errors import SlzoError, one_line, short_repr
 from slzo.zo.noise import Noise, gaussian
 from slzo.zo.tuned_tensor import KINDS, TunedTensor, Whole
 
@@ -73,13 +73,18 @@ class TunedTensors(nn.Module):
         hold_bytes: Directions of more bytes are drawn again at each use instead of held.
 
     Raises:
-        SlzoError: A tensor has two names.
+        SlzoError: They are not a dictionary, or a tensor has two names.
     """
 
     def __init__(
         self, tensors: Mapping[str, TunedTensor | Tensor], subset: Subset | None = None, hold_bytes: int = _HOLD_BYTES
     ) -> None:
         super().__init__()
+        if not isinstance(tensors, Mapping):
+            raise SlzoError(
+                f"model.scope: TunedTensors got a {type(tensors).__name__}; give a dictionary of tensors by name, such as "
+                "dict(model.named_parameters())"
+            )
         self.names = tuple(tensors)
         self.tensors = nn.ModuleList(t if isinstance(t, TunedTensor) else Whole(t) for t in tensors.values())
         self.subset = subset
@@ -113,8 +118,20 @@ class TunedTensors(nn.Module):
         return dict(zip(self.names, self.masters, strict=True))
 
     def names_of_step(self, seed: int, step: int) -> Sequence[str]:
-        """Return the names of the tensors that a step perturbs."""
-        return self.names if self.subset is None else tuple(self.subset(seed, step))
+        """Return the names of the tensors that a step perturbs.
+
+        Raises:
+            SlzoError: The subset has a name that is not tuned.
+        """
+        if self.subset is None:
+            return self.names
+        names = self.subset(seed, step)
+        if not isinstance(names, Collection) or not set(names) <= set(self.names):
+            raise SlzoError(
+                f"model.scope: the function of subset() returned {short_repr(names)} for step {step}; let it return a list of "
+                "names of tuned tensors"
+            )
+        return tuple(names)
 
     def draw(self, seed: int, step: int, query: int, noise: Noise = gaussian) -> Direction:
         """Draw the direction of one query of a step, on the masters' device."""

@@ -24,7 +24,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.scopes import Scope, ScopeContext, tensors_of
-from slzo.zo.scopes.base import check_layer, no_prompts
+from slzo.zo.scopes.base import adapter_of, changed_layers_of, check_layer, no_prompts
 from slzo.zo.tuned import Subset, TunedTensors
 
 
@@ -103,7 +103,7 @@ class TunedModel:
         settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model, parts.placement)
         with ModelChanges(parts) as changes:
             changes.make_tunable(partial(_changed_layers, scope, context))
-            changes.add_adapter(scope.adapter(replace(context, parts=changes.parts)))
+            changes.add_adapter(adapter_of(scope, replace(context, parts=changes.parts)))
             tensors = tensors_of(scope, replace(context, parts=changes.parts))
             _check_plain(tensors)
             return cls(changes, tensors, settings, base, layer=layer, engine=engine, cache=cache)
@@ -228,7 +228,7 @@ class TunedModel:
 
 def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
     """Return the layers that a scope changes, and refuse a scope that changes all layers of a quantized model."""
-    changed = scope.changed_layers(context)
+    changed = changed_layers_of(scope, context)
     if scope.layers == "all" and changed and method_of(context.parts.model) is not None:
         raise SlzoError(
             f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune only some "

@@ -134,7 +134,37 @@ def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
     if returned:
         raise broken_contract("model.scope", scope, f"tensors() returned {returned}", wanted)
     tensors.subset = scope.subset(tensors.names, context.parts)  # as a resume does
+    if not (tensors.subset is None or callable(tensors.subset)):
+        returned = f"subset() returned {short_repr(tensors.subset)}"
+        raise broken_contract("model.scope", scope, returned, "a function of seed and step, or None")
+    tensors.names_of_step(context.seed, 0)  # raises now what would end the first step
     return tensors
+
+
+def changed_layers_of(scope: Scope, context: ScopeContext) -> list[int]:
+    """Return the layers whose weights a scope changes.
+
+    Raises:
+        SlzoError: The scope refuses the model, or does not return numbers of layers.
+    """
+    changed = scope.changed_layers(context)
+    if not _is_list(changed) or not all(isinstance(layer, int) for layer in changed):
+        returned = f"changed_layers() returned {short_repr(changed)}"
+        raise broken_contract("model.scope", scope, returned, "a list of numbers of layers")
+    return changed
+
+
+def adapter_of(scope: Scope, context: ScopeContext) -> Adapter | None:
+    """Return the adapter of a scope.
+
+    Raises:
+        SlzoError: The scope refuses the model, or returns something else.
+    """
+    adapter = scope.adapter(context)
+    if not isinstance(adapter, Adapter | None):
+        returned = f"adapter() returned {short_repr(adapter)}"
+        raise broken_contract("model.scope", scope, returned, "an slzo.models.adapters.base.Adapter, or None")
+    return adapter
 
 
 def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_out: str = "the profile choose") -> int:
