@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slzo.utils.errors import SlzoError
-from slzo.zo import ClosureLoss, EstimatorContext, take_step
+from slzo.zo import ClosureLoss, EstimatorContext, TunedTensors, take_step
 from slzo.zo.estimators import FZOO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
 
 
@@ -116,3 +116,39 @@ def test_a_loss_that_is_no_number_is_named():
     context = EstimatorContext(tuned, ClosureLoss(tuned, lambda: torch.ones(2)), seed=0, step=0, eps=1.0)
     with pytest.raises(SlzoError, match=r"^the closure returned a tensor of shape \(2,\); return the mean loss"):
         take_step(context, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), Backprop()], ids=described)
+@pytest.mark.parametrize("wrong", [None, "loss", {"loss": 1.0}, torch.ones(2), (torch.ones(()), 1)], ids=repr)
+def test_a_closure_that_returns_no_loss_is_told_so(estimator, wrong):
+    tuned, _ = image_loss(cnn(), images())
+    context = EstimatorContext(tuned, ClosureLoss(tuned, lambda: wrong), seed=0, step=0, eps=1.0)
+    with pytest.raises(SlzoError, match=r"^the closure returned .*; return the mean loss, of shape \(\)$"):
+        take_step(context, estimator, torch.optim.SGD(tuned.masters, lr=1.0))
+
+
+def test_a_closure_may_return_a_number():
+    tuned, loss = image_loss(cnn(), images())
+    of_numbers = ClosureLoss(tuned, lambda: float(loss.closure()))
+    first, second = (SPSA().estimate(EstimatorContext(tuned, each, seed=0, step=0)) for each in (loss, of_numbers))
+    assert first.loss == second.loss
+    with pytest.raises(SlzoError, match=r"^the loss depends on no tuned tensor"):
+        of_numbers.gradient()
+
+
+def test_an_optimizer_of_the_modules_own_parameters_is_refused():
+    """It would change nothing: the masters are other tensors."""
+    model = cnn()
+    tuned, loss = image_loss(model, images())
+    context = EstimatorContext(tuned, loss, seed=0, step=0)
+    with pytest.raises(SlzoError, match=r"^take_step: the optimizer has none of the tuned tensors; .* tuned\.masters$"):
+        take_step(context, SPSA(), torch.optim.SGD(model.parameters(), lr=1.0))
+    take_step(context, SPSA(), torch.optim.SGD(tuned.masters[:1], lr=1.0))  # some of them
+
+
+def test_what_cannot_be_tuned_is_refused():
+    for wrong in (list(cnn().parameters()), cnn(), cnn().named_parameters()):
+        with pytest.raises(SlzoError, match=r"^model\.scope: TunedTensors got a \w+; give a dictionary of tensors"):
+            TunedTensors(wrong)
+    with pytest.raises(SlzoError, match=r"^tensor 'steps' is of torch\.int64; tune tensors of floating-point types"):
+        ClosureLoss(TunedTensors({"steps": torch.arange(3)}), lambda: 1.0)

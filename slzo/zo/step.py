@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch.optim import Optimizer
 
+from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, estimate_of
 from slzo.zo.optim import set_rate
@@ -34,8 +35,16 @@ def take_step(
     Returns:
         The estimate without its gradient, which is as large as the tuned tensors, and the norm of the update. The norm is
         ``None`` if it was not measured or the loss was not finite.
+
+    Raises:
+        SlzoError: The optimizer has other parameters, such as those of the module, so nothing would be tuned.
     """
     tuned = context.tuned
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if tuned.masters and not any(id(master) in updated for master in tuned.masters):
+        raise SlzoError(
+            "take_step: the optimizer has none of the tuned tensors; create it with the parameters tuned.masters"
+        )
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimate_of(estimator, context)
