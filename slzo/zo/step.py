@@ -37,14 +37,12 @@ def take_step(
         ``None`` if it was not measured or the loss was not finite.
 
     Raises:
-        SlzoError: The optimizer has other parameters, such as those of the module, so nothing would be tuned.
+        SlzoError: The optimizer has parameters of the module, which it would not move.
     """
     tuned = context.tuned
     updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if tuned.masters and not any(id(master) in updated for master in tuned.masters):
-        raise SlzoError(
-            "take_step: the optimizer has none of the tuned tensors; create it with the parameters tuned.masters"
-        )
+    if any(id(tensor.live) in updated for _, tensor in tuned.items()):
+        raise SlzoError("take_step: the optimizer has parameters of the module; create it with tuned.masters instead")
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimate_of(estimator, context)
