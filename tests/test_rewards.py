@@ -78,6 +78,7 @@ def matches(prompts, completions, word):
 def raises(completions, **columns):
     if "b" in completions: raise ValueError("boom\\non two lines")
     return [0.5] * len(completions)
+def no_memory(completions, **columns): raise MemoryError
 def changes(completions, **columns):
     completions[0] = "changed"
     return [0.0] * len(completions)
@@ -225,17 +226,18 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
         ("raises", "raised ValueError: boom on two lines, line 23 of mine.py, at row 'row-b'", [0.5, math.nan, 0.5]),
         (
             "busy",
-            "took longer than 0.6 s (timeout) and was stopped, for 3 rows together, the first of which is 'row-a'",
+            "took longer than 0.6 s (timeout) and was stopped, for 3 answers together, the first of which is to row 'row-a'",
             [math.nan] * 3,
         ),
+        ("no_memory", "raised MemoryError, line 25 of mine.py, at row 'row-a'", [math.nan] * 3),
         ("leaves", "ended the reward process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("huge", "returned 1e+308, which is above 1e+30 (with its weight 1), at row 'row-b'", [0.5, math.nan, 0.5]),
         ("nothing", "returned None, at row 'row-a'", [math.nan] * 3),
         (
             "too_few",
-            "returned a list of length 1 instead of one number for each of 3 answers, for 3 rows together, the first of which "
-            "is 'row-a'",
+            "returned a list of length 1 instead of one number for each of 3 answers, for 3 answers together, the first of "
+            "which is to row 'row-a'",
             [math.nan] * 3,
         ),
     ],
@@ -253,7 +255,7 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     ]
     together = function in ("too_few", "busy")
     assert endings == ["no row of this batch is counted" if together else "the row is not counted"] * len(endings)
-    assert len(endings) == len(found.problems) == (3 if function == "nothing" else 1)
+    assert len(endings) == len(found.problems) == (3 if function in ("nothing", "no_memory") else 1)
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
 
 

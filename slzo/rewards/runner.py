@@ -245,5 +245,5 @@ def _message(failure: RewardFailure, answers: AnswerBatch, place: int | None) ->
     if place is not None:
         where = f"at row {answers.ids[place]!r}"
     else:
-        where = f"for {len(answers.ids)} rows together, the first of which is {answers.ids[0]!r}"
+        where = f"for {len(answers.ids)} answers together, the first of which is to row {answers.ids[0]!r}"
     return f"data.reward {failure.function}: {failure.reason}, {where}"

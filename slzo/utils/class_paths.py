@@ -22,12 +22,12 @@ def import_failure(path: str, only_module: bool = False) -> str:
 
 
 def format_error(error: BaseException) -> str:
-    """Return class and message of an error, on one line."""
+    """Return class and message of an error, on one line; the class alone if there is no message."""
     try:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
     except Exception:  # an error of the user's own class
         message = "no message"
-    return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(message.split())[:200]}".removesuffix(": ")
 
 
 def raised(error: BaseException) -> str:
