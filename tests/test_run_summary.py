@@ -237,6 +237,12 @@ def test_a_reward_that_never_changed_is_no_matter_of_the_learning_rate():
     assert "too small" in next_command(None, losses(1.0, 0.999), facts)
 
 
+def test_a_reward_that_failed_is_no_matter_of_the_learning_rate():
+    facts = replace(FACTS, metric=SelectionMetric("reward", "reward", 1.0))
+    found = next_command(None, losses(1.0, math.inf), facts)
+    assert found.startswith("slzo fit --config run/config.yaml  # the reward function failed on dev rows")
+
+
 def test_first_order_is_not_suggested_for_a_reward_that_never_changed():
     points = [{"step": step, "evaluations": 1, "seconds": 1.0, "distance": 1.0} for step in (1, 2)]
     history = History(seconds=1.0, train_seconds=1.0, points=points)

@@ -1,5 +1,6 @@
 """Suggest a command after a run."""
 
+import math
 import shlex
 
 from slzo.report.run_facts import RunFacts
@@ -11,10 +12,11 @@ _MANY_EPOCHS = 5.0
 def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFacts) -> str:
     """Return the command to try, or for a run in Python the argument, with the reason after a #.
 
-    The first case that applies decides. If the dev loss rose, the model may have memorized training rows that it saw often, or
-    the learning rate may be too large; if it hardly changed, too small. A reward that never changed may be unable to tell the
-    answers apart. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss
-    was lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
+    The first case that applies decides. A reward without a finite dev value failed. If the dev loss rose, the model may have
+    memorized training rows that it saw often, or the learning rate may be too large; if it hardly changed, too small. A
+    reward that never changed may be unable to tell the answers apart. If the dev loss fell but the score clearly became
+    worse, another layer may generalize better. If the dev loss was lowest at the end, more steps may help. If the score
+    improved within two standard errors, more held-out rows may show it.
     """
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     output = () if run.folder is None else ("--output", f"{run.folder}/rates")
@@ -23,6 +25,9 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if losses is None:
         needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
         return f"{search}  # too few validations to find the reason: try other learning rates{needs}"
+    if run.metric.metric == "reward" and not math.isfinite(losses.last[1]):
+        again = _command("fit", run, python="ZOTrainer().fit(...)")
+        return f"{again}  # the reward function failed on dev rows: see its warnings"
     if losses.rose:
         reason = "the learning rate may be too large"
         if run.epochs >= _MANY_EPOCHS:
