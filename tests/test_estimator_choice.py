@@ -19,6 +19,7 @@ from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_data import TaskData
 from slzo.tasks.base import Example
+from slzo.tasks.chat import ChatTask
 from slzo.training.build import auto_rate, make_stepper
 from slzo.zo.estimators import SPSA, Backprop, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.objectives import AnswerF1, AnswerObjective, CandidateCrossEntropy, CandidateErrors, Reward
@@ -204,6 +205,22 @@ def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
     error = slzo_error(lambda: TaskData("squad", objective=by_reward))
     assert error == "data.objective Short: selects checkpoints by a reward, and there is none; give a data.reward"
     assert TaskData("sst2", objective=Short()).selection_metric.name == "loss"  # it has no F1
+
+
+def test_metrics_that_select_a_checkpoint():
+    objective = Short()
+    objective.selected_by = "accuracy"
+    metric = TaskData("sst2", objective=objective).selection_metric
+    assert (metric.name, metric.metric, metric.best) == ("accuracy", "accuracy", 1.0)
+    objective.selected_by = "perplexity"  # it follows the loss
+    chat = ChatTask(name="chat", train_file="rows.jsonl", test_file="rows.jsonl")
+    assert TaskData(chat, objective=objective).selection_metric.name == "loss"
+    objective.selected_by = "f1_score"
+    error = slzo_error(lambda: TaskData("squad", objective=objective))
+    assert error == (
+        "data.objective Short: selected_by 'f1_score' is not one of loss, reward, f1, exact_match; set it in the class to one of "
+        "them"
+    )
 
 
 def test_an_objective_of_candidates_needs_candidates():

@@ -43,6 +43,7 @@ from slzo.rewards.builtin.number_match import last_number
 from slzo.rewards.calls import AnswerBatch
 from slzo.rewards.registry import REWARDS, check_package
 from slzo.rewards.runner import RewardRunner, read_functions
+from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
@@ -229,11 +230,11 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
             "took longer than 0.6 s (timeout) and was stopped, for 3 answers together, the first of which is to row 'row-a'",
             [math.nan] * 3,
         ),
-        ("no_memory", "raised MemoryError, line 25 of mine.py, at row 'row-a'", [math.nan] * 3),
+        ("no_memory", "raised MemoryError, line 25 of mine.py, at rows 'row-a', 'row-b', 'row-c'", [math.nan] * 3),
         ("leaves", "ended the reward process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("huge", "returned 1e+308, which is above 1e+30 (with its weight 1), at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("nothing", "returned None, at row 'row-a'", [math.nan] * 3),
+        ("nothing", "returned None, at rows 'row-a', 'row-b', 'row-c'", [math.nan] * 3),
         (
             "too_few",
             "returned a list of length 1 instead of one number for each of 3 answers, for 3 answers together, the first of "
@@ -253,9 +254,9 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
         for line in capsys.readouterr().err.splitlines()
         if line.startswith("slzo: warning: data.reward")
     ]
-    together = function in ("too_few", "busy")
-    assert endings == ["no row of this batch is counted" if together else "the row is not counted"] * len(endings)
-    assert len(endings) == len(found.problems) == (3 if function in ("nothing", "no_memory") else 1)
+    one = "the row is not counted" if any(map(math.isfinite, others)) else "the rows are not counted"
+    assert endings == ["no row of this batch is counted" if function in ("too_few", "busy") else one]
+    assert len(found.problems) == 1
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
 
 
@@ -275,8 +276,7 @@ def test_up_to_three_failing_rows_are_left_out(folder, capsys, wrong, counted):
         for line in capsys.readouterr().err.splitlines()
         if line.startswith("slzo: warning: data.reward")
     ]
-    last = [] if counted else ["no row of this batch is counted"]
-    assert endings == ["the row is not counted"] * 3 + last
+    assert endings == ["the rows are not counted" if counted else "no row of this batch is counted"]
 
 
 def test_a_file_that_was_edited_is_read_again(folder):
@@ -431,6 +431,21 @@ def test_functions_in_place_of_their_names(folder):
     recorded = constructor_settings(objective, "data.objective")["functions"]
     assert recorded[1] == {"function": f"{__name__}.shorter", "weight": 0.5, "arguments": {"limit": 3}}
     assert RewardRunner(partial(shorter, limit=5)).names == ("shorter",)
+
+
+def test_an_objective_without_functions_takes_those_of_the_rewards(folder):
+    given = Reward(samples=8, best=2.0)
+    data = TaskData("squad", objective=given, reward={"function": "mine.py:length", "weight": 0.5})
+    assert data.objective is data.reward
+    assert data.objective.describe() == "Reward (length, 8 samples)"
+    assert data.selection_metric.best == 2.0
+    named = TaskData("squad", objective=Reward({"function": "mine.py:length", "weight": 0.5}, samples=8, best=2.0))
+    assert data.step_settings() == named.step_settings()
+    assert given.functions is None
+    with pytest.raises(SlzoError, match=r"^data\.objective Reward: has no functions; name them in data\.reward$"):
+        TaskData("squad", objective=given)
+    with pytest.raises(SlzoError, match="leave out one of the two"):
+        TaskData("squad", objective=Reward("json_valid"), reward="json_valid")
 
 
 @pytest.mark.parametrize("wrong", [3, int])
@@ -613,9 +628,12 @@ def test_answers_along_directions_are_the_likeliest_unless_options_say_otherwise
 def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder, monkeypatch):
     objective = Reward("mine.py:length", samples=3, in_process=True, **sampling)
     asked, real = [], objective.runner
-    monkeypatch.setattr(
-        objective, "runner", lambda answers, **options: asked.append(answers) or real(answers, **options)
-    )
+
+    def runner(answers, **options):
+        asked.append(answers)
+        return real(answers, **options)
+
+    monkeypatch.setattr(Reward, "runner", staticmethod(runner))
     stepper = stepper_with(objective)
     z = stepper.model.tensors.draw(0, 0, 0)
     reports: list = []
@@ -679,9 +697,9 @@ def test_a_run_is_selected_by_its_reward(reward_options, folder):
 )
 def test_a_resume_on_rewards_is_exact(reward_options, sampling):
     """Stopped in the second epoch: prompts' states kept before and after the stop, common random numbers, step size."""
-    objective = {"functions": "mine.py:arbitrary", **sampling}
-    options = ["fit", *reward_options, "--data.objective=Reward", "--model.optimizer.lr=auto", "--model.eps=0.3"]
-    options += [f"--data.objective.{name}={value}" for name, value in objective.items()]
+    options = ["fit", *reward_options, "--data.reward=mine.py:arbitrary", "--data.objective=Reward"]
+    options += ["--model.optimizer.lr=auto", "--model.eps=0.3"]
+    options += [f"--data.objective.{name}={value}" for name, value in sampling.items()]
     for more in (["--trainer.max_steps=7"], ["--trainer.max_steps=5"], ["--trainer.max_steps=7", "--ckpt_path=last"]):
         assert main([*options, *more]) == 0
     one, early, other = (tuned(last_checkpoint(number)) for number in range(3))

@@ -30,9 +30,10 @@ def _is_metric(function: RewardFunction) -> bool:
     return all(each.name in given or each.default is not each.empty for each in parameters)
 
 
-_METRICS: Mapping[str, RewardFunction] = {
+METRICS: Mapping[str, RewardFunction] = {
     "f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _is_metric(function)
 }
+"""The metrics of generated answers by name."""
 
 
 def check_package(name: str) -> None:
@@ -48,7 +49,7 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         SlzoError: There are none, a name is unknown, or a package is not installed.
     """
-    known = [PERPLEXITY, *sorted(_METRICS)]
+    known = [PERPLEXITY, *sorted(METRICS)]
     if not names:
         raise SlzoError(f"data.task.metrics []: name at least one of {', '.join(known)}")
     for name in names:
@@ -62,6 +63,6 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 
 def answer_metric(name: str, answer: str, references: Sequence[str]) -> float:
     """Return the score of one generated answer, 0 to 1, in the metric of that name."""
-    function = _METRICS[name]
+    function = METRICS[name]
     more = {"references": [references]} if "references" in inspect.signature(function).parameters else {}
     return float(function(completions=[answer], **more)[0])

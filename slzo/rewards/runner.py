@@ -100,13 +100,14 @@ class RewardRunner:
         """Reward answers. Where one of several functions returns ``None``, it adds nothing to the sum.
 
         If a function fails at an answer, that answer is left out and the others are tried again. All are left out if it fails at
-        more than three, or at no answer alone, or takes too long; with ``all_or_none`` at the first failure. Each failure is
-        reported in one line, from every process.
+        more than three, or at no answer alone, or takes too long; with ``all_or_none`` at the first failure. Each kind of failure
+        is reported in one line, from every process.
         """
         places = list(range(len(answers.ids)))
         values = [[math.nan] * len(places) for _ in self.functions]
         totals = [math.nan] * len(places)
-        problems: list[str] = []
+        failed: dict[str, list[str]] = {}  # the ids of the rows of each kind of failure
+        outcome = ""
         while places:
             part = answers.some(places)
             try:
@@ -115,12 +116,13 @@ class RewardRunner:
                 place = failure.place
                 if place is None and not failure.timed_out:
                     place = self._search(part)
-                problems.append(_message(failure, part, place))
-                if all_or_none or place is None or len(problems) > _MOST_LEFT_OUT:
+                what = f"data.reward {failure.function}: {failure.reason}"
+                if place is None:
+                    what += f", for {len(part.ids)} answers together, the first of which is to row {part.ids[0]!r}"
+                failed.setdefault(what, []).extend([] if place is None else [part.ids[place]])
+                if all_or_none or place is None or sum(map(len, failed.values())) > _MOST_LEFT_OUT:
                     outcome = "the step is not taken" if all_or_none else "no row of this batch is counted"
-                    print_status(f"warning: {problems[-1]}; {outcome}")
                     break
-                print_status(f"warning: {problems[-1]}; the row is not counted")
                 del places[place]
             else:
                 for place, *row in zip(places, *found, strict=True):
@@ -129,6 +131,10 @@ class RewardRunner:
                     weighted = zip(self.functions, row, strict=True)
                     totals[place] = sum(one.weight * value for one, value in weighted if not math.isnan(value))
                 break
+        problems = [what + _at_rows(ids) for what, ids in failed.items()]
+        for problem, ids in zip(problems, failed.values(), strict=True):
+            left_out = "the row is not counted" if len(ids) == 1 else "the rows are not counted"
+            print_status(f"warning: {problem}; {outcome or left_out}")
         parts = {name: tuple(of_function) for name, of_function in zip(self.names, values, strict=True)}
         return RewardedAnswers(tuple(totals), parts, tuple(problems))
 
@@ -241,9 +247,7 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _message(failure: RewardFailure, answers: AnswerBatch, place: int | None) -> str:
-    if place is not None:
-        where = f"at row {answers.ids[place]!r}"
-    else:
-        where = f"for {len(answers.ids)} answers together, the first of which is to row {answers.ids[0]!r}"
-    return f"data.reward {failure.function}: {failure.reason}, {where}"
+def _at_rows(ids: Sequence[str]) -> str:
+    if not ids:
+        return ""
+    return f", at row{'' if len(ids) == 1 else 's'} {', '.join(map(repr, ids))}"

@@ -33,7 +33,8 @@ class Objective(ChecksOverrides, ABC):
         needs_label: Whether rows without a label cannot be used and are left out.
         lowest: Lower bound of the loss. Automatic step sizes of SPSA are relative to the distance from it.
         selected_by: Value on the dev rows that selects a checkpoint and that the guard watches: "loss", the loss of the gold
-            answer; "reward", which needs ``data.reward``; or a metric of the task such as "f1", whose best value is 1.
+            answer; "reward", which needs ``data.reward``; or a metric of the task such as "f1", whose best value is 1. A metric
+            that the task does not report stands for the loss.
     """
 
     only_gold: bool = False

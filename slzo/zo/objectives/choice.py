@@ -2,7 +2,7 @@
 
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.rewards.registry import check_metrics
+from slzo.rewards.registry import METRICS, PERPLEXITY, check_metrics
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
@@ -25,9 +25,13 @@ def choose_objective(
             f"data.task {task.name!r}: metric {task.metric!r} is not one of its metrics, {', '.join(known)}; set metric in the "
             "class to one of them"
         )
-    given = None if reward is None else Reward(reward)
+    rewards: Reward | None = None
+    if isinstance(objective, Reward):
+        objective = rewards = _with_functions(objective, reward)
+    elif reward is not None:
+        rewards = Reward(reward)
     if objective is None:
-        objective = given or "loss"
+        objective = rewards or "loss"
     if not isinstance(objective, Objective):
         named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
         if objective not in named:
@@ -38,13 +42,16 @@ def choose_objective(
             f"data.objective {objective.describe()}: compares candidates, and task {task.name!r} has free answers; use loss or "
             "metric, or a task with candidates"
         )
-    if isinstance(objective, Reward) and given not in (None, objective):
-        raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
-    rewards = objective if isinstance(objective, Reward) else given
     if rewards is not None and task.kind is not Kind.GENERATION:
         raise SlzoError(
             f"data.reward: task {task.name!r} chooses among candidates; a reward needs a task that generates answers, "
             "such as TemplateTask with an answer_field, or ChatTask"
+        )
+    selectors = ["loss", "reward", *TaskMetrics(task).names]
+    if objective.selected_by not in (*selectors, PERPLEXITY, *METRICS):
+        raise SlzoError(
+            f"data.objective {objective.describe()}: selected_by {objective.selected_by!r} is not one of "
+            f"{', '.join(selectors)}; set it in the class to one of them"
         )
     if objective.selected_by == "reward" and rewards is None:
         raise SlzoError(
@@ -58,6 +65,21 @@ def choose_objective(
     return objective, rewards
 
 
+def _with_functions(objective: Reward, functions: RewardOption | None) -> Reward:
+    """Return the objective with the functions of ``data.reward``, unless it has its own.
+
+    Raises:
+        SlzoError: Both have functions, or neither.
+    """
+    if objective.functions is None and functions is not None:
+        return objective.with_functions(functions)
+    if functions is not None:
+        raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
+    if objective.functions is None:
+        raise SlzoError("data.objective Reward: has no functions; name them in data.reward")
+    return objective
+
+
 def reported_loss(task: Task, objective: Objective) -> LogitObjective:
     """Return the loss of dev and held-out rows: the default of the kind of task, or the objective if it is of this class."""
     default = LOSS_OBJECTIVES[task.kind]
@@ -69,6 +91,8 @@ def selection_metric(task: Task, objective: Objective, rewards: Reward | None) -
     name = objective.selected_by
     if name == "reward" and rewards is not None:
         return SelectionMetric(name, name, -rewards.lowest)
-    if task.kind is Kind.GENERATION and name in task.metrics:  # other tasks report none of these metrics
+    if name in TaskMetrics(task).names:
         return SelectionMetric(name, task.metric, 1.0)
-    return SelectionMetric("loss", task.metric)
+    return SelectionMetric(
+        "loss", task.metric
+    )  # also in place of the perplexity, which follows it, and of a metric not reported

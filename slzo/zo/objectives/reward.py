@@ -1,8 +1,10 @@
 """Minus the mean reward of generated answers."""
 
+import copy
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Self
 
 from slzo.data.batch import Row
 from slzo.evaluation.generation import Answer
@@ -34,7 +36,8 @@ class Reward(GenerationObjective):
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
             ({REWARDS}), package.module.function or file.py:function. In Python a
-            function may be given in place of its name; then all are called in this process, without a time limit.
+            function may be given in place of its name; then all are called in this process, without a time limit. Left out,
+            those of data.reward.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
             rows get the likeliest tokens, so answers far from these teach little.
@@ -54,7 +57,7 @@ class Reward(GenerationObjective):
 
     def __init__(
         self,
-        functions: RewardOption,
+        functions: RewardOption | None = None,
         temperature: float | None = None,
         samples: int | None = None,
         timeout: float = 60.0,
@@ -83,10 +86,33 @@ class Reward(GenerationObjective):
             self.at_points = AnswerSampling(1, temperature)
         self.timeout, self.in_process = timeout, in_process
         self.best = best
-        self.runner = RewardRunner(functions, timeout, in_process)
+        self.functions: RewardOption | None = None
+        self._runner: RewardRunner | None = None
+        if functions is not None:
+            self._use(functions)
+
+    @property
+    def runner(self) -> RewardRunner:
+        """What calls the functions.
+
+        Raises:
+            SlzoError: There are no functions.
+        """
+        if self._runner is None:
+            raise SlzoError("data.objective Reward: has no functions; name them in data.reward")
+        return self._runner
+
+    def with_functions(self, functions: RewardOption) -> Self:
+        """Return a copy with these functions."""
+        changed = copy.copy(self)
+        changed._use(functions)
+        return changed
+
+    def _use(self, functions: RewardOption) -> None:
+        self._runner = runner = RewardRunner(functions, self.timeout, self.in_process)
         # a checkpoint records names
-        self.functions = functions if not self.runner.has_given else [one.settings() for one in self.runner.functions]
-        self.lowest = -(self.runner.best if best is None else best)
+        self.functions = [one.settings() for one in runner.functions] if runner.has_given else functions
+        self.lowest = -(runner.best if self.best is None else self.best)
 
     def rewards_of(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardedAnswers:
         """Return the rewards of one answer per example, for evaluation."""
