@@ -258,7 +258,7 @@ class TaskData:
 
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
-        return RunningScore(self.task, device, self.reward is not None)
+        return RunningScore(self.task, device, None if self.reward is None else self.reward.runner.names)
 
     @property
     def metric_names(self) -> list[str]:

@@ -190,7 +190,7 @@ def test_the_tasks_metric_is_computed(name):
     metrics.update([example], ["b"] if task.kind is Kind.GENERATION else [1])
     found = metrics.compute()
     assert task.metric in found
-    score = RunningScore(task, torch.device("cpu"), rewarded=True)
+    score = RunningScore(task, torch.device("cpu"), ["length"])
     assert set(score.compute()) <= set(score.names)
     assert list(found) == metrics.names
     assert all(value.shape == () and value == 1 for value in found.values())
@@ -218,7 +218,7 @@ def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
 
 def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
     task = SimpleNamespace(kind=Kind.GENERATION, metrics=("perplexity",), grouped=False)
-    score = RunningScore(task, torch.device("cpu"), rewarded=True)
+    score = RunningScore(task, torch.device("cpu"), ["length"])
     found = score.compute()
     assert not {"loss", "perplexity"} & set(found)
     monkeypatch.setattr("slzo.evaluation.held_out.score_rows", lambda *_, **__: dict(found))
@@ -229,7 +229,7 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
 
 @pytest.mark.parametrize("center", [0.0, 1000.0, -1e12])
 def test_the_spread_of_rewards_far_from_zero(center):
-    score = RunningScore(get_task("squad"), torch.device("cpu"), rewarded=True)
+    score = RunningScore(get_task("squad"), torch.device("cpu"), ["length"])
     example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([torch.nan, 3.0])
     for change in (-1e-3, 1e-3):  # as a share
         rewards = (center + change * max(1.0, abs(center)),) * 2
@@ -239,6 +239,27 @@ def test_the_spread_of_rewards_far_from_zero(center):
     assert float(found["reward"]) == pytest.approx(center, rel=1e-6, abs=1e-6)
     assert float(found["reward_std"]) == pytest.approx(1e-3 * max(1.0, abs(center)), rel=1e-3)
     assert math.isnan(found["loss"])  # a loss that is not finite is not left out
+
+
+def test_several_rewards_are_also_reported_one_by_one():
+    score = RunningScore(get_task("squad"), torch.device("cpu"), ["length", "format", "never"])
+    example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([0.0, 1.0])
+    nan = math.nan
+    for length, form in (
+        ((1.0, 2.0), (nan, 0.5)),
+        ((3.0, nan), (1.0, nan)),
+    ):  # None where it does not apply; the last row failed
+        parts = {"length": length, "format": form, "never": (nan, nan)}
+        totals = (2.0, 2.5) if math.isnan(form[0]) else (4.0, nan)
+        outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardedAnswers(totals, parts, ()))
+        score.update(SimpleNamespace(examples=(example,) * 2), outcome)
+    found = {name: float(value) for name, value in score.compute().items()}
+    assert set(score.names) == set(found)
+    assert found["reward"] == pytest.approx(8.5 / 3)
+    assert found["reward_length"] == pytest.approx(2.0)
+    assert found["reward_format"] == pytest.approx(0.75)
+    assert math.isnan(found["reward_never"])
+    assert {"reward", "reward_length"} <= set(score.maximized)
 
 
 def test_a_generated_answer_has_a_row_score_in_every_metric():

@@ -674,7 +674,14 @@ def test_a_run_is_selected_by_its_reward(reward_options, folder):
     assert found["best_checkpoint"].endswith(".ckpt")
     events = EventAccumulator(str(run_dir()))
     events.Reload()
-    names = {"train/reward", "train/reward_std", "train/answer_tokens", "train/reward_scored", "val/reward"}
+    names = {
+        "train/reward",
+        "train/reward_std",
+        "train/answer_tokens",
+        "train/reward_scored",
+        "val/reward",
+        "val/reward_scored",
+    }
     assert names <= set(events.Tags()["scalars"])
     distances = [each["loss"] for each in found["validations"]]
     assert distances == pytest.approx([3 - reward for reward in logged("val/reward")])

@@ -226,27 +226,31 @@ class RunningScore:
     Args:
         task: The task.
         device: Device of the counters.
-        rewarded: Whether the rows are rewarded. That adds the mean reward, its standard deviation over rows, and the mean number
-            of answer tokens.
+        rewards: Names of the functions that reward the rows; ``None`` if there are none. They add the mean reward, its standard
+            deviation over rows and the mean number of answer tokens; several also the mean of each, without its weight.
 
     Attributes:
         names: Names of the values.
         maximized: Names of those whose larger values are better.
     """
 
-    def __init__(self, task: Task, device: torch.device, rewarded: bool = False) -> None:
+    def __init__(self, task: Task, device: torch.device, rewards: Sequence[str] | None = None) -> None:
         self._metrics = TaskMetrics(task, device)
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._has_perplexity = task.kind is Kind.GENERATION and PERPLEXITY in task.metrics
-        # of reward, its square and the number of answer tokens; float64, since the spread is a difference of means
-        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in range(3 if rewarded else 0)]
+        self._rewards = tuple(rewards or ()) if len(rewards or ()) > 1 else ()
+        # of reward, its square, the number of answer tokens and each function's reward; float64, since the spread is a difference
+        # of means
+        means = 0 if rewards is None else 3 + len(self._rewards)
+        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in range(means)]
+        each = [f"reward_{name}" for name in self._rewards]
         self.names = ["loss", *self._metrics.names]
         if self._has_perplexity:
             self.names.append(PERPLEXITY)
-        if rewarded:
-            self.names += ["reward", "reward_std", "answer_tokens"]
-        self.maximized = [*self._metrics.names, *(["reward"] if rewarded else [])]
+        if rewards is not None:
+            self.names += ["reward", "reward_std", "answer_tokens", *each]
+        self.maximized = [*self._metrics.names, *(["reward", *each] if rewards is not None else [])]
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""
@@ -259,7 +263,9 @@ class RunningScore:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)
             rewards = rewards[rewards.isfinite()]  # failed rewards are reported by RewardRunner
             tokens = torch.tensor(outcome.num_tokens, dtype=torch.float64)
-            for mean, values in zip(self._means, (rewards, rewards**2, tokens), strict=True):
+            each = [torch.tensor(outcome.rewarded.parts[name], dtype=torch.float64) for name in self._rewards]
+            each = [values[values.isfinite()] for values in each]  # a function may return None
+            for mean, values in zip(self._means, (rewards, rewards**2, tokens, *each), strict=True):
                 if len(values):
                     mean.update(values.to(mean.device))
 
@@ -274,9 +280,10 @@ class RunningScore:
         if "loss" in found and self._has_perplexity:
             found[PERPLEXITY] = found["loss"].exp()
         if self._means:
-            reward, square, tokens = means
+            reward, square, tokens, *each = means
             spread = (square - reward**2).clamp(min=0).sqrt()
             found |= {"reward": reward.float(), "reward_std": spread.float(), "answer_tokens": tokens.float()}
+            found |= {f"reward_{name}": mean.float() for name, mean in zip(self._rewards, each, strict=True)}
         return found
 
 
