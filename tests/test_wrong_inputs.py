@@ -142,6 +142,9 @@ WRONG = """
 --trainer.callbacks=BatchSizeFinder | trainer.callbacks BatchSizeFinder: does not work with slzo's steps
 --data.tokenizer=x | data.tokenizer 'x'
 --trainer.overfit_batches=1 | trainer.overfit_batches 1: each step draws other rows; leave it out
+--trainer.plugins='[{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}]' | trainer.plugins AsyncCheckpointIO: a run renames and reads its checkpoints at once
+--trainer.callbacks='[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}, {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]' | trainer: Found more than one stateful callback of type `EarlyStopping`
+--trainer.callbacks='{"class_path": "ModelCheckpoint", "init_args": {"train_time_interval": "0:00:01"}}' | trainer.callbacks ModelCheckpoint.train_time_interval: would save nothing
 --trainer.callbacks=Timer --trainer.callbacks.duration=x | trainer.callbacks: `Timer(duration='x')` is not a valid duration
 --trainer.callbacks=nope.Nope | trainer.callbacks 'nope.Nope': nope cannot be imported
 --trainer.callbacks=3 | trainer.callbacks '3': no such class
@@ -450,8 +453,18 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, ca
     assert "the current folder was removed; go to another one" in error_line(capsys, "report", "runs/version_0")
 
 
-def test_without_a_logger_a_run_still_has_its_folder(options):
-    assert main(["fit", *options, "--trainer.logger=false", "--trainer.max_steps=2"]) == 0
+def test_a_default_that_is_an_enum_is_read_as_its_value(options, capsys):
+    timer = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *options, *timer, "--print_config"])
+    assert ended.value.code == 0
+    assert "interval: step\n" in capsys.readouterr().out
+    assert main(["fit", *options, *timer, "--trainer.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize("logger", ["false", "[]"])
+def test_without_a_logger_a_run_still_has_its_folder(options, logger):
+    assert main(["fit", *options, f"--trainer.logger={logger}", "--trainer.max_steps=2"]) == 0
     files = {path.name for path in run_dir().iterdir()}
     assert {"checkpoints", "config.yaml", "outlier_profile.json", "summary.json"} <= files
     assert not any("metrics" in name or "events" in name for name in files)

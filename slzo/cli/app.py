@@ -205,6 +205,8 @@ class SlzoCLI(LightningCLI):
         for name, value in limit_defaults(own).items():
             if f"trainer.{name}" not in given:
                 self.config[f"trainer.{name}"] = value
+        if self.config.get("trainer.logger") == []:
+            self.config["trainer.logger"] = False
         root, place = self.config.get("trainer.default_root_dir"), "trainer.logger.init_args.save_dir"
         if root is not None and self.config.get(place) == RUNS:
             self.config[place] = str(Path(root) / RUNS)

@@ -24,6 +24,7 @@ from slzo.lightning.strategy import SHARDED, ShardedStrategy
 from slzo.lightning.trainer_options import (
     TRAINER_DEFAULTS,
     check_callbacks,
+    check_checkpoint_io,
     check_launcher,
     check_options,
     check_saving,
@@ -91,7 +92,9 @@ class ZOTrainer(Trainer):
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
             check_launcher(self, kwargs.get("strategy"))
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            check_checkpoint_io(self.strategy.checkpoint_io)
+        # RuntimeError: two callbacks would have the same state
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
     def fit(

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.lightning.strategy import SHARDED
 from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
-from slzo.private.lightning import copies_process
+from slzo.private.lightning import copies_process, saves_by_time
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least, short_repr
 from slzo.utils.files import check_local
@@ -172,12 +173,26 @@ def check_launcher(trainer: Trainer, strategy: Any) -> None:
         )
 
 
+def check_checkpoint_io(checkpoint_io: Any) -> None:
+    """Refuse a plugin that writes checkpoints in a thread of its own: a run renames and reads a file once it is saved.
+
+    Raises:
+        SlzoError: It is such a plugin, or one around it.
+    """
+    while checkpoint_io is not None:
+        if isinstance(checkpoint_io, AsyncCheckpointIO):
+            raise SlzoError(
+                f"trainer.plugins {type(checkpoint_io).__name__}: a run renames and reads its checkpoints at once; leave it out"
+            )
+        checkpoint_io = getattr(checkpoint_io, "checkpoint_io", None)  # of a plugin around another one
+
+
 def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> None:
     """Refuse a user's callback that saves checkpoints in a run that does not, or that would replace ``last.ckpt``.
 
     Raises:
-        SlzoError: The run has ``enable_checkpointing=False``. Or the callback has no folder of its own, and the run has no
-            logger, or the callback has ``save_last``.
+        SlzoError: The run has ``enable_checkpointing=False``. Or the callback saves by time, which Lightning ignores in manual
+            optimization. Or it has no folder of its own, and the run has no logger, or the callback has ``save_last``.
     """
     for callback in callbacks:
         if not isinstance(callback, Checkpoint) or isinstance(callback, BestCheckpoint | LastCheckpoint):
@@ -186,6 +201,11 @@ def check_saving(callbacks: Sequence[Callback], saves: bool, writes: bool) -> No
         if not saves:
             raise SlzoError(
                 f"trainer.callbacks {name}: it saves checkpoints; leave out trainer.enable_checkpointing false"
+            )
+        if saves_by_time(callback):
+            raise SlzoError(
+                f"trainer.callbacks {name}.train_time_interval: would save nothing, since steps are optimized manually; leave it "
+                "out, and set last_checkpoint.every_minutes"
             )
         if not writes and getattr(callback, "dirpath", None) is None:
             raise SlzoError(f"trainer.callbacks {name}: without a logger it has no folder; give it a dirpath")

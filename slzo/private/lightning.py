@@ -17,6 +17,11 @@ def copies_process(launcher: object) -> bool:
     return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__)
 
 
+def saves_by_time(callback: object) -> bool:
+    """Return whether a ``ModelCheckpoint`` has a ``train_time_interval``."""
+    return getattr(callback, "_train_time_interval", None) is not None
+
+
 def keep_process_group_at_exit() -> None:
     """Let this process end without destroying the process group, which waits for the other processes.
 
