@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -460,6 +461,17 @@ def test_a_default_that_is_an_enum_is_read_as_its_value(options, capsys):
     assert ended.value.code == 0
     assert "interval: step\n" in capsys.readouterr().out
     assert main(["fit", *options, *timer, "--trainer.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize("option", ["model.optimizer", "model.lr_scheduler"])
+def test_a_function_with_arguments_is_no_class(options, option, capsys, monkeypatch):
+    Path("own_function.py").write_text("def make(params, lr: float = 0.1): ...\n")
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "own_function", raising=False)
+    group, name = option.split(".")
+    Path("own.yaml").write_text(f"{group}: {{{name}: {{class_path: own_function.make, init_args: {{lr: 0.2}}}}}}")
+    line = error_line(capsys, "fit", *options, "--config=own.yaml")
+    assert f"{option} 'own_function.make': is a function; class_path takes a class" in line
 
 
 @pytest.mark.parametrize("logger", ["false", "[]"])

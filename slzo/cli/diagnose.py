@@ -25,13 +25,14 @@ from slzo.cli.option_types import (
     types_in,
 )
 from slzo.private.parsers import options_of, type_of
-from slzo.utils.class_paths import import_failure, required_arguments
+from slzo.utils.class_paths import import_failure, is_function, required_arguments
 from slzo.utils.errors import SlzoError, did_you_mean
 from slzo.utils.settings import Given
 
 _MAX_CHOICES = 40
 _MAX_LISTED = 8
 _LISTED_PACKAGES = ("lightning", "slzo", "torch")
+_MADE_LATER = ("model.optimizer", "model.lr_scheduler")  # for which jsonargparse would call a function too early
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
 }
@@ -43,7 +44,7 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
     """Import the classes of class paths, so that an error in a user's own file is reported in one line.
 
     Raises:
-        SlzoError: A class cannot be imported.
+        SlzoError: A class cannot be imported, or is a function.
     """
     hints = _hints(parser, given)
     for option in given:
@@ -55,6 +56,8 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
         # a wrong name in a listed package is reported later, with the names that it has
         if reason := import_failure(value, only_module=value.partition(".")[0] in _LISTED_PACKAGES):
             raise SlzoError(f"{option.name} {value!r}: {reason}")
+        if option.name in _MADE_LATER and option.is_class_path and is_function(value):
+            raise SlzoError(f"{option.name} {value!r}: is a function; class_path takes a class")
 
 
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:

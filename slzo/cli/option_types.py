@@ -90,10 +90,10 @@ def imported_class(path: str) -> type | None:
     """Return the class of a path; ``None`` if it cannot be imported."""
     module, _, name = path.rpartition(".")
     try:
-        found: type = getattr(import_module(module), name)
+        found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError):  # TypeError: a path such as ./own.Class
         return None
-    return found
+    return found if isinstance(found, type) else None
 
 
 def _subclasses(base: type) -> Iterator[type]:

@@ -21,6 +21,12 @@ def import_failure(path: str, only_module: bool = False) -> str:
     return "" if found else f"{module} has no {name}; correct the name, also in the config of an earlier run"
 
 
+def is_function(path: str) -> bool:
+    """Return whether a path that can be imported is that of a function."""
+    module, _, name = path.rpartition(".")
+    return inspect.isfunction(getattr(importlib.import_module(module), name, None))
+
+
 def format_error(error: BaseException) -> str:
     """Return class and message of an error, on one line; the class alone if there is no message."""
     try:
