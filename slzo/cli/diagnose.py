@@ -33,8 +33,11 @@ _MAX_CHOICES = 40
 _MAX_LISTED = 8
 _LISTED_PACKAGES = ("lightning", "slzo", "torch")
 _MADE_LATER = ("model.optimizer", "model.lr_scheduler")  # for which jsonargparse would call a function too early
+_NESTED = "its schedulers need the optimizer; write a function that takes an optimizer and returns it, and give MODULE.FUNCTION"
 _UNUSABLE = {
-    "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
+    "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler",
+    "ChainedScheduler": _NESTED,
+    "SequentialLR": _NESTED,
 }
 _YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false, so put texts in quotes"
 _YAML_TIMES = "; YAML reads a time such as 12:00:00:00 without quotes as a number, so put it in quotes"
@@ -229,6 +232,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
             return f"{name} {shown}: cannot be used: {_UNUSABLE[given]}"
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
+        names = [each for each in names if each not in _UNUSABLE]
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         if "." in str(value) and (kind := imported_class(str(value))) is not None:
             bases = tuple(item for item in types_in(hint) if inspect.isclass(item) and not typing.get_origin(item))
