@@ -244,13 +244,12 @@ def test_the_spread_of_rewards_far_from_zero(center):
 def test_several_rewards_are_also_reported_one_by_one():
     score = RunningScore(get_task("squad"), torch.device("cpu"), ["length", "format", "never"])
     example, loss = Example("a", "What?", (), (0,), ("42",)), torch.tensor([0.0, 1.0])
-    nan = math.nan
-    for length, form in (
-        ((1.0, 2.0), (nan, 0.5)),
-        ((3.0, nan), (1.0, nan)),
-    ):  # None where it does not apply; the last row failed
+    nan = math.nan  # a function returned None, or the row failed
+    for totals, length, form in (
+        ((2.0, 2.5), (1.0, 2.0), (nan, 0.5)),
+        ((4.0, nan), (3.0, nan), (1.0, nan)),
+    ):
         parts = {"length": length, "format": form, "never": (nan, nan)}
-        totals = (2.0, 2.5) if math.isnan(form[0]) else (4.0, nan)
         outcome = Outcome(["42"] * 2, [], loss, (1, 1), RewardedAnswers(totals, parts, ()))
         score.update(SimpleNamespace(examples=(example,) * 2), outcome)
     found = {name: float(value) for name, value in score.compute().items()}

@@ -68,6 +68,8 @@ WRONG = """
 --trainer.logger=TensorBoardLogger --trainer.logger.save_dir=memory://all | trainer.logger.save_dir 'memory://all': is not a
 --checkpoint.dirpath=memory://all | checkpoint.dirpath 'memory://all': is not a folder of this machine; give one
 --trainer.max_step=3 | trainer.max_step: unknown option; did you mean trainer.max_steps?
+--model.max_step=3 | model.max_step: unknown option; did you mean trainer.max_steps?
+--data.task=slzo.tasks.template.TemplateTask --data.train_files=rows.jsonl | data.train_files: unknown option; did you mean data.task.train_file?
 --model.eps=1e39 | model.eps 1e+39: must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number
 --model.eps=nan | model.eps 'nan': expected a number
@@ -202,7 +204,7 @@ WRONG = """
 --data.task= | data.task '': unknown task; choose one of boolq
 --data.task=TemplateTask | data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask
 TEMPLATE --data.task.prompt={a | data.task.prompt '{a': expected '}' before end of string
-TEMPLATE --data.task.prompt={} | data.task.prompt {}: expected text
+TEMPLATE --data.task.prompt={} | data.task.prompt '{}': {} is not a plain field name
 TEMPLATE --data.task.prompt={sentence.__class__} | data.task.prompt '{sentence.__class__}': {sentence.__class__} is not a plain field name
 TEMPLATE --data.task.prompt={sentence:>99999999999} | data.task.prompt '{sentence:>99999999999}': {sentence} is not a plain field name
 TEMPLATE --data.task.prompt=x | data.task.prompt 'x': names no field of the row
@@ -472,7 +474,7 @@ def test_a_function_with_arguments_is_no_class(options, option, capsys, monkeypa
     group, name = option.split(".")
     Path("own.yaml").write_text(f"{group}: {{{name}: {{class_path: own_function.make, init_args: {{lr: 0.2}}}}}}")
     line = error_line(capsys, "fit", *options, "--config=own.yaml")
-    assert f"{option} 'own_function.make': is a function; class_path takes a class" in line
+    assert f"{option} 'own_function.make': is a function; class_path takes a class, so give the path of one" in line
 
 
 @pytest.mark.parametrize("logger", ["false", "[]"])

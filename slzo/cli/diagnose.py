@@ -4,6 +4,7 @@ For a wrong value, jsonargparse lists everything that it tried. This module chec
 of the parser. It shows the message of the library only if it finds nothing.
 """
 
+import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,10 @@ from slzo.utils.settings import Given
 
 _MAX_CHOICES = 40
 _MAX_LISTED = 8
+_ALMOST_EQUAL = 0.85  # similarity of two names, from 0 to 1
 _LISTED_PACKAGES = ("lightning", "slzo", "torch")
-_MADE_LATER = ("model.optimizer", "model.lr_scheduler")  # for which jsonargparse would call a function too early
+# jsonargparse would call a function given for these while it reads the config
+_MADE_LATER = ("model.optimizer", "model.lr_scheduler")
 _NESTED = "its schedulers need the optimizer; write a function that takes an optimizer and returns it, and give MODULE.FUNCTION"
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler",
@@ -60,7 +63,9 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
         if reason := import_failure(value, only_module=value.partition(".")[0] in _LISTED_PACKAGES):
             raise SlzoError(f"{option.name} {value!r}: {reason}")
         if option.name in _MADE_LATER and option.is_class_path and is_function(value):
-            raise SlzoError(f"{option.name} {value!r}: is a function; class_path takes a class")
+            raise SlzoError(
+                f"{option.name} {value!r}: is a function; class_path takes a class, so give the path of one"
+            )
 
 
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
@@ -143,7 +148,11 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
     if owner is None:
         if any(typing.get_origin(item) is dict for each in parents(name) for item in types_in(hints.get(each))):
             return ""  # a key of a mapping, such as model.device_map
-        return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
+        options = [
+            *hints,
+            *(f"{each}.{argument}" for each, kind in classes.items() for argument in argument_types(kind)),
+        ]
+        return f"{name}: unknown option; {_suggestion(name, options) or f'see slzo {command} --help'}"
     if owner not in classes:
         names = ", ".join(sorted(classes_of(hints[owner])))
         return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
@@ -210,13 +219,17 @@ def _help_of(name: str, kind: type) -> str:
 def _suggestion(name: str, known: Sequence[str]) -> str:
     """Suggest an option for an unknown name, from the same group if that exists; otherwise list a small group.
 
-    Empty if no name is close.
+    A name that is much closer to one of another group is taken for that. Empty if no name is close.
     """
     for group in parents(name):
         members = [option for option in known if option.startswith(f"{group}.")]
         if not members:
             continue
         last, ends = name.removeprefix(f"{group}."), [option.removeprefix(f"{group}.") for option in members]
+        elsewhere = {option.rpartition(".")[2]: option for option in known if option not in members}
+        near = difflib.get_close_matches(last, [*ends, *elsewhere], n=1, cutoff=_ALMOST_EQUAL)
+        if near and near[0] not in ends:
+            return f"did you mean {elsewhere[near[0]]}?"
         listed = f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else ""
         return did_you_mean(last, ends, listed, before=f"{group}.", cutoff=0.5)
     return did_you_mean(name, known)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import prompt_key
@@ -239,18 +239,20 @@ class RunningScore:
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._has_perplexity = task.kind is Kind.GENERATION and PERPLEXITY in task.metrics
-        self._rewards = tuple(rewards or ()) if len(rewards or ()) > 1 else ()
-        # of reward, its square, the number of answer tokens and each function's reward; float64, since the spread is a difference
-        # of means
-        means = 0 if rewards is None else 3 + len(self._rewards)
-        self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in range(means)]
-        each = [f"reward_{name}" for name in self._rewards]
         self.names = ["loss", *self._metrics.names]
+        self.maximized = list(self._metrics.names)
         if self._has_perplexity:
             self.names.append(PERPLEXITY)
+        self._rewards: tuple[str, ...] = ()  # reported one by one; a single one is the reward itself
+        self._means: list[Metric] = []
         if rewards is not None:
-            self.names += ["reward", "reward_std", "answer_tokens", *each]
-        self.maximized = [*self._metrics.names, *(["reward", *each] if rewards is not None else [])]
+            self._rewards = tuple(rewards) if len(rewards) > 1 else ()
+            single = [f"reward_{name}" for name in self._rewards]
+            self.names += ["reward", "reward_std", "answer_tokens", *single]
+            self.maximized += ["reward", *single]
+            # of reward, its square, the number of answer tokens and each function's reward; float64, since the spread is a
+            # difference of means
+            self._means = [MeanMetric().to(device).set_dtype(torch.float64) for _ in range(3 + len(self._rewards))]
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""
