@@ -32,6 +32,21 @@ def test_weights_that_run_away_are_told(options, capsys):
     assert "lower the learning rate (model.optimizer.lr 1e+06)" in line
 
 
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_a_monitor_of_a_value_that_no_step_logs_ends_the_run(every, options, capsys):
+    watch = [f"--trainer.log_every_n_steps={every}", "--trainer.callbacks=EarlyStopping"]
+    known = [
+        *watch,
+        "--trainer.callbacks.monitor=train/update_norm",
+        "--trainer.callbacks.check_on_train_epoch_end=false",
+    ]
+    assert main(["fit", *options, *known]) == 0
+    line = error_line(capsys, "fit", *options, *watch, "--trainer.callbacks.monitor=train/los")
+    assert "EarlyStopping.monitor 'train/los': no such metric; choose one of train/" in line
+    assert "train/loss, " in line
+    assert "val/" not in line
+
+
 def test_a_metric_that_no_direction_changes_does_not_end_a_run(options, capsys):
     more = ["--data.objective=metric", "--model.eps=1e-9", "--watch.max_zero_steps=3"]
     assert main(["fit", *options, *more]) == 0

@@ -1,4 +1,4 @@
-"""Detects steps that make no progress."""
+"""Detects steps that make no progress, or do not log what a callback monitors."""
 
 import math
 from typing import Any
@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
 from slzo.callbacks.hooks import returned, zo_module
+from slzo.lightning.trainer_options import STEP_METRICS, check_monitors
 from slzo.module import ZOModule
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least
@@ -25,6 +26,8 @@ class StepWatch(Callback):
 
     If the loss is a metric or a reward, it often does not change, and the callback only warns.
 
+    Stops the run at the first step that is logged if a callback monitors a value ``train/...`` that is not among those logged.
+
     Args:
         max_zero_steps: Stop after this many steps in a row whose gradient is exactly 0.
     """
@@ -35,6 +38,7 @@ class StepWatch(Callback):
         self._size_at_start: float | None = None
         self._zeros = 0
         self._warned_of_rate = False
+        self._checked_monitors = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
@@ -48,6 +52,11 @@ class StepWatch(Callback):
         result: StepResult = returned(module, "training_step", outputs, "result")
         if not result.estimate.finite:
             return
+        if not self._checked_monitors and not outputs.get("values"):  # all values of this step are logged
+            self._checked_monitors = True
+            logged = [name for name in sorted(trainer.callback_metrics) if name.startswith(STEP_METRICS)]
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            check_monitors(callbacks, logged, logs_more=type(module) is not ZOModule, of_steps=True)
         estimate, stepper, objective = result.estimate, module.stepper, module.datamodule.objective
         if result.record.lr == 0 and stepper.rate is not None and not self._warned_of_rate:
             self._warned_of_rate = True

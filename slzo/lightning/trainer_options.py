@@ -32,6 +32,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
 }
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
+STEP_METRICS = "train/"
 
 
 def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,24 +229,39 @@ def check_callbacks(
         SlzoError: There is no such metric, or a file cannot be named.
     """
     check_supported(callbacks)
-    own = not logs_more and all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
+    check_monitors(callbacks, [*metrics, "loss"], logs_more, of_steps=False)
     for callback in callbacks:
-        name = type(callback).__name__
-        option = "checkpoint" if isinstance(callback, BestCheckpoint) else name
-        monitor = getattr(callback, "monitor", None)
-        # other callbacks may log metrics of their own, and training steps log many
-        wrong = (
-            isinstance(monitor, str)
-            and monitor not in (AUTO_MONITOR, "loss", *metrics)
-            and not monitor.startswith("train/")
-        )
-        if own and wrong:
-            raise SlzoError(f"{option}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}")
+        option, monitor = _option_of(callback), getattr(callback, "monitor", None)
         chooses_mode = isinstance(callback, BestCheckpoint) and callback.chooses_mode
         if monitor in maximized and getattr(callback, "mode", None) == "min" and not chooses_mode:
             rank_zero_warn(f"{option}.mode min: larger values of {monitor} are better; set {option}.mode to max")
         if isinstance(callback, ModelCheckpoint):
             _check_files(callback, option, metrics)
+
+
+def check_monitors(callbacks: Sequence[Callback], metrics: Sequence[str], logs_more: bool, of_steps: bool) -> None:
+    """Refuse monitors of metrics that are not among ``metrics``.
+
+    With ``of_steps`` it checks monitors of what training steps log, ``train/...``, otherwise all others. With ``logs_more``, or
+    with callbacks of the user, which may log metrics of their own, none is refused.
+
+    Raises:
+        SlzoError: There is no such metric.
+    """
+    if logs_more or any(type(each).__module__.partition(".")[0] not in ("slzo", "lightning") for each in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or monitor in (AUTO_MONITOR, *metrics):
+            continue
+        if monitor.startswith(STEP_METRICS) == of_steps:
+            raise SlzoError(
+                f"{_option_of(callback)}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}"
+            )
+
+
+def _option_of(callback: Callback) -> str:
+    return "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__
 
 
 def _check_files(callback: ModelCheckpoint, option: str, metrics: Sequence[str]) -> None:
