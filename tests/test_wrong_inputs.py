@@ -106,8 +106,10 @@ WRONG = """
 --model.lr_scheduler=StepLR | model.lr_scheduler: the chosen class needs step_size
 --model.lr_scheduler=CosineAnnealingLR --model.lr_scheduler.T_max=0 | model.lr_scheduler: cannot take a step
 --model.lr_scheduler=LinearLR --model.lr_scheduler.start_factor=3 | model.lr_scheduler: Starting multiplicative factor
---model.lr_scheduler=ChainedScheduler | model.lr_scheduler: object of type 'SGD' has no len()
+--model.lr_scheduler=ChainedScheduler | model.lr_scheduler 'ChainedScheduler': cannot be used: its schedulers need the optimizer
 --model.lr_scheduler='{"class_path": "torch.optim.lr_scheduler.SequentialLR", "init_args": {"milestones": [2], "schedulers": [{"class_path": "ConstantLR"}]}}' | model.lr_scheduler 'torch.optim.lr_scheduler.SequentialLR': cannot be used: its schedulers need the optimizer
+--model.lr_scheduler='{"class_path": "torch.optim.lr_scheduler.ChainedScheduler", "init_args": {"schedulers": [{"class_path": "ConstantLR"}]}}' | model.lr_scheduler 'torch.optim.lr_scheduler.ChainedScheduler': cannot be used: its schedulers need the optimizer
+--model.lr_scheduler=LambdaLR --model.lr_scheduler.lr_lambda=math.nope | model.lr_scheduler.lr_lambda 'math.nope': expected the path of a function, such as my_module.my_function
 --model.lr_scheduler=ReduceLROnPlateau | model.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=1 | model.lr_scheduler: You must define either total_steps
 --model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class

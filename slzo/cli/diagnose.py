@@ -50,11 +50,14 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
     """Import the classes of class paths, so that an error in a user's own file is reported in one line.
 
     Raises:
-        SlzoError: A class cannot be imported, or is a function.
+        SlzoError: A class cannot be imported or used, or is a function.
     """
     hints = _hints(parser, given)
     for option in given:
         value = option.value
+        kind = _class(hints, option.name, value)
+        if kind is not None and kind.__module__.startswith("torch.") and kind.__name__ in _UNUSABLE:
+            raise SlzoError(f"{option.name} {value!r}: cannot be used: {_UNUSABLE[kind.__name__]}")
         if not isinstance(value, str) or "." not in value or not classes_of(hints.get(option.name)):
             continue
         if not value.replace(".", "").replace("_", "").isalnum():
@@ -174,7 +177,7 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
         return ""
     if key:
         name, value = f"{owner}.{argument}", {key: value}
-    elif value == "{}" or isinstance(loaded(value), list):  # the parser does so with such texts, whatever the type
+    elif isinstance(loaded(value), list):  # the parser does so with such texts, whatever the type
         value = loaded(value)
     if value in (None, "null") and argument in required_arguments(kind) and type(None) not in types_in(own):
         line = f"{name} null: expected {describe_type(own)}"
@@ -241,8 +244,6 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
     shown, names = _shown(value), sorted(classes_of(hint))
     if names:
         given = str(value).rpartition(".")[2]
-        if given in names and given in _UNUSABLE:
-            return f"{name} {shown}: cannot be used: {_UNUSABLE[given]}"
         if given in names:
             return ""  # the class is right, but one of its arguments is wrong
         names = [each for each in names if each not in _UNUSABLE]

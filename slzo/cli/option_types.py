@@ -32,6 +32,8 @@ def describe_type(hint: Any) -> str:
         return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
     if origin is dict:
         return "a mapping"
+    if origin is Callable:
+        return "the path of a function, such as my_module.my_function"
     if origin is tuple:
         return "a list" if Ellipsis in inner else f"a list of {len(inner)} values"
     return " or ".join(dict.fromkeys(describe_type(item) for item in inner if not _is_tensor(item)))
