@@ -1109,7 +1109,7 @@ def whole_numbers():
                 yield pytest.param(cls, name, id=f"{cls.__name__}.{name}")
 
 
-@pytest.mark.parametrize(("cls", "name"), whole_numbers())
+@pytest.mark.parametrize(("cls", "name"), list(whole_numbers()))
 @pytest.mark.parametrize("value", [20.5, "20", True])
 def test_an_argument_of_another_kind_is_named(cls, name, value):
     needed = {Reward: {"functions": "accuracy"}, TemplateTask: {"prompt": "{q}"}}

@@ -384,7 +384,7 @@ def wrong_arguments():
         yield pytest.param(*case, id=" ".join(case[1:4]), marks=marks)
 
 
-@pytest.mark.parametrize(("option", "kind", "argument", "value", "expected"), wrong_arguments())
+@pytest.mark.parametrize(("option", "kind", "argument", "value", "expected"), list(wrong_arguments()))
 def test_a_wrong_argument_of_a_class_is_named(own_folder, capsys, option, kind, argument, value, expected):
     """A list names the place of the class too."""
     group, name = option.split(".")
