@@ -69,6 +69,7 @@ WRONG = """
 --checkpoint.dirpath=memory://all | checkpoint.dirpath 'memory://all': is not a folder of this machine; give one
 --trainer.max_step=3 | trainer.max_step: unknown option; did you mean trainer.max_steps?
 --model.max_step=3 | model.max_step: unknown option; did you mean trainer.max_steps?
+--data.train_file=rows.jsonl | data.train_file: unknown option; did you mean data.task.train_file, an option of ChatTask, TemplateTask?
 --data.task=slzo.tasks.template.TemplateTask --data.train_files=rows.jsonl | data.train_files: unknown option; did you mean data.task.train_file?
 --model.eps=1e39 | model.eps 1e+39: must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number

@@ -155,7 +155,8 @@ def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Map
             *hints,
             *(f"{each}.{argument}" for each, kind in classes.items() for argument in argument_types(kind)),
         ]
-        return f"{name}: unknown option; {_suggestion(name, options) or f'see slzo {command} --help'}"
+        advice = _option_of_a_class(name, hints, classes) or _suggestion(name, options) or f"see slzo {command} --help"
+        return f"{name}: unknown option; {advice}"
     if owner not in classes:
         names = ", ".join(sorted(classes_of(hints[owner])))
         return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
@@ -217,6 +218,23 @@ def _class(hints: Mapping[str, Any], name: str, path: Any) -> type | None:
 def _help_of(name: str, kind: type) -> str:
     option = ".".join(part for part in name.split(".") if not part.isdigit())  # without the place in a list
     return f"see --{option}.help {kind.__name__}"
+
+
+def _option_of_a_class(name: str, hints: Mapping[str, Any], given: Mapping[str, type]) -> str:
+    """Suggest an argument with this name of the classes that an option of the same group takes; empty if there is none."""
+    group, _, argument = name.rpartition(".")
+    for option in hints:
+        if option.rpartition(".")[0] != group:
+            continue
+        if option in given:
+            if argument in argument_types(given[option]):
+                return f"did you mean {option}.{argument}?"
+            continue
+        kinds = sorted(each for each, kind in classes_of(hints[option]).items() if argument in argument_types(kind))
+        if kinds:
+            shown = ", ".join(kinds[:_MAX_LISTED]) + (", ..." if len(kinds) > _MAX_LISTED else "")
+            return f"did you mean {option}.{argument}, an option of {shown}?"
+    return ""
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
