@@ -29,7 +29,9 @@ from slzo.models.origin import origin_of
 from slzo.models.peft_files import PeftFiles
 from slzo.models.shape import model_shape
 from slzo.prompting.pair import load_pair
+from slzo.tasks.base import HubSource
 from slzo.tasks.registry import get_task
+from slzo.tasks.sst2 import Sst2
 from slzo.utils.hub import hub_bars, model_folder
 
 QUIET = [
@@ -126,7 +128,13 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
         "--trainer.val_check_interval=1",
     ]
     assert main(["fit", *given, f"--model.model=me/tiny@{older}"]) == 0
-    expected = {"model_commit": older, "data_set": "me/rows", "data_config": None, "data_commit": rows[0]}
+    expected = {
+        "model_commit": older,
+        "data_set": "me/rows",
+        "data_config": None,
+        "data_split": "validation",
+        "data_commit": rows[0],
+    }
     assert json.loads((run_dir() / "environment.json").read_text())["hub"] == expected
     metadata = read_checkpoint(last_checkpoint()).metadata
     assert metadata["hub"] == expected
@@ -167,6 +175,9 @@ def test_rows_of_a_revision(rows, hub, monkeypatch):
         loaded.append(load_rows(name))
         assert ("film" in loaded[-1].examples[0].prompt) == (revision == rows[0])
     assert [found.hub.revision for found in loaded] == [rows[1], rows[0], rows[1]]
+    own = type("Own", (Sst2,), {"hub": HubSource("me/rows", revision=rows[0])})()
+    assert RowSource(own).read("test").hub.revision == rows[0]
+    assert RowSource(own, hub_path=f"me/rows@{rows[1]}").read("test").hub.revision == rows[1]
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, revision, **options: real(*args, **options))
     line = slzo_error(load_rows, f"me/rows@{rows[0]}")

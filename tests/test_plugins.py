@@ -310,7 +310,11 @@ def test_a_task_must_return_a_usable_example(changes, told):
 @pytest.mark.parametrize(
     ("attribute", "value", "told"),
     [
-        ("kind", "regression", "kind 'regression' is unknown; choose one of classification, "),
+        ("kind", "regression", "kind 'regression' is no slzo.tasks.base.Kind; choose one of Kind.CLASSIFICATION, "),
+        ("kind", "generation", "kind 'generation' is no slzo.tasks.base.Kind; choose one of Kind.CLASSIFICATION, "),
+        ("stop", None, "data.task.stop None: expected a list of texts"),
+        ("metrics", None, "data.task.metrics None: expected a list of texts"),
+        ("stop", (1,), "data.task.stop (1,): expected a list of texts"),
         ("name", 3, "data.task.name 3: "),
         ("fields", "text", "data.task.fields 'text': is one text; give a list"),
         ("metrics", "f1", "data.task.metrics 'f1': is one text; give a list"),

@@ -97,6 +97,7 @@ def test_a_file_that_cannot_be_used_is_one_line(sst2_options, tmp_path, capsys, 
 )
 def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope, format):
     tune = [f"--model.scope={scope}", "--model.layer=1", "--model.optimizer.lr=0.5", "--trainer.max_steps=2"]
+    tune.append("--data.max_length=8")  # shorter than some rows
     assert main(["fit", *options, *tune, "--record.test_before=false"]) == 0
     assert main(["export", "--ckpt_path=best", "--output=out", f"--format={format}"]) == 0
     write_lines("mine.jsonl", [{"sentence": text} for text in TEXTS])
@@ -111,7 +112,7 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
     assert main(["predict", "--ckpt_path=out", *rows, *base, "--output=out.jsonl"]) == 0
     assert "untuned" not in capsys.readouterr().out
     other_model = "" if base else "model: {model: not_used}\n"  # a whole model has its own tokenizer
-    (tmp_path / "task.yaml").write_text(other_model + "data: {task: sst2}")
+    (tmp_path / "task.yaml").write_text(other_model + "data: {task: sst2, max_length: 8}")
     assert main(["predict", "--config=task.yaml", "--ckpt_path=out", *rows, *base, "--output=again.jsonl"]) == 0
     assert read_lines(tmp_path / "again.jsonl") == read_lines(tmp_path / "out.jsonl")
     if format == "adapter":

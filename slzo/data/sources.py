@@ -18,7 +18,7 @@ from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, one_line, short_repr
 from slzo.utils.hub import split_revision
 
-FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
+FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("validation", "val")}
 """File names in a data folder, without extension. Test rows come from the validation split, as in MeZO."""
 
 _IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
@@ -140,6 +140,7 @@ class RowSource:
         if source is None:
             raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
         config = source.config if self.hub_config is None else self.hub_config
+        revision = revision or source.revision
         option = f"data.task {task.name!r}" if self.hub_path is None else f"data.hub_path {self.hub_path!r}"
         origin, rows, commit = read_hub(replace(source, config=config, revision=revision), split, option)
         placed = ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))

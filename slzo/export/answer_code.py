@@ -1,6 +1,7 @@
 """Python code for the model card that answers one prompt with transformers."""
 
 import json
+from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
@@ -46,7 +47,7 @@ def answer_code(facts: Facts) -> str:
     """Return the Python code that answers one prompt, after the code that loads ``model`` and ``tokenizer``."""
     metadata = facts.metadata
     stop = metadata.get("stop")
-    template, length = _template_and_length(metadata.get("task"))
+    template, length = _template_and_length(metadata)
     if metadata.get("chat"):
         system = metadata.get("system_prompt")
         turns = [] if system is None else [{"role": "system", "content": system}]
@@ -63,16 +64,12 @@ def answer_code(facts: Facts) -> str:
     return _SCORES.format(prompt=prompt, answers=_literal(answers))
 
 
-def _template_and_length(task: Any) -> tuple[str | None, int]:
-    """Return the template of the prompts, if it is known, and the longest answer in tokens.
-
-    ``task`` is that of the metadata, see :func:`slzo.tasks.registry.task_to_predict`.
-    """
+def _template_and_length(metadata: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Return the template of the prompts, if it is known, and the longest answer in tokens."""
+    task, length = metadata.get("task"), metadata.get("max_new_tokens", MAX_NEW_TOKENS)
     if isinstance(task, str):
-        built_in = TASKS[task]()
-        return _template_of(built_in), built_in.max_new_tokens
-    options = {} if task is None else task["init_args"]
-    return options.get("prompt"), options.get("max_new_tokens", MAX_NEW_TOKENS)
+        return _template_of(TASKS[task]()), length
+    return (None if task is None else task["init_args"].get("prompt")), length
 
 
 def _template_of(task: Task) -> str | None:

@@ -76,6 +76,7 @@ class Exported:
             "model.dtype": self.facts.get("dtype"),
             "data.task": task,
             "data.num_demonstrations": demonstrations,
+            "data.max_length": self.facts.get("max_length"),
         }
         return {name: value for name, value in options.items() if value is not None}
 

@@ -15,7 +15,17 @@ from slzo.utils.run_layout import SUMMARY_FILE
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
-_KEPT = ("task", "chat", "system_prompt", "chat_template", "candidates", "stop", "prompt_length", "num_demonstrations")
+_KEPT = (
+    "task",
+    "chat",
+    "system_prompt",
+    "chat_template",
+    "candidates",
+    "stop",
+    "max_length",
+    "prompt_length",
+    "num_demonstrations",
+)
 
 FACTS_FILE = "slzo.json"
 """File of an exported folder that holds its facts."""
@@ -61,7 +71,16 @@ class Facts:
         """The data set of the Hub that the rows came from, with its commit; ``None`` for other rows."""
         found = self.metadata["hub"]
         path = found.get("data_set")
-        return None if path is None else HubSource(path, found["data_config"], revision=found["data_commit"])
+        return (
+            None
+            if path is None
+            else HubSource(
+                path,
+                found["data_config"],
+                test=found.get("data_split") or "validation",
+                revision=found["data_commit"],
+            )
+        )
 
     def num_rows(self, split: str) -> int:
         """Return how many rows of ``train``, ``dev`` or ``test`` the run used."""

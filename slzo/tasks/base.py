@@ -171,10 +171,13 @@ def check_task(task: Task) -> None:
     for attribute, wanted in (("name", "the name of the task"), ("kind", "one of slzo.tasks.base.Kind")):
         if not hasattr(task, attribute):
             raise broken_contract("data.task", task, f"it has no attribute {attribute}", wanted)
-    if task.kind not in list(Kind):
-        raise SlzoError(f"data.task {task.name!r}: kind {task.kind!r} is unknown; choose one of {', '.join(Kind)}")
+    if not isinstance(task.kind, Kind):
+        kinds = ", ".join(f"Kind.{kind.name}" for kind in Kind)
+        raise SlzoError(
+            f"data.task {task.name!r}: kind {task.kind!r} is no slzo.tasks.base.Kind; choose one of {kinds}"
+        )
     for attribute in ("fields", "metrics"):
-        check_list(f"data.task.{attribute}", getattr(task, attribute))
+        check_texts(f"data.task.{attribute}", getattr(task, attribute))
     check_stop(task.stop)
     check_at_least("data.task.max_new_tokens", task.max_new_tokens)
     name = task.name
@@ -272,9 +275,16 @@ def check_list(option: str, value: Sequence[Any] | None) -> None:
         raise SlzoError(f"{option} {value!r}: is one text; give a list, as in [{value!r}]")
 
 
+def check_texts(option: str, value: Sequence[str]) -> None:
+    """Raise SlzoError if a value is not a list or tuple of texts."""
+    check_list(option, value)
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise SlzoError(f"{option} {short_repr(value)}: expected a list of texts, as in ['first', 'second']")
+
+
 def check_stop(texts: Sequence[str]) -> tuple[str, ...]:
     """Return the texts that end an answer; raise SlzoError if they are no list, or one is empty."""
-    check_list("data.task.stop", texts)
+    check_texts("data.task.stop", texts)
     if not all(texts):
         raise SlzoError(f"data.task.stop {list(texts)}: one is empty and would end every answer at once; leave it out")
     return tuple(texts)

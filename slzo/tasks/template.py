@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from slzo.rewards.registry import check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop, check_texts
 from slzo.tasks.fields import Fields, NamedLabel, is_missing
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError, check_at_least, short_repr
@@ -65,8 +65,9 @@ class TemplateTask(Task):
         metrics: list[str] | None = None,
         id_field: str | None = None,
     ) -> None:
-        for option, value in {"candidates": candidates, "labels": labels, "metrics": metrics}.items():
+        for option, value in {"labels": labels, "metrics": metrics}.items():
             check_list(f"data.task.{option}", value)
+        check_texts("data.task.candidates", candidates or ())
         self.name, self.id_field = name, id_field
         self.prompt = prompt
         self.candidates = tuple(candidates or ())

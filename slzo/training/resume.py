@@ -41,6 +41,7 @@ def loaded_from_hub(prepared: Prepared, data: TaskData) -> dict[str, str | None]
         "model_commit": model_commit(prepared.options.model, prepared.untuned.model.name_or_path),
         "data_set": None if source is None else source.path,
         "data_config": None if source is None else source.config,
+        "data_split": None if source is None else source.test,
         "data_commit": None if source is None else source.revision,
     }
 
@@ -67,7 +68,9 @@ def make_metadata(prepared: Prepared, data: TaskData) -> dict[str, Any]:
         "system_prompt": None if data.task.chat is None else data.task.chat.system,
         "chat_template": data.chat_template,
         "candidates": None if candidates is None else list(candidates),
+        "max_new_tokens": data.task.max_new_tokens,
         "stop": list(data.decoding.stop) if data.task.kind is Kind.GENERATION else [],
+        "max_length": data.max_length,
         "prompt_length": data.prompt_length,
         "num_demonstrations": data.num_demonstrations,
         "data": prepared.fingerprint.to_dict(),
