@@ -1,4 +1,4 @@
-"""A training run from start to end. Lightning's hooks only call these functions.
+"""A training run: everything before the first step and after the last one. Lightning's hooks only call these functions.
 
 :func:`prepare` comes before the first step, then :func:`score_test_rows` scores the untuned model. Each step is a
 ``Stepper.step``, and :func:`finish` comes after the last one.

@@ -1,9 +1,11 @@
 """Help begins with what matters."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+import slzo
 from slzo.__main__ import main
 from slzo.commands.registry import COMMANDS
 
@@ -64,3 +66,11 @@ def test_the_help_of_export_begins_with_its_own(capsys):
 def test_the_options_of_a_chosen_class_have_help(capsys):
     assert "--data.task.label_field" in printed(capsys, "fit", "--data.task.help", "TemplateTask")
     assert "--model.scope.rank" in printed(capsys, "fit", "--model.scope.help", "LoRA")
+
+
+@pytest.mark.fast
+def test_the_default_of_an_option_follows_the_words_by_default():
+    # the short help shows what follows these words
+    for file in sorted(Path(slzo.__file__).parent.rglob("*.py")):
+        found = re.search(r"[;.]\s+left out, .*", file.read_text(), re.IGNORECASE)
+        assert found is None, f"{file}: {found[0]}"

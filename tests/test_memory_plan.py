@@ -307,7 +307,7 @@ def test_a_layer_that_is_not_chosen_yet_is_where_more_memory_is_taken(options, g
 def test_the_comparison_says_whether_first_order_fits_or_is_as_small(options, capsys, monkeypatch):
     options = [*options, "--model.layer=2"]
     _, (_, line) = planned(capsys, *options)  # nearly all of it is the program
-    assert line.endswith(" GiB, nearly the same: use it if the rows have labels")
+    assert line.endswith(" GiB, nearly the same: prefer it")
     monkeypatch.setattr("slzo.commands.plan.free_bytes", lambda device: 2**20)
     _, (_, line) = planned(capsys, *options)
     assert line.endswith(" GiB, more than the 0.000977 GiB that are free")

@@ -37,7 +37,7 @@ _REPLACED = {
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run takes over the best state of the run that it continues.
 
-    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric. Left out, ``mode`` is
+    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric. By default ``mode`` is
     max for a monitored metric whose larger values are better, such as val/accuracy, and min otherwise.
 
     Raises:

@@ -37,8 +37,8 @@ def generate(
             slzo predict writes.
         max_new_tokens: Length of each text, in tokens.
         untuned: Show the untuned model too.
-        candidates: Answers to compare, each with its leading space, such as [" yes", " no"]. Left out, those of the task that the
-            model was tuned on, if all of its rows have the same; [] for a text.
+        candidates: Answers to compare, each with its leading space, such as [" yes", " no"]; by default those of the task that
+            the model was tuned on, if all of its rows have the same; [] for a text.
         base: Base model of an exported folder, if the one that it names cannot be loaded.
         trust_remote_code: Run model code that comes with a Hub repository.
     """

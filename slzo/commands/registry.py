@@ -1,8 +1,8 @@
 """The commands by name; this module does not import torch.
 
 A command is a file ``slzo/commands/NAME.py`` with a function NAME, and a line in this list. The function's arguments are its
-options, and its docstring is their help. If the first argument is ``app``, the command also takes the options of trainer, model
-and data, and ``app`` holds the objects made from them.
+options, and its docstring is their help. With ``has_app``, the default, the command also takes the options of trainer, model and
+data, and the function's first argument is ``app``, which holds the objects made from them.
 """
 
 from collections.abc import Mapping

@@ -25,11 +25,11 @@ class Engine:
 
     Args:
         packed: Run batches without padding.
-        paired: Run both points of a query as one batch above the tuned layer; left out, for small batches only.
+        paired: Run both points of a query as one batch above the tuned layer; by default for small batches only.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
-        onednn: Run float32 linear layers on the CPU through oneDNN where no derivative is needed; left out, a short timing
-            decides.
+        onednn: Run float32 linear layers on the CPU through oneDNN where no derivative is needed; by default a short
+            timing decides.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
         share_prefix: With several processes, compute these states of a row in one process and send them to the others; false on

@@ -24,19 +24,19 @@ class ChatTask(Task):
 
     Args:
         train_file: JSON Lines, JSON, CSV or Parquet.
-        dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
-        test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
-        system: System prompt of rows without one; left out, the template may add its own.
+        dev_file: As ``train_file``; by default dev rows are drawn from the training rows.
+        test_file: As ``train_file``; by default held-out rows are drawn from the training rows.
+        system: System prompt of rows without one; by default the template may add its own.
         turns: Train on all of the assistant's turns, or on the last one only.
-        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain if it has none. Where it
-            writes today's date, rows have 26 July 2024, so that they are the same every day.
+        template: Chat template: chatml, plain, or a file with one; by default the tokenizer's, or plain if it has none. Where
+            it writes today's date, rows have 26 July 2024, so that they are the same every day.
         max_new_tokens: Longest generated answer, in tokens.
         stop: Texts that end a generated answer, in addition to the template's end of turn.
         metrics: Metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated answers f1,
             exact_match and other built-in rewards.
         name: Name of the task in logs and file names.
-        id_field: Field with a row's id for predictions and messages, unique over all files; left out, id, query_id or idx,
-            else the row's position.
+        id_field: Field with a row's id for predictions and messages, unique over all files; by default id, query_id or
+            idx, else the row's position.
 
     Raises:
         SlzoError: An argument is wrong.

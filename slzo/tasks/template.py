@@ -32,17 +32,17 @@ class TemplateTask(Task):
             Parquet), its names work too. A row label of -1, null, or an empty cell means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
         references_field: Generation: field with further accepted answers, a text or a list of texts.
-        stop: Generation: texts that end an answer; answers to train on end with the first one. Left out, a newline.
-        max_new_tokens: Generation: longest answer, in tokens; left out, 50.
+        stop: Generation: texts that end an answer; answers to train on end with the first one; by default a newline.
+        max_new_tokens: Generation: longest answer, in tokens; by default 50.
         metrics: Generation: metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated
-            answers f1, exact_match and other built-in rewards. Left out, f1 and exact_match; only the reward if the rows have
-            no answers.
+            answers f1, exact_match and other built-in rewards; by default f1 and exact_match, or only the reward if the rows
+            have no answers.
         train_file: JSON Lines, JSON, CSV or Parquet.
-        dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
-        test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
+        dev_file: As ``train_file``; by default dev rows are drawn from the training rows.
+        test_file: As ``train_file``; by default held-out rows are drawn from the training rows.
         name: Name of the task in logs and file names.
-        id_field: Field with a row's id for predictions and messages, unique over all files; left out, id, query_id or idx,
-            else the row's position.
+        id_field: Field with a row's id for predictions and messages, unique over all files; by default id, query_id or
+            idx, else the row's position.
 
     Raises:
         SlzoError: An argument is wrong.

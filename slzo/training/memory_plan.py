@@ -246,7 +246,7 @@ def format_first_order(
     for layer in layers:
         own, other = own_of(layer).plan(), other_of(layer).plan()
         fits = "" if free is None or other.needed <= free else f", more than the {_gib(free)} that are free"
-        close = ", nearly the same: use it if the rows have labels" if other.total <= _CLOSE * own.total else ""
+        close = ", nearly the same: prefer it" if other.total <= _CLOSE * own.total else ""
         name = "tuned" if layer is None else f"layer {layer}"
         lines.append(f"  {name:8s} {_gib(own.total):>12s} {_gib(other.total):>12s}{fits or close}")
     return "\n".join(lines)

@@ -61,13 +61,13 @@ class LayerOutputPerturbation(Estimator):
 
     Args:
         queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above and
-            the head. Left out, 16. For candidates whose tokens' directions are measured 4 for each layer above, at least 4 and
+            the head; by default 16. For candidates whose tokens' directions are measured 4 for each layer above, at least 4 and
             at most 16: near the end of the model these directions hold most of the gradient. For an objective that reads all
             logits itself 4, or 1 if it is also a sum over answer tokens.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
-            whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
-            objective that reads all logits itself. With a quantized head there is noise alone.
+            whatever the number. 0 for noise alone, whose mean is the gradient at these positions; by default 8, or 2 for
+            an objective that reads all logits itself. With a quantized head there is noise alone.
 
     Raises:
         SlzoError: An argument is out of range.

@@ -18,8 +18,8 @@ class CandidateCrossEntropy(CandidateObjective):
     """Cross-entropy over the candidates' scores, averaged over labelled examples: the loss of classification tasks (MeZO).
 
     Args:
-        class_weights: Weight of the rows of each candidate, in the candidates' order, for classes of unequal size; left out, all
-            rows count the same. The mean is over the weights. They also apply to dev and held-out losses.
+        class_weights: Weight of the rows of each candidate, in the candidates' order, for classes of unequal size; by
+            default all rows count the same. The mean is over the weights. They also apply to dev and held-out losses.
 
     Raises:
         SlzoError: A weight is not a number above 0.

@@ -36,16 +36,16 @@ class Reward(GenerationObjective):
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
             ({REWARDS}), package.module.function or file.py:function. In Python a
-            function may be given in place of its name; then all are called in this process, without a time limit. Left out,
-            those of data.reward.
+            function may be given in place of its name; then all are called in this process, without a time limit; by
+            default those of data.reward.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
-            step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
+            step and on all processes; 0: the likeliest tokens; by default 0.5 for several samples and 0 otherwise. Held-out
             rows get the likeliest tokens, so answers far from these teach little.
-        samples: Answers per training row; more than one needs a temperature above 0. Left out, 4 for a policy gradient and 1
+        samples: Answers per training row; more than one needs a temperature above 0; by default 4 for a policy gradient and 1
             otherwise.
         timeout: Seconds that a call of a function may take.
         in_process: Call the functions in this process, without a time limit.
-        best: The largest possible reward, which lr auto and the guard measure the distance to; left out, the sum of the
+        best: The largest possible reward, which lr auto and the guard measure the distance to; by default the sum of the
             weights above 0, for functions that return 0 to 1.
 
     Raises:

@@ -26,8 +26,8 @@ class ActivationSubspace(Scope):
     Args:
         rank: Directions per linear map, >= 1.
         target_modules: Names of the linear maps to tune, like down_proj; mlp_output is the MLP's last one, however it is
-            called; left out, all of the layer's.
-        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+            called; by default all of the layer's.
+        layers: Decoder layers, counted from 0, or all; by default the dominant layer.
     """
 
     def __init__(self, rank: int = 16, target_modules: list[str] | None = None, layers: Layers = None) -> None:

@@ -9,7 +9,7 @@ class AllParameters(Scope):
     """Every parameter of the text model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
 
     Args:
-        routers: Also tune the routers of a mixture of experts; left out, they are not tuned.
+        routers: Also tune the routers of a mixture of experts; by default they are not tuned.
     """
 
     layers = "all"

@@ -15,9 +15,9 @@ class LayerScope(Scope):
 
     Args:
         part: The whole layer, its attention, or its MLP.
-        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
-        routers: Also tune the router of a mixture of experts. Left out, it is not tuned: a changed router sends tokens to other
-            experts, and the loss jumps.
+        layers: Decoder layers, counted from 0, or all; by default the dominant layer.
+        routers: Also tune the router of a mixture of experts; by default it is not tuned, because a changed router sends tokens
+            to other experts, and the loss jumps.
     """
 
     def __init__(self, part: Part = "layer", layers: Layers = None, routers: bool = False) -> None:

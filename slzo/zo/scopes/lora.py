@@ -16,9 +16,9 @@ class LoRA(Scope):
     Args:
         rank: Rank of the matrices, >= 1.
         alpha: The product of the matrices is scaled by alpha / rank; above 0.
-        target_modules: Names of the linear maps to adapt, mlp_output for the MLP's last one; left out, peft's choice for the
-            architecture (query and value).
-        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+        target_modules: Names of the linear maps to adapt, mlp_output for the MLP's last one; by default peft's choice for
+            the architecture (query and value).
+        layers: Decoder layers, counted from 0, or all; by default the dominant layer.
     """
 
     def __init__(

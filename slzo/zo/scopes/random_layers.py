@@ -18,7 +18,7 @@ class RandomLayers(AllParameters):
 
     Args:
         fraction: Share of the decoder layers that a step perturbs, in (0, 1]; the paper typically drops 75% of the layers.
-        routers: Also tune the routers of a mixture of experts; left out, they are not tuned.
+        routers: Also tune the routers of a mixture of experts; by default they are not tuned.
     """
 
     def __init__(self, fraction: float = 0.25, routers: bool = False) -> None:

@@ -36,7 +36,7 @@ class Race(SelectionRule):
     Args:
         share: Largest cost of the race, as a share of the whole training in OutlierRemovingLayer's layer (in the lowest
             candidate if that layer is not a candidate), > 0; if it is too small for all, the lowest candidates are left out.
-        layers: Candidates, counted from 0; left out, the candidates named above.
+        layers: Candidates, counted from 0; by default the candidates named above.
     """
 
     def __init__(self, share: float = 0.25, layers: list[int] | None = None) -> None:
