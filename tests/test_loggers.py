@@ -110,7 +110,8 @@ def test_a_home_folder_and_variables_are_expanded(options, place, tmp_path, monk
     (folder,) = (tmp_path / "home" / "my runs").rglob("version_0")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
     assert main(["test", place, "--ckpt_path=best", "--data.num_test=4"]) == 0
-    assert main(["export", f"--ckpt_path=~/my runs{str(folder).partition('my runs')[2]}", "--output=~/out"]) == 0
+    assert main(["export", f"--ckpt_path=~/$OWN{str(folder).partition('my runs')[2]}", "--output=$HOME/out"]) == 0
+    assert (tmp_path / "home" / "out" / "README.md").is_file()
     assert not [path for path in Path().iterdir() if path.name[0] in "~$"]
 
 

@@ -173,6 +173,8 @@ def test_the_answers_of_a_classification_task_are_scored(tuned, model_dir, capsy
     assert found["tuned"] == expected != found["untuned"]
     assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
     assert generated(capsys, "--ckpt_path=merged", f"--base={model_dir}", f"--prompt={row['prompt']}") == found
+    line = error_line(capsys, "generate", "--ckpt_path=merged", f"--prompt={row['prompt']}")
+    assert "give a copy with --base, or --untuned false" in line
     own = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}", '--candidates=[" great", " terrible"]')
     assert own["tuned"].split(", ") == expected.split(", ")[::-1]
     assert main(["generate", "--ckpt_path=last", "--prompt=x", "--max_new_tokens=5"]) == 0

@@ -9,7 +9,7 @@ from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_
 from slzo.utils.console import rank_zero_info, rank_zero_print, rank_zero_warn
 from slzo.utils.environment import program_line
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import read_json
+from slzo.utils.files import expanded, read_json
 from slzo.utils.run_layout import ENVIRONMENT_FILE
 
 REPLAYED = "replay-"
@@ -137,7 +137,7 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
         return named_checkpoint(str(ckpt_path), root)[0]
     if not str(ckpt_path):
         raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
-    path = Path(ckpt_path).expanduser()
+    path = expanded(ckpt_path)
     if (path / "checkpoints").is_dir():
         last = newest_checkpoint(path, str(path))
         best = None if to_continue else _best_of(last)

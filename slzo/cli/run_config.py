@@ -37,7 +37,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     if has_config:
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
-    if runs and (config := Path(runs[-1]).expanduser() / CONFIG_FILE).is_file():
+    if runs and (config := expanded(runs[-1]) / CONFIG_FILE).is_file():
         return [_checked(config, args), *args]
     if not checkpoints:
         return list(args)
@@ -50,7 +50,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         found, run = named_checkpoint(checkpoint, folder)
         checkpoint = found.path
         args = [*args, f"--ckpt_path={checkpoint}"]
-    path = Path(checkpoint).expanduser()
+    path = expanded(checkpoint)
     is_run = (path / "checkpoints").is_dir()
     config = (path if is_run else run or run_folder_of(path)) / CONFIG_FILE
     if command.reads_run_config and (is_run or path.is_file()) and config.is_file():

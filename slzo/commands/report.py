@@ -8,7 +8,7 @@ from slzo.report.page import write_report
 from slzo.report.run_files import read_run
 from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError, one_line
-from slzo.utils.files import output_file
+from slzo.utils.files import expanded, output_file
 from slzo.utils.run_layout import REPORT_FILE
 
 
@@ -25,7 +25,7 @@ def report(runs: list[str], output: str | None = None) -> None:
     if not runs:
         raise SlzoError("runs: is empty; give one or more run folders, such as slzo report runs/version_0")
     given = None if output is None else output_file(output, "report.html")
-    folders = [Path(run).expanduser() for run in runs]
+    folders = [expanded(run) for run in runs]
     path = given or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
     try:
         write_report([read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)], path)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import pairwise
-from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +15,7 @@ from slzo.data.encoding import Encoder
 from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import RowError, SlzoError, one_line
+from slzo.utils.files import expanded
 
 DEFAULT_TEMPLATE = "plain"
 TEMPLATES: Mapping[str, str] = {
@@ -53,7 +53,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
     if name in TEMPLATES:
         return TEMPLATES[name], f"Using the chat template called {name}."
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8"), f"Using the chat template in {name}."
+        return expanded(name).read_text(encoding="utf-8"), f"Using the chat template in {name}."
     except (OSError, UnicodeDecodeError):
         raise SlzoError(
             f"data.task.template {name!r}: neither a known template nor a readable file; choose one of {', '.join(TEMPLATES)}, "

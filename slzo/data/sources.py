@@ -16,6 +16,7 @@ from slzo.tasks.base import Example, HubSource, Split, Task, example_of, rows_of
 from slzo.tasks.fields import Fields, check_characters, is_missing
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import RowError, SlzoError, one_line, short_repr
+from slzo.utils.files import expanded
 from slzo.utils.hub import split_revision
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("validation", "val")}
@@ -127,7 +128,7 @@ class RowSource:
             path = _existing(task.files[split], option)
             return str(path), read_file(path, bad), None
         if self.data_dir is not None:
-            path = _find_file(task, split, Path(self.data_dir).expanduser())
+            path = _find_file(task, split, expanded(self.data_dir))
             return str(path), _hub_fields(task, read_file(path, bad), bad), None
         if self.hub_path is None:
             own = rows_of(task, split)
@@ -196,7 +197,7 @@ def row_id(values: Fields, position: int, split: Split, field: str | None = None
 
 def _existing(file: str, option: str) -> Path:
     """Return the path of a file; raise SlzoError if there is none."""
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not path.is_file():
         reason = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
         raise SlzoError(f"{option} {str(path)!r}: {reason}")

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from slzo.training.resume import logged_options
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import output_file
+from slzo.utils.files import expanded, output_file
 from slzo.utils.pluralize import pluralize
 from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE
 from slzo.utils.settings import differences
@@ -34,7 +33,7 @@ def replay_run(
     Raises:
         SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.
     """
-    folder = Path(run).expanduser()
+    folder = expanded(run)
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, runs/version_N")
     # a run from Python has no config

@@ -38,7 +38,7 @@ class CellStore:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.folder = Path(expanded(folder))
+        self.folder = expanded(folder)
         self._settings = json.loads(json.dumps(settings))
         path = self.folder / _SETTINGS_FILE
         if path.is_file() and _is_used(self.folder):
@@ -124,7 +124,7 @@ def check_results(folder: str | Path, known: Mapping[str, Any]) -> None:
     Raises:
         SlzoError: The folder holds results of other settings.
     """
-    folder, now = Path(expanded(folder)), json.loads(json.dumps(known))
+    folder, now = expanded(folder), json.loads(json.dumps(known))
     path = folder / _SETTINGS_FILE
     if path.is_file() and _is_used(folder):
         before = read_json(path, _REMOVE)

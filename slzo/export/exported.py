@@ -17,7 +17,7 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model
 from slzo.models.origin import loadable
 from slzo.utils.errors import SlzoError, one_line
-from slzo.utils.files import read_json
+from slzo.utils.files import expanded, read_json
 
 _EXPORT_AGAIN = "export it again"
 
@@ -37,7 +37,7 @@ class Exported:
     @classmethod
     def at(cls, path: str | Path) -> Self | None:
         """Return the export in a folder; ``None`` if there is none."""
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         if not any((folder / name).is_file() for name in (FACTS_FILE, ADAPTER_CONFIG_FILE)):
             return None
         return cls(folder, read_json(folder / FACTS_FILE, _EXPORT_AGAIN))

@@ -17,7 +17,7 @@ from slzo.models.origin import origin_of
 from slzo.models.quantization import method_of
 from slzo.utils.console import rank_zero_print
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import check_writable, replacing, write_json
+from slzo.utils.files import check_writable, expanded, replacing, write_json
 from slzo.zo.tuned_model import TunedModel
 
 FORMATS: Mapping[str, ExportFormat] = {"adapter": ADAPTER, "merged": MERGED, "delta": DELTA}
@@ -55,7 +55,7 @@ def export_checkpoint(
     """
     if format is not None and format not in FORMATS:
         raise SlzoError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
-    target = Path(output).expanduser()
+    target = expanded(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
     if target.resolve() == Path.cwd():

@@ -51,7 +51,7 @@ class RunLogger(_OwnFolder, TensorBoardLogger):
     def __init__(self, save_dir: str = RUNS, name: str = "", version: int | str | None = None, **options: Any) -> None:
         check_local("trainer.logger.save_dir", save_dir)
         # TensorBoardLogger would do so for some of its files only
-        super().__init__(expanded(save_dir), name, version, **{"default_hp_metric": False, **options})
+        super().__init__(str(expanded(save_dir)), name, version, **{"default_hp_metric": False, **options})
         self._given = version is not None
 
 
@@ -63,7 +63,7 @@ class FolderLogger(_OwnFolder, CSVLogger):
     """
 
     def __init__(self, save_dir: str) -> None:
-        super().__init__(expanded(save_dir), "")
+        super().__init__(str(expanded(save_dir)), "")
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -151,7 +151,7 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
         SlzoError: The folder cannot be made, or a given version already exists.
     """
     check_inside("trainer.logger.version", str(version), _SET_FOLDER)
-    folder = Path(expanded(root))
+    folder = expanded(root)
     while True:
         own = folder / (version if isinstance(version, str) else f"version_{version}")
         try:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from slzo.models.decoder_layers import find_decoder_layers, layer_of
 from slzo.models.engine import Engine
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import expanded
 from slzo.utils.runtime import free_bytes
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class DeviceMapOptions:
         if self.offload_folder is None:
             return None
         try:
-            folder = Path(self.offload_folder).expanduser()
+            folder = expanded(self.offload_folder)
             folder.mkdir(parents=True, exist_ok=True)
             return tempfile.TemporaryDirectory(prefix="layers-", dir=folder)
         except OSError as error:

@@ -24,6 +24,7 @@ from slzo.models.gguf_folder import gguf_to_folder
 from slzo.models.loading_check import check_config_file, check_loading, reason_of
 from slzo.models.quantization import Quantization, method_of_config, missing_package, quantization_config
 from slzo.utils.errors import SlzoError, check_choice
+from slzo.utils.files import expanded
 from slzo.utils.hub import HUB_ID, fetch_weights, model_folder, split_revision
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def resolve_model(name: str, tokenizer_only: bool = False) -> str:
         )
     if name in BUILTIN_MODELS:
         return str(BUILTIN_MODELS[name].folder())
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SlzoError(f"model.model {name!r}: no such GGUF file; check the path")

@@ -15,7 +15,7 @@ from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
 from slzo.utils.assets import sha256_of
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import read_json
+from slzo.utils.files import expanded, read_json
 from slzo.utils.hub import HUB, HUB_ID, model_commit, repository_of
 
 # models under the Gemma terms; later Gemma models have another licence
@@ -69,7 +69,7 @@ def origin_of(model: str, given: str | None = None) -> Origin:
     name: str | None
     licence: Licence | None = None
     gguf: tuple[str, str] | None = None
-    path, folder = Path(model).expanduser(), Path(resolve_model(model))
+    path, folder = expanded(model), Path(resolve_model(model))
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
         name, licence = builtin.hub_id, builtin.licence

@@ -3,13 +3,13 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch, TokenBatch
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import expanded
 
 _BLOCK_BYTES = 64 * 2**20
 # An example larger than this share of a block gets its own allocation.
@@ -173,7 +173,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
     """
     num_bytes = size * dtype.itemsize
     try:
-        with tempfile.NamedTemporaryFile(dir=Path(directory).expanduser(), prefix="prefix-cache-") as file:
+        with tempfile.NamedTemporaryFile(dir=expanded(directory), prefix="prefix-cache-") as file:
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # writing to a mapped file on a full disk kills the process
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     except OSError as error:
@@ -185,7 +185,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
 
 def check_cache_folder(directory: str) -> None:
     """Create the folder; raise SlzoError if it cannot be written."""
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(folder, os.W_OK) else "no write permission"

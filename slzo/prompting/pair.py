@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from slzo.tasks.fields import check_characters
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import expanded
 from slzo.utils.pluralize import pluralize
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -117,7 +117,7 @@ def load_pair(path: str, *, base: str | None = None, untuned: bool = True, trust
             f"base {base!r}: {path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
         )
     else:
-        checkpoint = find_checkpoint(Path(path).expanduser(), RUNS)
+        checkpoint = find_checkpoint(expanded(path), RUNS)
         metadata = checkpoint.metadata
         tokenizer, models = _of_checkpoint(checkpoint, trust_remote_code)
     if number := metadata.get("num_demonstrations"):
@@ -169,13 +169,16 @@ def _of_export(exported: Exported, base: str | None, untuned: bool, trust_remote
 
 def _base_of(exported: Exported, base: str | None, trust_remote_code: bool) -> tuple[str, PreTrainedModel]:
     """Return name and model of the base of an exported folder."""
-    name = exported.base_name("base") if base is None else base
+    without = ", or --untuned false" if exported.is_whole else ""
+    try:
+        name = exported.base_name("base") if base is None else base
+    except SlzoError as error:
+        raise SlzoError(f"{error}{without}") from error
     try:
         model = load_model(name, exported.dtype, trust_remote_code)
     except SlzoError as error:
         if base is not None:
             raise
-        without = ", or --untuned false" if exported.is_whole else ""
         raise SlzoError(f"{error}; or give the base model of {str(exported.folder)!r} with --base{without}") from error
     exported.check_base(model, "base")
     return name, model

@@ -6,6 +6,7 @@ from slzo.data.files import json_object
 from slzo.tasks.base import Example
 from slzo.tasks.messages import read_messages
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import expanded
 
 _TABLES = (".csv", ".tsv", ".parquet")
 
@@ -26,7 +27,7 @@ def read_prompts(path: str) -> list[Example]:
         raise SlzoError(f"prompts {path!r}: is a table; give a text file with one prompt per line, or JSON Lines")
     try:
         # not splitlines(): JSON strings may contain other line separators, such as U+2028
-        lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n"), 1)
+        lines = enumerate(expanded(path).read_text(encoding="utf-8-sig").split("\n"), 1)
     except (OSError, UnicodeDecodeError) as error:
         raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
     filled = [(f"{path}:{number}", line) for number, line in lines if line.strip()]

@@ -14,6 +14,7 @@ from typing import Any
 from slzo.rewards.registry import REWARDS, RewardFunction
 from slzo.utils.class_paths import format_error, format_place, raised, required_arguments
 from slzo.utils.errors import Interrupted, short_repr
+from slzo.utils.files import expanded
 
 MAX_REWARD = 1e30
 """The largest weighted reward; sums of these still fit into float32."""
@@ -94,7 +95,7 @@ def code_file(name: str) -> Path | None:
         return None
     where, _ = split_name(name)
     if where.endswith(".py"):
-        return Path(where).expanduser()
+        return expanded(where)
     found = importlib.util.find_spec(where)
     return None if found is None or not found.has_location else Path(str(found.origin))
 
@@ -131,7 +132,7 @@ def _find(name: str) -> RewardFunction:
         return REWARDS[name]
     where, attribute = split_name(name)
     try:
-        module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        module = _run_file(expanded(where)) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         reason = f"{where} cannot be imported ({format_error(error)}){format_place(error)}"
         raise RewardFailure(name, reason) from error

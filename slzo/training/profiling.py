@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
 from slzo.batches.packing import PackedBatch
@@ -13,6 +12,7 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.task_data import TaskData
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.files import expanded
 from slzo.utils.pluralize import pluralize
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
@@ -37,7 +37,7 @@ class ProfileOptions:
         check_at_least(
             "profiler.num_sequences", self.num_sequences, MIN_SEQUENCES, "the average of fewer is not reliable"
         )
-        if self.text_file is not None and not (path := Path(self.text_file).expanduser()).is_file():
+        if self.text_file is not None and not (path := expanded(self.text_file)).is_file():
             found = "is a folder" if path.is_dir() else "no such file"
             raise SlzoError(
                 f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence per line"
@@ -149,7 +149,7 @@ def _batches(data: TaskData, options: ProfileOptions) -> list[PackedBatch]:
     if options.text_file is None:
         return data.profile_batches(options.num_sequences)
     try:
-        text = Path(options.text_file).expanduser().read_text(encoding="utf-8")
+        text = expanded(options.text_file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SlzoError(
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"

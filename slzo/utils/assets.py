@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from slzo.utils.console import print_status
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import hidden_folder
+from slzo.utils.files import expanded, hidden_folder
 from slzo.utils.pip_download import download_wheel
 from slzo.utils.signals import signals_held
 
@@ -56,9 +56,9 @@ def cache_dir() -> Path:
     It is ``$SLZO_CACHE``, ``$XDG_CACHE_HOME/slzo`` or ``~/.cache/slzo``, in this order.
     """
     if own := os.environ.get("SLZO_CACHE"):
-        return Path(own).expanduser().absolute()
+        return expanded(own).absolute()
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "slzo"
+        return expanded(shared).absolute() / "slzo"
     return Path.home() / ".cache" / "slzo"
 
 

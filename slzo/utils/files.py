@@ -19,9 +19,9 @@ PARTIAL = ".slzo-partial"
 """Suffix of the hidden folders in which files are written."""
 
 
-def expanded(path: str | Path) -> str:
+def expanded(path: str | Path) -> Path:
     """Return a path with the user's home folder for ``~``, and values for variables such as ``$SCRATCH``."""
-    return str(Path(os.path.expandvars(path)).expanduser())
+    return Path(os.path.expandvars(path)).expanduser()
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def output_file(path: str | Path, example: str) -> Path:
     Raises:
         SlzoError: It is not a file, or cannot be written.
     """
-    found = Path(path).expanduser()
+    found = expanded(path)
     if not str(path) or found.is_dir():
         raise SlzoError(f"output {str(path)!r}: not a file; give one such as {example}")
     check_writable(found)

@@ -4,11 +4,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from slzo.rewards.answers import text_of
 from slzo.utils.class_paths import format_error
+from slzo.utils.files import expanded
 
 _FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL | re.IGNORECASE)
 
@@ -64,7 +64,7 @@ def _refuse(constant: str) -> None:
 def _validator(schema: str) -> Any:
     from jsonschema.validators import validator_for
 
-    text = schema if schema.lstrip().startswith("{") else Path(schema).expanduser().read_text(encoding="utf-8")
+    text = schema if schema.lstrip().startswith("{") else expanded(schema).read_text(encoding="utf-8")
     content = json.loads(text)
     kind = validator_for(content)
     kind.check_schema(content)
