@@ -101,6 +101,7 @@ def prepare(
         auto = None if checkpoint is None else restored_rate(checkpoint.metadata["auto_step"], options)
         stepper, time_plan = _stepper(model, options, data, run, auto, scheduler_state)
         if checkpoint is not None:
+            # a rate that was measured now adds its evaluations to those of the checkpoint
             measured = stepper.num_evaluations if auto is None else 0
             stepper.load_state_dict(checkpoint.metadata)
             stepper.num_evaluations += measured

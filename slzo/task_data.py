@@ -85,8 +85,8 @@ class TaskData:
         predict_file: File with rows for predict, in place of the held-out ones; they need no labels.
         num_train: Training rows.
         num_dev: Dev rows, taken from the training split; by default the task's own number.
-        num_test: Held-out rows, taken from the validation split; null takes all of them. Of a task with only a train_file, a
-            fifth of its rows is kept for them.
+        num_test: Held-out rows, taken from the validation split; null takes all of them. If a task has only a train_file,
+            a fifth of its rows is held out.
         batch_size: Training rows per step and process.
         tokens_per_pass: Largest number of tokens of a training batch per forward pass; by default all of them. A larger batch is
             run in parts, with the same result up to rounding.

@@ -49,7 +49,7 @@ WRONG = """
 --model.scope=LayerScope --model.scope.layers=[] | model.scope.layers []: give at least one layer
 --model.scope=SmallestWeights --model.scope.fraction=2 | model.scope.fraction 2.0: the share of weights must be above 0
 --model.scope=nope.Nope | model.scope 'nope.Nope': nope cannot be imported
---model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': has another type; give a class such as ActivationSubspace
+--model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': is not one of the expected classes; give one such as ActivationSubspace
 --model.scope=3 | model.scope '3': no such class
 --model.scope='{"class_path": "LoRA", "init_args": {"rank": 0}}' | model.scope.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
@@ -97,7 +97,7 @@ WRONG = """
 --model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
 --model.optimizer=LBFGS | model.optimizer LBFGS: cannot take
 --model.optimizer=Muon | model.optimizer Muon: cannot take
---model.optimizer=SGD --model.optimizer.maximize=true | model.optimizer.maximize true: raises the loss
+--model.optimizer=SGD --model.optimizer.maximize=true | model.optimizer.maximize true: maximizes the loss
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (the run takes 8 steps)
@@ -190,8 +190,8 @@ WRONG = """
 --trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
 --trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
 --trainer.max_time=x | trainer.max_time 'x': not a time; give DD:HH:MM:SS
---trainer.max_time.seconds=-5 | trainer.max_time {'seconds': -5}: no time; give DD:HH:MM:SS
---trainer.max_time.seconds=0 | trainer.max_time {'seconds': 0}: no time; give DD:HH:MM:SS
+--trainer.max_time.seconds=-5 | trainer.max_time {'seconds': -5}: must be longer than 0; give DD:HH:MM:SS
+--trainer.max_time.seconds=0 | trainer.max_time {'seconds': 0}: must be longer than 0; give DD:HH:MM:SS
 --trainer.log_every_n_steps=-1 | trainer.log_every_n_steps -1: must be at least 0
 --trainer.fast_dev_run=-1 | trainer: fast_dev_run=-1 is not a valid configuration
 --trainer.profiler=x | trainer: When passing string value for the `profiler`
@@ -240,8 +240,8 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.nope=1 | data.nope: unknown option
 --profiler.rule=slzo.zo.selection.SelectionRule | profiler.rule 'slzo.zo.selection.SelectionRule': does not define select (docs
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
---profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': has another type; give a class such as Auto
---profiler.rule=slzo.zo.scopes.Scope | profiler.rule 'slzo.zo.scopes.Scope': has another type
+--profiler.rule=slzo.zo.estimators.SPSA | profiler.rule 'slzo.zo.estimators.SPSA': is not one of the expected classes; give one such as Auto
+--profiler.rule=slzo.zo.scopes.Scope | profiler.rule 'slzo.zo.scopes.Scope': is not one of the expected classes
 --model.estimator=OneSided --model.estimator.noise=x | model.estimator.noise: unknown option of the chosen class OneSided, which has none
 --model.estimator=./own.Signs | model.estimator './own.Signs': no such class
 --model.estimator.num_queries=2 | model.estimator.num_queries: unknown option of the chosen class SPSA, which has none; did you mean model.num_queries?
@@ -277,9 +277,9 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=rule.yaml | profiler []: a group of options takes no value
 --config=outside.yaml | --config 'outside.yaml', line 2: rank: belongs below init_args, as in {class_path: LoRA, init_args: {rank: ...}}
 --config=yes.yaml | --config 'yes.yaml', line 4: candidates: YAML reads yes, no, on, off, true and false without quotes
-TEMPLATE --data.task.prompt={sentence} --data.task.name=../../esc | data.task.name '../../esc': folders of results are called after it
-TEMPLATE --data.task.prompt={sentence} --data.task.name=.. | data.task.name '..': folders of results are called after it
-TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': folders of results are called after it
+TEMPLATE --data.task.prompt={sentence} --data.task.name=../../esc | data.task.name '../../esc': result folders are named after it
+TEMPLATE --data.task.prompt={sentence} --data.task.name=.. | data.task.name '..': result folders are named after it
+TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': result folders are named after it
 --checkpoint.filename=../../esc | checkpoint.filename '../../esc': leads out of its folder
 --checkpoint.filename=/esc | checkpoint.filename '/esc': leads out of its folder
 --trainer.logger.version=../../esc | trainer.logger.version '../../esc': leads out of its folder
@@ -424,7 +424,7 @@ def test_a_name_that_is_a_number_is_found_in_the_file(own_folder, capsys, text, 
 def test_a_word_without_its_option_is_explained(own_folder, capsys, command, option):
     Path("folder").mkdir()
     line = error_line(capsys, *command.split())
-    assert f"belongs to no option; write it as --OPTION VALUE, such as --{option}" in line
+    assert f"is not an option; write it as --OPTION VALUE, such as --{option}" in line
 
 
 def test_a_time_without_quotes_is_explained(own_folder, capsys):

@@ -22,10 +22,10 @@ from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least
 from slzo.utils.files import check_inside, copy_file
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, LAST_FILE
 from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
 AUTO_MONITOR = "auto"
-LAST = "last.ckpt"
 _REPLACED = {
     "save_last": "last_checkpoint writes last.ckpt; leave it out",
     "save_on_train_epoch_end": "only validated states are saved; leave it out",
@@ -233,9 +233,9 @@ class LastCheckpoint(Checkpoint):
             self._keep_resumed(trainer)
         elif self._final_step != trainer.global_step:  # another callback has ended the training
             if self._saved_step != trainer.global_step:
-                trainer.save_checkpoint(folder / LAST, weights_only=False)
+                trainer.save_checkpoint(folder / LAST_FILE, weights_only=False)
         elif trainer.is_global_zero and self._final is not None:
-            self._final.replace(folder / LAST)
+            self._final.replace(folder / LAST_FILE)
         self._saved_step = trainer.global_step  # for an error in a later hook
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -278,9 +278,9 @@ class LastCheckpoint(Checkpoint):
         if always or self._stop or by_steps or is_time:
             folder = _folder(trainer)
             if folder is not None:
-                trainer.save_checkpoint(folder / LAST, weights_only=False)
+                trainer.save_checkpoint(folder / LAST_FILE, weights_only=False)
                 self._saved_step = step
-                self.saved = folder / LAST
+                self.saved = folder / LAST_FILE
             self._saved_at = time.monotonic()
 
     def _keep_resumed(self, trainer: Trainer) -> None:
@@ -292,15 +292,15 @@ class LastCheckpoint(Checkpoint):
         if folder is None or self.saved is not None or trainer.ckpt_path is None or not trainer.is_global_zero:
             return
         resumed = Path(trainer.ckpt_path)
-        if resumed.is_file() and not (folder / LAST).exists():
+        if resumed.is_file() and not (folder / LAST_FILE).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            copy_file(resumed, folder / LAST)
+            copy_file(resumed, folder / LAST_FILE)
 
     def _save_final(self, trainer: Trainer) -> None:
         """Save the state after the last step, and stop if a signal came."""
         folder = _folder(trainer)
         if folder is not None:
-            self._final = folder / f"{LAST}.final"
+            self._final = folder / f"{LAST_FILE}.final"
             trainer.save_checkpoint(self._final, weights_only=False)
             self._final_step = trainer.global_step
         self._signals.waits = False
@@ -312,4 +312,4 @@ class LastCheckpoint(Checkpoint):
 def _folder(trainer: Trainer) -> Path | None:
     """Return the folder of the checkpoints; ``None`` if nothing is written. A collective call."""
     folder = folder_of(trainer)
-    return None if folder is None else folder / "checkpoints"
+    return None if folder is None else folder / CHECKPOINTS_FOLDER

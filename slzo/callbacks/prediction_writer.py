@@ -11,6 +11,7 @@ from slzo.utils.console import rank_zero_print
 from slzo.utils.files import output_file, replacing
 from slzo.utils.pluralize import pluralize
 from slzo.utils.process_group import gather_from_processes
+from slzo.utils.run_layout import PREDICTIONS_FILE
 
 
 class PredictionWriter(Callback):
@@ -24,7 +25,7 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, output: str | None = None) -> None:
-        self.output = None if output is None else output_file(output, "predictions.jsonl")
+        self.output = None if output is None else output_file(output, PREDICTIONS_FILE)
         self._records: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,7 +38,7 @@ class PredictionWriter(Callback):
         zo_module(pl_module).parts.placement.barrier()
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = folder / "predictions.jsonl" if self.output is None else self.output
+        path = folder / PREDICTIONS_FILE if self.output is None else self.output
         if not trainer.is_global_zero:
             return
         with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.callbacks.checkpoints import LAST, LastCheckpoint
+from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.callbacks.hooks import zo_module
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.fit import finish, score_test_rows
@@ -25,7 +25,7 @@ from slzo.training.time_plan import Passes
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.environment import environment
 from slzo.utils.files import write_json
-from slzo.utils.run_layout import ENVIRONMENT_FILE, HISTORY_FILE
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, ENVIRONMENT_FILE, HISTORY_FILE, LAST_FILE
 from slzo.utils.runtime import peak_memory_gb
 
 _LEFT_OUT = {
@@ -160,7 +160,7 @@ class RunRecord(Callback):
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
         last = None
         if folder is not None and callback_of(trainer, LastCheckpoint) is not None:
-            last = str(folder / "checkpoints" / LAST)
+            last = str(folder / CHECKPOINTS_FOLDER / LAST_FILE)
         by_steps = 0 < trainer.max_steps <= trainer.global_step or (trainer.max_epochs or 0) <= 0
         limit = "max_steps" if by_steps else "max_epochs"
         return FitOutcome(

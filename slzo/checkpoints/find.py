@@ -10,7 +10,7 @@ from slzo.utils.console import rank_zero_info, rank_zero_print, rank_zero_warn
 from slzo.utils.environment import program_line
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded, read_json
-from slzo.utils.run_layout import ENVIRONMENT_FILE
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, ENVIRONMENT_FILE
 
 REPLAYED = "replay-"
 """Beginning of the names of checkpoints that were rebuilt from a log."""
@@ -138,7 +138,7 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
     if not str(ckpt_path):
         raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
     path = expanded(ckpt_path)
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS_FOLDER).is_dir():
         last = newest_checkpoint(path, str(path))
         best = None if to_continue else _best_of(last)
         return last if best is None else read_checkpoint(best)
@@ -175,7 +175,7 @@ def best_file(saved: str, checkpoint: str | Path) -> Path:
     places = [folder / path.name, run_folder_of(checkpoint).parent.joinpath(*path.parts[-3:])]
     if path.is_absolute():
         places.insert(0, path)
-    elif folder.name != "checkpoints":
+    elif folder.name != CHECKPOINTS_FOLDER:
         places.append(path)
     return next((place for place in places if place.is_file()), path)
 
@@ -184,7 +184,7 @@ def checkpoint_of_job(root: str | Path, job: str) -> Checkpoint | None:
     """Read the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
     mine = (job, program_line())  # a job may run several commands
     found = [folder for folder in _folders_below(root) if _job_of(folder / ENVIRONMENT_FILE) == mine]
-    found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
+    found = [folder for folder in found if any((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"))]
     if not found:
         return None
     checkpoint = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))

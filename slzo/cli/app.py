@@ -48,6 +48,14 @@ class App:
         """The device of this process."""
         return self.trainer.strategy.root_device
 
+    def check_one_process(self, command: str) -> None:
+        """Raise SlzoError if the trainer has several processes; ``command`` is the name of a command that uses one."""
+        if (number := self.trainer.world_size) > 1:
+            raise SlzoError(
+                f"trainer.devices, trainer.num_nodes: make {number} processes, and slzo {command} runs on one device; set both "
+                "to 1"
+            )
+
     def set_up_data(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
         self.datamodule.trainer = self.trainer

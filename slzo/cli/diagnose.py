@@ -271,7 +271,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
             if inspect.isabstract(kind) and issubclass(kind, bases):
                 missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
                 return f"{name} {shown}: does not define {missing} (docs/extending.md)"
-            return f"{name} {shown}: has another type; give a class such as {listed}"
+            return f"{name} {shown}: is not one of the expected classes; give one such as {listed}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"
         return f"{name} {shown}: no such class; {advice} one of {listed}, or give the full path of your own class"

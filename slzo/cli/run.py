@@ -41,7 +41,7 @@ def _run(command: Command, words: Sequence[str]) -> None:
             takes = signature(command_function(command)).parameters
             option = next((name for name in ("ckpt_path", "run") if name in takes), "config")
             value = str(Path(first, CONFIG_FILE)) if option == "config" and Path(first).is_dir() else first
-        raise SlzoError(f"{first!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {value}")
+        raise SlzoError(f"{first!r}: is not an option; write it as --OPTION VALUE, such as --{option} {value}")
     try:
         folder = str(Path.cwd())
     except FileNotFoundError as error:

@@ -15,7 +15,7 @@ from slzo.export.facts import FACTS_FILE
 from slzo.utils.config_code import TRUST, code_in
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
-from slzo.utils.run_layout import CONFIG_FILE
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 
 
 def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
@@ -51,7 +51,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         checkpoint = found.path
         args = [*args, f"--ckpt_path={checkpoint}"]
     path = expanded(checkpoint)
-    is_run = (path / "checkpoints").is_dir()
+    is_run = (path / CHECKPOINTS_FOLDER).is_dir()
     config = (path if is_run else run or run_folder_of(path)) / CONFIG_FILE
     if command.reads_run_config and (is_run or path.is_file()) and config.is_file():
         return [_checked(config, args), *args]

@@ -9,7 +9,6 @@ from slzo.lightning.loggers import run_folder
 from slzo.lightning.run_context import run_context
 from slzo.report.profile_files import PLOT, profile_content, write_profile
 from slzo.utils.console import rank_zero_print, rank_zero_warn
-from slzo.utils.errors import SlzoError
 
 
 def profile(app: App) -> None:
@@ -21,11 +20,7 @@ def profile(app: App) -> None:
     Raises:
         SlzoError: The trainer has several devices, or the rule finds no layer.
     """
-    if app.trainer.world_size > 1:
-        raise SlzoError(
-            f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and slzo profile runs on one device; "
-            "set both to 1"
-        )
+    app.check_one_process("profile")
     if app.model.options.layer is not None:
         rank_zero_warn(
             f"model.layer {app.model.options.layer}: is not used, because slzo profile chooses a layer by profiler.rule"

@@ -52,11 +52,7 @@ def sweep(
     """
     options = app.model.options
     own_seeds = (options.noise_seed,) if seeds is None else tuple(seeds)
-    if app.trainer.world_size > 1:
-        raise SlzoError(
-            f"trainer.devices, trainer.num_nodes: make {app.trainer.world_size} processes, and a sweep runs each training on one "
-            "device; set both to 1"
-        )
+    app.check_one_process("sweep")
     plan: SweepPlan | RatePlan
     if lrs is not None or eps is not None:
         of_layers = {"layers": layers, "seconds": seconds, "directions": directions}
@@ -98,5 +94,5 @@ def _check_dev_rows(data: TaskData) -> None:
     if data.reward is None and not any(row.example.is_labelled for row in data.rows("dev")):
         what = "none of the dev rows has a label" if data.rows("dev") else "there are none"
         raise SlzoError(
-            f"data.num_dev {data.num_dev}: trainings are compared on dev rows, and {what}; give labelled ones"
+            f"data.num_dev {data.num_dev}: trainings are compared by their dev loss, and {what}; give labelled ones"
         )

@@ -252,7 +252,7 @@ class LayerTrials(Trials):
         """
         step = self.options.step if eps is None else replace(self.options.step, eps=eps)
         # the trial itself ends at an infinite loss
-        options = replace(self.options, step=step, seed=seed, max_nonfinite=1 << 60)
+        options = replace(self.options, step=step, seed=seed, max_nonfinite=None)
         sets_rate = lr is None and options.optimizer.automatic
         auto, started = None, time.perf_counter()
         if sets_rate or options.measures_eps:

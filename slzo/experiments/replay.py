@@ -1,7 +1,6 @@
 """Rebuild the tuned weights of a run at any step from the losses in its log."""
 
 import shlex
-import sys
 
 import torch
 
@@ -17,7 +16,7 @@ from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded, output_file
 from slzo.utils.pluralize import pluralize
-from slzo.utils.run_layout import CONFIG_FILE, ENVIRONMENT_FILE
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE
 from slzo.utils.settings import differences
 from slzo.zo.stepper import Stepper
 
@@ -52,7 +51,7 @@ def replay_run(
             f"{device_name(device)}; replay it on {trained_on}"
         )
     name = f"{REPLAYED}step={number}.ckpt"
-    path = output_file(folder / "checkpoints" / name if output is None else output, name)
+    path = output_file(folder / CHECKPOINTS_FOLDER / name if output is None else output, name)
     if path.is_file() and not path.name.startswith(REPLAYED):
         raise SlzoError(f"output {output!r}: exists, and a replayed checkpoint cannot be continued; give another path")
     start = read_checkpoint(folder / START)
@@ -72,14 +71,14 @@ def replay_run(
         seed=start.metadata["noise_seed"],
         auto=restored_rate(start.metadata["auto_step"], options),
         sets_rate=options.optimizer.automatic,
-        max_nonfinite=sys.maxsize,  # also for a run that diverged
+        max_nonfinite=None,  # also for a run that diverged
     )
     _take_steps(stepper, options, log, number)
     metadata, masters = {**start.metadata, **stepper.state_dict()}, stepper.model.tensors.clone_masters()
     write_checkpoint({**start.content, "global_step": number, "slzo": metadata, "state_dict": masters}, path)
     rank_zero_print(f"Checkpoint {path}, the tuned weights after {pluralize(number, 'step')}")
     config = folder / CONFIG_FILE
-    if config.is_file() and path.resolve().parent != (folder / "checkpoints").resolve():
+    if config.is_file() and path.resolve().parent != (folder / CHECKPOINTS_FOLDER).resolve():
         rank_zero_print(
             f"It is outside of the run's folder: for test and predict, give {shlex.join(['--config', str(config)])} too"
         )

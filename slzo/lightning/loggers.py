@@ -14,6 +14,7 @@ from slzo.checkpoints.find import RUNS
 from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_inside, check_local, disk_errors, expanded, remove_folder, remove_leftovers
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER
 
 _SET_FOLDER = "set the folder with trainer.logger.save_dir"
 
@@ -140,7 +141,7 @@ def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
         _take(logger.root_dir, logger.version, given=True)
     for run in folder.parent.glob("version_*"):
         remove_leftovers(run)
-        remove_leftovers(run / "checkpoints")
+        remove_leftovers(run / CHECKPOINTS_FOLDER)
     return folder
 
 

@@ -40,6 +40,7 @@ from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line, short_repr
 from slzo.utils.files import check_local
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER
 from slzo.utils.signals import interrupts_restored
 from slzo.utils.slurm import is_restarted, job_id
 
@@ -166,7 +167,7 @@ class ZOTrainer(Trainer):
         folder = folder_of(self)
         self._has_fitted = True
         # absolute, since a script may change the current folder
-        self._fitted = folder.absolute() if folder is not None and (folder / "checkpoints").is_dir() else None
+        self._fitted = folder.absolute() if folder is not None and (folder / CHECKPOINTS_FOLDER).is_dir() else None
 
     @property
     def log_dir(self) -> str | None:

@@ -77,7 +77,9 @@ def _seconds(name: str, value: Any) -> float:
             f"trainer.{name} {value!r}: not a time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes, or {{minutes: 10}}"
         ) from error
     if seconds is None or seconds <= 0:
-        raise SlzoError(f"trainer.{name} {value!r}: no time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes")
+        raise SlzoError(
+            f"trainer.{name} {value!r}: must be longer than 0; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes"
+        )
     return seconds
 
 

@@ -14,6 +14,7 @@ from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import dev_loss, is_doubtful, other_scores, score_change, score_error, verdict
 from slzo.utils.pluralize import pluralize
+from slzo.utils.run_layout import CHECKPOINTS_FOLDER, PREDICTIONS_FILE
 from slzo.utils.sampling_error import plus_minus
 
 
@@ -84,9 +85,11 @@ def use_commands(run: RunFacts) -> list[str]:
     if best is None:
         return []
     # a checkpoint outside of its run's folder does not lead to the config
-    is_found = run.folder is not None and Path(best).absolute().parent == Path(run.folder).absolute() / "checkpoints"
+    is_found = (
+        run.folder is not None and Path(best).absolute().parent == Path(run.folder).absolute() / CHECKPOINTS_FOLDER
+    )
     config = ("--config", run.config) if run.config is not None and (run.own_code or not is_found) else ()
-    rows = (("test", config, ()), ("predict", config, ("--output", "predictions.jsonl")))
+    rows = (("test", config, ()), ("predict", config, ("--output", PREDICTIONS_FILE)))
     trust = ("--trust_remote_code", "true") if run.trusts_code else ()
     ways = (
         *(rows if run.config is not None else ()),

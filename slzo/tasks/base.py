@@ -188,7 +188,7 @@ def check_task(task: Task) -> None:
         or any(char in "/\\" or not char.isprintable() for char in name)
     ):
         raise SlzoError(
-            f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
+            f"data.task.name {name!r}: result folders are named after it; give a name without slashes, line breaks and "
             "a leading dot"
         )
 

@@ -39,12 +39,13 @@ class TrainingOptions:
     seed: int | None
     parallel: Parallel
     engine: Engine
-    max_nonfinite: int
+    max_nonfinite: int | None
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DType)
-        check_at_least("model.max_nonfinite", self.max_nonfinite)
+        if self.max_nonfinite is not None:
+            check_at_least("model.max_nonfinite", self.max_nonfinite)
         if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
             raise SlzoError(
                 f"model.parallel {self.parallel!r}: choose one of rows, directions, or give the number of processes that divide "

@@ -105,7 +105,7 @@ def _time_steps(model: TunedModel, options: TrainingOptions, data: TaskData, mos
     """Return the seconds of a step with cached states, and what a new row adds."""
     if options.measures_eps:
         options = replace(options, step=replace(options.step, eps=_EPS))
-    stepper = make_stepper(model, replace(options, max_nonfinite=1 << 60), data)
+    stepper = make_stepper(model, replace(options, max_nonfinite=None), data)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.0)  # moves nothing
     cache = model.forward.cache
     device = model.parts.model.device

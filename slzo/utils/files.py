@@ -260,5 +260,5 @@ def disk_errors() -> Iterator[None]:
             raise SlzoError(f"{where}: does not exist, or was removed while the command ran; check the path") from error
         raise SlzoError(
             f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
-            "(trainer.logger.save_dir, output, SLZO_CACHE); slzo fit goes on from the last checkpoint with --ckpt_path last"
+            "(trainer.logger.save_dir, output, SLZO_CACHE); to continue, give slzo fit --ckpt_path last"
         ) from error

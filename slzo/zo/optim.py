@@ -57,7 +57,7 @@ def _fused(make: MakeOptimizer, params: Iterable) -> Optimizer:
 
 
 def _with_rate(make: Callable[..., Optimizer]) -> MakeOptimizer:
-    """Let a class of torch.optim without a rate, or any optimizer with the rate "auto", have the automatic one."""
+    """Set the automatic rate if ``lr`` is "auto", or if a class of torch.optim that supports it has no ``lr``."""
     kind, keywords = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
     usual = "auto" if kind in (*_PLAIN, *_NORMALIZED) else None
     return partial(make, lr=AUTO_LR) if keywords.get("lr", usual) == "auto" else make
@@ -139,7 +139,9 @@ class OptimizerOptions:
                 "another torch.optim class"
             )
         if probe.defaults.get("maximize"):
-            raise SlzoError("model.optimizer.maximize true: raises the loss, also that of a reward; leave it out")
+            raise SlzoError(
+                "model.optimizer.maximize true: maximizes the loss, and that of a reward is its negative; leave it out"
+            )
         rate = probe.param_groups[0].get("lr")
         if not isinstance(rate, int | float) or math.isnan(rate):
             raise SlzoError(f"model.optimizer {name}: its learning rate is {rate!r}; give a number for lr, or auto")

@@ -117,7 +117,8 @@ class Stepper:
         shared_prefix: Sends prefix states of training rows to processes with different rows; ``None`` if each computes its own.
         auto: Automatic step size; ``None`` if numbers are given.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
-        max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
+        max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss;
+            ``None`` for no limit.
 
     Raises:
         SlzoError: The estimator cannot work with the tuned tensors, such as one that needs a derivative with a tensor that is
@@ -144,7 +145,7 @@ class Stepper:
         shared_prefix: SharedPrefix | None = None,
         auto: AutoRate | None = None,
         sets_rate: bool = False,
-        max_nonfinite: int = 10,
+        max_nonfinite: int | None = 10,
     ) -> None:
         estimator.check_tuned(model.tensors)
         if estimator.perturbs == "output":
@@ -321,7 +322,7 @@ class Stepper:
         self.num_nonfinite += 1
         self.nonfinite_in_row += 1
         self.problem = next(iter(report.problems), "")
-        if self.nonfinite_in_row < self.max_nonfinite:
+        if self.max_nonfinite is None or self.nonfinite_in_row < self.max_nonfinite:
             return
         if self.problem:
             raise SlzoError(
