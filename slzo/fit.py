@@ -42,12 +42,13 @@ from slzo.training.build import (
     restored_rate,
     tune,
 )
+from slzo.training.loss_log import open_step_log
 from slzo.training.memory_estimate import MemoryPlan
 from slzo.training.memory_plan import check_memory, first_order_bytes, format_memory, memory_inputs
 from slzo.training.options import TrainingOptions
 from slzo.training.prefix_plan import plan_prefix
 from slzo.training.profiling import ChosenLayer, choose, profile_model
-from slzo.training.resume import agreed_settings, check_environment, continued_settings, open_step_log
+from slzo.training.resume import agreed_settings, check_environment, continued_settings
 from slzo.training.run import Prepared, RunContext
 from slzo.training.time_plan import TimePlan
 from slzo.training.timing import check_time, plan_time

@@ -40,8 +40,9 @@ from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.private.lightning import is_compiled
 from slzo.training.build import adapt_rows, load_parts, restore
+from slzo.training.checkpoint_content import make_metadata
 from slzo.training.options import TrainingOptions
-from slzo.training.resume import agreed_settings, apply_changed_settings, make_metadata
+from slzo.training.resume import agreed_settings, apply_changed_settings
 from slzo.training.run import Prepared
 from slzo.training.scored import check_scored
 from slzo.utils.argument_checks import ArgumentTypes, check_types

@@ -64,7 +64,7 @@ def environment(name, value):
     def change(folder, monkeypatch):
         monkeypatch.setattr("slzo.training.resume.numerics", lambda *place: numerics(*place) | {name: value})
         if name == "device":
-            for module in ("slzo.training.resume", "slzo.experiments.replay"):
+            for module in ("slzo.training.loss_log", "slzo.experiments.replay"):
                 monkeypatch.setattr(f"{module}.device_name", lambda device: value)
 
     return change

@@ -17,7 +17,7 @@ from slzo.data.batch import Row
 from slzo.data.fingerprint import DataFingerprint, hash_tokenizer
 from slzo.models.load import load_tokenizer
 from slzo.tasks.base import Example, Kind
-from slzo.training.resume import scores_are_comparable
+from slzo.training.scored import scores_are_comparable
 from tiny import make_tokenizer
 
 ALLOW = "--data.allow_changed_rows=true"

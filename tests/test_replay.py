@@ -20,7 +20,7 @@ from slzo.__main__ import main
 from slzo.checkpoints.step_log import Rollback, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.experiments.replay import replay_run
-from slzo.training import resume
+from slzo.training import loss_log
 from slzo.zo.estimators import SPSA
 from slzo.zo.processes import Processes
 from slzo.zo.stepper import Stepper
@@ -126,14 +126,14 @@ def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys, on
 
 
 def test_the_log_of_as_many_rows_per_step_is_used_on_any_number_of_processes(monkeypatch):
-    monkeypatch.setattr(resume, "logged_options", lambda *_: {})
+    monkeypatch.setattr(loss_log, "logged_options", lambda *_: {})
     model = SimpleNamespace(layer=2, parts=SimpleNamespace(model=torch.empty(0)))
     fingerprint = SimpleNamespace(hashes=lambda: {"train rows": "1"})
     prepared = SimpleNamespace(options=None, model=model, stepper=SimpleNamespace(seed=0), fingerprint=fingerprint)
 
     def settings(batch_size, processes):
         data = SimpleNamespace(step_settings=lambda: {"data.batch_size": batch_size}, processes=processes)
-        return resume.log_settings(prepared, data)
+        return loss_log.log_settings(prepared, data)
 
     assert settings(8, Processes()) == settings(4, Processes(2)) == settings(8, Processes(2, directions=2))
     assert settings(8, Processes()) != settings(8, Processes(2))

@@ -17,7 +17,7 @@ from slzo.lightning.trainer_state import callback_of, folder_of, is_last_step, v
 from slzo.module import ZOModule
 from slzo.private.lightning import count_epoch_as_started, count_step_as_open, drop_ready_step
 from slzo.task_data import TaskData
-from slzo.training.resume import scores_are_comparable
+from slzo.training.scored import scores_are_comparable
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError, check_at_least

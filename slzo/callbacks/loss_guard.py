@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.callbacks.hooks import zo_module
 from slzo.lightning.trainer_state import dev_batches, is_quick, num_dev_rows, validation_due
 from slzo.module import ZOModule
-from slzo.training.resume import scores_are_comparable
+from slzo.training.scored import scores_are_comparable
 from slzo.training.time_plan import Passes
 from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.errors import SlzoError

@@ -19,8 +19,9 @@ from slzo.module import ZOModule
 from slzo.report.history import History
 from slzo.report.run_facts import FitOutcome
 from slzo.task_data import TaskData
-from slzo.training.resume import loaded_from_hub, scores_are_comparable
+from slzo.training.checkpoint_content import loaded_from_hub
 from slzo.training.run import Prepared
+from slzo.training.scored import scores_are_comparable
 from slzo.training.time_plan import Passes
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.environment import environment

@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The checkpoint's metadata, see :func:`slzo.training.resume.make_metadata`."""
+        """The checkpoint's metadata, see :func:`slzo.training.checkpoint_content.make_metadata`."""
         metadata: dict[str, Any] = self.content["slzo"]
         return metadata
 

@@ -9,8 +9,8 @@ from slzo.checkpoints.find import REPLAYED
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.task_data import TaskData
 from slzo.training.build import load_parts, restore, restored_rate
+from slzo.training.loss_log import logged_options
 from slzo.training.options import TrainingOptions
-from slzo.training.resume import logged_options
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError

@@ -1,14 +1,49 @@
-"""Whether the rows and options with which a checkpoint is scored are those that it was trained with."""
+"""Whether scores with the present rows and options can be compared with those of a checkpoint's run."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from slzo.data.fingerprint import are_drawn_alike, are_trained_rows, check_tokenizer, hash_tokenizer
 from slzo.task_data import TaskData
+from slzo.tasks.base import Kind
 from slzo.training.options import TrainingOptions
-from slzo.training.resume import REWARDS, task_settings
+from slzo.training.run import Prepared
 from slzo.utils.console import rank_zero_warn
 from slzo.utils.settings import differences
+
+# what the score of a row depends on besides the row, the model and the task's class
+_REWARDS = ("data.objective", "data.reward")
+_REWARD_ARGUMENTS = ("functions", "best")
+_NAMES = ("_file", ".name")  # of tasks; the rows themselves are compared
+
+
+def _task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the task, such as its prompt, without files and name; ``settings`` are those of a checkpoint."""
+    return {
+        name: value for name, value in settings.items() if name.startswith("data.task.") and not name.endswith(_NAMES)
+    }
+
+
+def scores_are_comparable(checkpoint: Mapping[str, Any], prepared: Prepared, data: TaskData, split: str) -> bool:
+    """Return whether scores of ``dev`` or ``test`` rows in a checkpoint can be compared with those of the run that continues it.
+
+    They cannot be compared if rows, task or rewards have changed, or if free answers are now scored for another objective.
+    """
+
+    def scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
+        names = {f"{name}.{argument}" for name in _REWARDS for argument in _REWARD_ARGUMENTS}
+        names.update(_REWARDS if data.task.kind is Kind.GENERATION else ())
+        names.update(_task_settings(settings))
+        if "data.task.name" not in settings:  # otherwise data.task is this name
+            names.add("data.task")
+        return {name: settings[name] for name in names if name in settings}
+
+    metadata = checkpoint["slzo"]
+    before, now = metadata["data"]["rows"].get(split), prepared.fingerprint.rows[split]
+    same_rows = before is not None and torch.equal(before, now)
+    return same_rows and not differences(scoring(metadata["settings"]), scoring(prepared.settings))
 
 
 def check_scored(options: TrainingOptions, data: TaskData, metadata: Mapping[str, Any], stage: str | None) -> None:
@@ -26,8 +61,8 @@ def check_scored(options: TrainingOptions, data: TaskData, metadata: Mapping[str
     saved = {f"model.{name}": metadata[name] for name in types}
     own = {f"model.{name}": getattr(options, name) for name in types}
     if same_task:
-        saved |= task_settings(metadata["settings"])
-        own |= task_settings(data.step_settings())
+        saved |= _task_settings(metadata["settings"])
+        own |= _task_settings(data.step_settings())
     if changes := differences(saved, own):
         rank_zero_warn(
             f"these options differ from the checkpoint's: {changes}; scores may differ from those of its run"
@@ -56,7 +91,7 @@ def _draws_other_rows(data: TaskData, metadata: Mapping[str, Any]) -> bool:
     """
     assert data.splits is not None
     before, now = (
-        task_settings(settings) | {name: value for name, value in settings.items() if name.startswith(REWARDS)}
+        _task_settings(settings) | {name: value for name, value in settings.items() if name.startswith(_REWARDS)}
         for settings in (metadata["settings"], data.step_settings())
     )
     lengths = (metadata["num_demonstrations"], metadata["prompt_length"])
