@@ -31,10 +31,10 @@ from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardOption
 from slzo.tasks.base import Example, Kind, Task, check_task
 from slzo.tasks.registry import TASKS, get_task
-from slzo.utils.argument_checks import ArgumentTypes, check_types
+from slzo.utils.argument_checks import ArgumentTypes, check_at_least, check_types
 from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.docs import with_lists
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.pluralize import pluralize
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings

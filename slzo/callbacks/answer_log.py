@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.hooks import returned, zo_module
 from slzo.evaluation.evaluator import Outcome
-from slzo.utils.errors import check_at_least
+from slzo.utils.argument_checks import check_at_least
 
 _LONGEST = 1000
 
@@ -35,7 +35,7 @@ class AnswerLog(Callback):
             return
         for place, row in enumerate(batch.rows[: max(0, self.num_examples - len(self._shown))]):
             reward = "" if outcome.rewarded is None else f"\n\n**reward** {outcome.rewarded.totals[place]:.4g}"
-            prompt, answer = _shown(row.example.prompt), _shown(str(outcome.predictions[place]))
+            prompt, answer = _code_block(row.example.prompt), _code_block(str(outcome.predictions[place]))
             self._shown[row.example.id] = f"**prompt**\n\n{prompt}\n\n**answer**\n\n{answer}{reward}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,7 +47,7 @@ class AnswerLog(Callback):
                     logger.experiment.add_text(f"answers/{id}", text, trainer.global_step)
 
 
-def _shown(text: str) -> str:
+def _code_block(text: str) -> str:
     """Return a text as a Markdown code block, cut to a readable length."""
     cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return "\n".join(f"    {line}" for line in cut.split("\n"))

@@ -18,9 +18,10 @@ from slzo.module import ZOModule
 from slzo.private.lightning import count_epoch_as_started, count_step_as_open, drop_ready_step
 from slzo.task_data import TaskData
 from slzo.training.scored import scores_are_comparable
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_print
 from slzo.utils.environment import command_line
-from slzo.utils.errors import Interrupted, SlzoError, check_at_least
+from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.files import check_inside, copy_file
 from slzo.utils.run_layout import CHECKPOINTS_FOLDER, LAST_FILE
 from slzo.utils.slurm import PREEMPTION, job_id, requeue

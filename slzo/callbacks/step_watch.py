@@ -10,8 +10,9 @@ from torch.nn.utils import get_total_norm
 from slzo.callbacks.hooks import returned, zo_module
 from slzo.lightning.trainer_options import STEP_METRICS, check_monitors
 from slzo.module import ZOModule
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_warn
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.pluralize import pluralize
 from slzo.zo.objectives import GenerationObjective
 from slzo.zo.stepper import StepResult

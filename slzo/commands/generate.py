@@ -7,8 +7,9 @@ from slzo.prompting.pair import check_prompt, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import write_continuation
 from slzo.tasks.base import Example
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_print, rank_zero_warn
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 
 _NEW_TOKENS = 64
 

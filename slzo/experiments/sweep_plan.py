@@ -6,7 +6,8 @@ from itertools import product
 
 import torch
 
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20

@@ -13,8 +13,9 @@ from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore, check_results
 from slzo.experiments.sweep_cells import complete_cells, sweep_settings
 from slzo.report.score_change import MIN_PROGRESS
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import is_worker, rank_zero_print
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerOptions

@@ -18,8 +18,9 @@ from slzo.callbacks.time_limit import TimeLimit
 from slzo.lightning.strategy import SHARDED
 from slzo.lightning.trainer_checks import check_overfit_batches, check_precision, check_supported
 from slzo.private.lightning import copies_process, saves_by_time
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_warn
-from slzo.utils.errors import SlzoError, check_at_least, short_repr
+from slzo.utils.errors import SlzoError, short_repr
 from slzo.utils.files import check_local
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {

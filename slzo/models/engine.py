@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slzo.utils.argument_checks import ArgumentTypes, check_types
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import ArgumentTypes, check_at_least, check_types
+from slzo.utils.errors import SlzoError
 
 DType = Literal["float32", "bfloat16", "float16"]
 

@@ -23,7 +23,8 @@ from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
 from slzo.models.loading_check import check_config_file, check_loading, reason_of
 from slzo.models.quantization import Quantization, method_of_config, missing_package, quantization_config
-from slzo.utils.errors import SlzoError, check_choice
+from slzo.utils.argument_checks import check_choice
+from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
 from slzo.utils.hub import HUB_ID, fetch_weights, model_folder, split_revision
 

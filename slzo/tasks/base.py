@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, SupportsIndex
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields, label_names, with_names
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.argument_checks import ChecksOverrides
+from slzo.utils.argument_checks import ChecksOverrides, check_at_least
 from slzo.utils.class_paths import raised
-from slzo.utils.errors import SlzoError, broken_contract, check_at_least, short_repr
+from slzo.utils.errors import SlzoError, broken_contract, short_repr
 
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""

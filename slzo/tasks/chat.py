@@ -12,7 +12,8 @@ from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop
 from slzo.tasks.fields import Fields, is_missing
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError, check_at_least, check_choice, short_repr
+from slzo.utils.argument_checks import check_at_least, check_choice
+from slzo.utils.errors import SlzoError, short_repr
 
 
 class ChatTask(Task):

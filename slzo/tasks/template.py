@@ -13,8 +13,9 @@ from typing import Any
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_list, check_stop, check_texts
 from slzo.tasks.fields import Fields, NamedLabel, is_missing
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_warn
-from slzo.utils.errors import SlzoError, check_at_least, short_repr
+from slzo.utils.errors import SlzoError, short_repr
 
 
 class TemplateTask(Task):

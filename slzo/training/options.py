@@ -7,7 +7,8 @@ from slzo.models.device_map import DeviceMapOptions
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
-from slzo.utils.errors import SlzoError, check_at_least, check_choice
+from slzo.utils.argument_checks import check_at_least, check_choice
+from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator

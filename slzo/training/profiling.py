@@ -11,7 +11,8 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_data import TaskData
 from slzo.tasks.base import Example
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.files import expanded
 from slzo.utils.pluralize import pluralize
 from slzo.zo.profile import OutlierProfile, profile_layers, usable_sequences

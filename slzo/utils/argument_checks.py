@@ -1,4 +1,4 @@
-"""Checks the types of arguments that are given in Python, and the signatures of methods in users' classes."""
+"""Checks the types and ranges of arguments, and the signatures of methods in users' classes."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,6 +8,37 @@ from slzo.utils.errors import SlzoError, short_repr
 
 ArgumentTypes = Mapping[str, tuple[Any, str]]
 """The type of each argument, as for ``isinstance``, and what to give, in words."""
+
+
+def check_integer(option: str, value: object) -> None:
+    """Check that a value is a whole number, which only Python code may not have given; ``None`` is not checked.
+
+    Raises:
+        SlzoError: It is something else; ``True`` and ``False`` are not numbers.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SlzoError(f"{option} {short_repr(value)}: is a {type(value).__name__}; give a whole number")
+
+
+def check_at_least(option: str, value: int | None, least: int = 1, advice: str = "") -> None:
+    """Check that a value is a whole number and not too small; ``None`` is not checked.
+
+    Raises:
+        SlzoError: It is not; for a number that is too small, ``advice`` ends the message.
+    """
+    check_integer(option, value)
+    if value is not None and value < least:
+        raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
+
+
+def check_choice(option: str, value: object, choices: Any) -> None:
+    """Check that a value is one of those of a ``Literal``.
+
+    Raises:
+        SlzoError: It is not.
+    """
+    if value not in get_args(choices):
+        raise SlzoError(f"{option} {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def check_types(prefix: str, types: ArgumentTypes, given: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import difflib
 import signal
 from collections.abc import Iterable
-from typing import Any, get_args
 
 
 class SlzoError(Exception):
@@ -12,37 +11,6 @@ class SlzoError(Exception):
     The message is one line: the option, the value it had, what is allowed and what to do next. The command line prints
     it without a traceback and exits with status 2.
     """
-
-
-def check_integer(option: str, value: object) -> None:
-    """Check that a value is a whole number, which only Python code may not have given; ``None`` is not checked.
-
-    Raises:
-        SlzoError: It is something else; ``True`` and ``False`` are not numbers.
-    """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SlzoError(f"{option} {short_repr(value)}: is a {type(value).__name__}; give a whole number")
-
-
-def check_at_least(option: str, value: int | None, least: int = 1, advice: str = "") -> None:
-    """Check that a value is a whole number and not too small; ``None`` is not checked.
-
-    Raises:
-        SlzoError: It is not; for a number that is too small, ``advice`` ends the message.
-    """
-    check_integer(option, value)
-    if value is not None and value < least:
-        raise SlzoError(f"{option} {value}: must be at least {least}{advice and '; '}{advice}")
-
-
-def check_choice(option: str, value: object, choices: Any) -> None:
-    """Check that a value is one of those of a ``Literal``.
-
-    Raises:
-        SlzoError: It is not.
-    """
-    if value not in get_args(choices):
-        raise SlzoError(f"{option} {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:

@@ -83,7 +83,7 @@ def fetch_weights(folder: Path) -> None:
             return
         for files in missing:
             if size := _size(id, commit, files):
-                rank_zero_info(f"Downloading {id}: {_shown(size)}")
+                rank_zero_info(f"Downloading {id}: {_format_size(size)}")
                 _fetch(id, commit, files, folder.parents[2])
                 return
 
@@ -99,7 +99,7 @@ def _weight_files(folder: Path) -> list[list[str]]:
     return found
 
 
-def _shown(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from slzo.utils.argument_checks import ChecksOverrides
-from slzo.utils.errors import SlzoError, broken_contract, check_at_least, one_line, short_repr
+from slzo.utils.argument_checks import ChecksOverrides, check_at_least
+from slzo.utils.errors import SlzoError, broken_contract, one_line, short_repr
 from slzo.zo.loss import Loss
 from slzo.zo.tuned import Gradient, TunedTensors
 

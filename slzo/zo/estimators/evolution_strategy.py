@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError, check_at_least, check_choice
+from slzo.utils.argument_checks import check_at_least, check_choice
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction, Point, TunedTensors

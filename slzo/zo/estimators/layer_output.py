@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, estimate_from_gradient
 from slzo.zo.layer_output import LayerOutput, rms
 from slzo.zo.noise import row_noise

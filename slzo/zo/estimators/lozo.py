@@ -1,6 +1,6 @@
 """Two-point estimates along directions of low rank."""
 
-from slzo.utils.errors import check_at_least
+from slzo.utils.argument_checks import check_at_least
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext, check_has_matrices
 from slzo.zo.estimators.finite_differences import finite_differences
 from slzo.zo.noise import low_rank

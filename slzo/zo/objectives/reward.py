@@ -13,8 +13,9 @@ from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardedAnswers, RewardOption, RewardRunner
 from slzo.tasks.base import Example
+from slzo.utils.argument_checks import check_at_least
 from slzo.utils.docs import with_lists
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.pluralize import pluralize
 from slzo.zo.loss import LossReport
 from slzo.zo.objectives.base import GenerationObjective

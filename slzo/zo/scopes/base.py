@@ -8,8 +8,8 @@ from typing import Any, Literal
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
-from slzo.utils.argument_checks import ChecksOverrides
-from slzo.utils.errors import SlzoError, broken_contract, check_integer, short_repr
+from slzo.utils.argument_checks import ChecksOverrides, check_integer
+from slzo.utils.errors import SlzoError, broken_contract, short_repr
 from slzo.zo.scopes.linear_maps import check_own_tensors
 from slzo.zo.tuned import Subset, TunedTensors
 

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from slzo.utils.errors import SlzoError, check_choice
+from slzo.utils.argument_checks import check_choice
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import is_router, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors

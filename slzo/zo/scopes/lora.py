@@ -1,7 +1,8 @@
 """Low-rank adapters, through peft."""
 
 from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, check_layers, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors

@@ -1,7 +1,8 @@
 """Prefix tuning: learned keys and values before every sequence, through peft."""
 
 from slzo.models.adapters.virtual_tokens import PrefixTokens, virtual_token_parameters
-from slzo.utils.errors import SlzoError, check_at_least
+from slzo.utils.argument_checks import check_at_least
+from slzo.utils.errors import SlzoError
 from slzo.utils.pluralize import pluralize
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import TunedTensors
