@@ -160,6 +160,7 @@ class ZOModule(LightningModule):
         self._is_unchanged = False  # a fit has prepared it from the untuned model, and taken no step
         self._prepared: Prepared | None = None  # of the current or last fit
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
+        self._saved_metrics: Mapping[str, float] = {}  # those of the resumed checkpoint, until a step is taken
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
         self.masters = nn.ParameterList()
@@ -422,7 +423,7 @@ class ZOModule(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
         """Take one training step; callbacks get its loss, its result, and the values that it did not log."""
         _check_batch(batch, TrainBatch)
-        self._is_unchanged = False
+        self._is_unchanged, self._saved_metrics = False, {}
         started = time.perf_counter()
         trainer = self.trainer
         every = getattr(trainer, "log_every_n_steps", 1)
@@ -451,6 +452,12 @@ class ZOModule(LightningModule):
         """Log the remaining values of a step after which a callback ended the training."""
         if self.trainer.should_stop and (values := outputs.get("values")):  # a subclass may return the loss alone
             self._log_values(values, batch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics of a checkpoint from the end of an epoch again, for callbacks: a resumed run ends this epoch anew."""
+        if self._saved_metrics:
+            self.log_dict(dict(self._saved_metrics), logger=False, sync_dist=self.trainer.world_size > 1)
+            self._saved_metrics = {}
 
     def _log_values(self, values: Mapping[str, float], batch: TrainBatch) -> None:
         self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
@@ -566,7 +573,8 @@ class ZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the tensors elsewhere."""
-        checkpoint["slzo"] = make_metadata(self.prepared, self.datamodule)
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["slzo"] = {**make_metadata(self.prepared, self.datamodule), "metrics": metrics}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
@@ -591,6 +599,7 @@ class ZOModule(LightningModule):
                 adapt_rows(data, self.parts, self.options)
             check_scored(self.options, data, metadata, trainer.state.fn)
             return
+        self._saved_metrics = metadata.get("metrics", {})
         # before Lightning restores the optimizer
         apply_changed_settings(checkpoint, agreed_settings(self.options, data))
 

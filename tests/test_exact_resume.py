@@ -14,6 +14,7 @@ import pytest
 from helpers import error_line, last_checkpoint, round_by_batch, same_tensors, tuned
 
 from slzo.__main__ import main
+from slzo.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("listening")
 # batches of 8 of 40 rows: an epoch is 5 steps
@@ -148,3 +149,25 @@ def test_kept_on_disk_or_in_memory_is_the_same(fit, tmp_path):
     assert main([*fit, SMALL_CACHE, f"--model.engine.cache_dir={tmp_path / 'states'}"]) == 0
     one, other = (tuned(last_checkpoint(number)) for number in (0, 1))
     assert same_tensors(one, other)
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", pytest.param("train/loss", marks=pytest.mark.slow)])
+def test_early_stopping_counts_the_epoch_at_whose_end_a_run_is_resumed(options, monitor):
+    """The state is saved before the callback checks the metric at the end of the epoch, and so checked again."""
+    stop = ["--trainer.callbacks=EarlyStopping", f"--trainer.callbacks.monitor={monitor}"]
+    stop += ["--trainer.callbacks.patience=2", "--trainer.callbacks.min_delta=9"]  # no loss falls as much
+    epochs = ["--trainer.max_steps=-1", "--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"]
+    fit = ["fit", *options, "--record.test_before=false", *epochs, *stop]
+    ended = []
+    for ways in (
+        [[]],
+        [["--trainer.max_epochs=1"], ["--ckpt_path=last"]],
+        [["--trainer.max_epochs=2"], ["--ckpt_path=last"]],
+    ):
+        for way in ways:
+            assert main([*fit, "--trainer.max_epochs=6", *way]) == 0
+        state = read_checkpoint(last_checkpoint(len(list(Path("runs").glob("*"))) - 1)).content
+        (counts,) = (each for name, each in state["callbacks"].items() if name.startswith("EarlyStopping"))
+        ended.append((state["global_step"], counts["wait_count"], float(counts["best_score"])))
+    assert ended[0] == ended[1] == ended[2]
+    assert ended[0][0] == 15
