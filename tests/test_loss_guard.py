@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import last_checkpoint, logged, run_fit, summary, tuned
+from helpers import last_checkpoint, logged, run_fit, same_tensors, summary, tuned
 from torch import nn
 from torch.optim import lr_scheduler
 from transformers import AutoModelForCausalLM
@@ -150,6 +150,38 @@ def test_dev_rows_are_not_scored_where_nothing_validates(options, monkeypatch):
     monkeypatch.setattr(TaskDataModule, "score", None)
     assert main(["fit", *options, "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]) == 0
     assert main(["fit", *options, "--guard.factor=null", "--trainer.max_steps=2"]) == 0
+
+
+OWN_OPTIMIZER = """
+import torch
+
+
+class Sums(torch.optim.Optimizer):
+    # the state is filled in the constructor, as in torch's Adagrad up to 2.11
+    def __init__(self, params, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["sum"] = torch.full_like(param, 1e-10)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                total = self.state[param]["sum"].addcmul_(param.grad, param.grad)
+                param.addcdiv_(param.grad, total.sqrt(), value=-group["lr"])
+"""
+
+
+def test_a_state_from_the_constructor_is_reset(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_sums.py").write_text(OWN_OPTIMIZER)
+    fit = ["fit", *options, *SPIKES, "--model.optimizer=own_sums.Sums", "--model.optimizer.lr=0.05"]
+    assert main(fit) == 0
+    times = len(rollbacks(capsys.readouterr().out))
+    assert times >= 1
+    assert main(["replay", "--config=runs/version_0/config.yaml", "--run=runs/version_0", "--output=again.ckpt"]) == 0
+    assert same_tensors(tuned("again.ckpt"), tuned(last_checkpoint()))
 
 
 def test_a_scheduler_goes_on_from_half_the_rate(options, capsys):

@@ -131,7 +131,7 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
             now = stepper.model.tensors.clone_masters()
             moves = torch.cat([(now[name] - before[name]).abs().flatten() for name in now])
             assert float(moves.median()) == pytest.approx(result.record.lr, rel=1e-3)
-    stepper.rollback(Snapshot(0, before, {}), 2, optimizer, [])
+    stepper.rollback(Snapshot(0, before, {}), 2, optimizer, [], torch.optim.Adam)
     assert same_tensors(dict(stepper.model.tensors.named_masters()), before)
     assert not optimizer.state
     assert stepper.step(batch, 2, optimizer).record.lr == pytest.approx(0.005 / 1.03)

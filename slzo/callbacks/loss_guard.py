@@ -115,7 +115,8 @@ class LossGuard(Callback):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         # the logged steps were taken without this rollback, for example because that run validated less often
         module.stepper.stop_repeating()
-        module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers)
+        make = module.prepared.options.optimizer.make
+        module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers, make)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
         rank_zero_print(
             f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "

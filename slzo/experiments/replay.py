@@ -110,4 +110,5 @@ def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, number
         if steps in rollbacks.values():
             targets[steps] = stepper.snapshot(steps)
         if (to := rollbacks.get(steps)) is not None:
-            stepper.rollback(targets.get(to), steps, optimizer, [] if scheduler is None else [scheduler])
+            schedulers = [] if scheduler is None else [scheduler]
+            stepper.rollback(targets.get(to), steps, optimizer, schedulers, options.optimizer.make)

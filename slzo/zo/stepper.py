@@ -3,7 +3,6 @@
 Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from slzo.zo.batch_loss import LossContext
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
-from slzo.zo.optim import halve_rate, step_scheduler
+from slzo.zo.optim import MakeOptimizer, halve_rate, step_scheduler
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import (
     SINGLE_PROCESS,
@@ -260,7 +259,9 @@ class Stepper:
         """Take all later steps anew, instead of repeating those that are in the log."""
         self._known = {}
 
-    def rollback(self, to: Snapshot | None, steps: int, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    def rollback(
+        self, to: Snapshot | None, steps: int, optimizer: Optimizer, schedulers: Sequence[Any], make: MakeOptimizer
+    ) -> None:
         """Go back to an earlier state, halve the learning rate, and reset the optimizer's state.
 
         Args:
@@ -268,10 +269,11 @@ class Stepper:
             steps: Steps taken so far.
             optimizer: The optimizer. Its state is reset only if masters are restored.
             schedulers: Learning-rate schedulers.
+            make: Creates such an optimizer, whose state is the reset one: some classes fill it in their constructor.
         """
         if to is not None:
             self.model.tensors.load(to.masters)
-            optimizer.state = defaultdict(dict)
+            optimizer.state = make(self.model.tensors.masters).state
             if self.rate is not None:
                 self.rate.restore_means(to.means)
         if self.rate is not None:
