@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -301,3 +302,28 @@ def test_the_first_score_is_that_of_the_same_rows_as_the_others(options):
 def test_the_automatic_factor_counts_the_rows_that_are_scored(limit, number):
     rows = SimpleNamespace(eval_plan=lambda split: SimpleNamespace(batches=[[0] * 4, [0] * 4, [0] * 2]))
     assert num_dev_rows(SimpleNamespace(limit_val_batches=limit), rows) == number
+
+
+def test_other_callbacks_save_the_weights_that_were_scored(options, capsys):
+    """A run that continues from such a file rolls back first."""
+    saver = {
+        "monitor": "val/loss",
+        "dirpath": "own",
+        "save_top_k": -1,
+        "filename": "{step}",
+        "auto_insert_metric_name": False,
+    }
+    added = ["--trainer.callbacks=ModelCheckpoint", *(f"--trainer.callbacks.{k}={v}" for k, v in saver.items())]
+    assert main(["fit", *options, *SPIKES, *added]) == 0
+    spikes = {loss for loss, _, _ in rollbacks(capsys.readouterr().out)}
+    losses = {each["step"]: each["loss"] for each in summary()["validations"]}
+    assert sorted(losses) == sorted(int(file.stem) for file in Path("own").iterdir())
+    (spike, *_) = (step for step, loss in losses.items() if float(f"{loss:.4g}") in spikes)
+    assert main(["fit", *options, *SPIKES, f"--ckpt_path=own/{spike}.ckpt"]) == 0
+    assert same_tensors(tuned(last_checkpoint(0)), tuned(last_checkpoint(1)))
+    assert summary(0)["rollbacks"] == summary(1)["rollbacks"]
+    for step in {spike, min(losses)}:
+        capsys.readouterr()
+        assert main(["validate", *options, f"--ckpt_path=own/{step}.ckpt"]) == 0
+        (loss,) = re.findall(r"val/loss\W+([\d.]+)", capsys.readouterr().out)
+        assert float(loss) == pytest.approx(losses[step], abs=1e-6)

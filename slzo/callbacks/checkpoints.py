@@ -117,9 +117,9 @@ class BestCheckpoint(ModelCheckpoint):
         return str(best_file(path, self._resumed).absolute()) if path else path
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state if it is the best one, unless it was rolled back and so no longer has this score."""
+        """Save the state if it is the best one, unless a rollback follows."""
         guard = callback_of(trainer, LossGuard)
-        if guard is None or guard.rolled_back_at != trainer.global_step:
+        if guard is None or not guard.will_roll_back:
             super().on_validation_end(trainer, pl_module)
 
 
@@ -207,6 +207,8 @@ class LastCheckpoint(Checkpoint):
         """Save; what :class:`BestCheckpoint` has just written or deleted is part of the state."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        if (guard := callback_of(trainer, LossGuard)) is not None:
+            guard.roll_back(trainer, pl_module)
         if is_last_step(trainer):
             self._save_final(trainer)
         elif validation_due(trainer):

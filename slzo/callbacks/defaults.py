@@ -17,7 +17,7 @@ from slzo.callbacks.time_limit import TimeLimit
 
 DEFAULTS: Mapping[str, type[Callback]] = {
     "profiler": OutlierProfiler,  # writes the profile before the others print
-    "guard": LossGuard,  # rolls back before a state is saved
+    "guard": LossGuard,  # its dev loss decides whether a state is saved
     "watch": StepWatch,
     "answers": AnswerLog,
     "record": RunRecord,  # reads the counts of the callbacks above

@@ -24,7 +24,8 @@ class LossGuard(Callback):
     If training maximizes a reward, the guard uses its distance to the best reward
     (:class:`slzo.evaluation.selection_metric.SelectionMetric`) instead of the loss.
 
-    A rollback also clears the optimizer's momentum. The guard keeps one more float32 copy of the tuned tensors. If that takes
+    It rolls back after callbacks have saved the weights that were scored, and before :class:`LastCheckpoint` saves. A rollback
+    also clears the optimizer's momentum. The guard keeps one more float32 copy of the tuned tensors. If that takes
     more than 2 GiB, the guard only halves the rate, and the momentum stays. It ignores a validation that is not scheduled, such
     as the one at the end of a run, and one whose reward is unknown because its functions failed at every row.
 
@@ -35,7 +36,6 @@ class LossGuard(Callback):
 
     Attributes:
         rollbacks: Number of rollbacks.
-        rolled_back_at: Number of steps after which this training last went back to earlier weights; -1 if it never did.
     """
 
     def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:
@@ -43,7 +43,7 @@ class LossGuard(Callback):
             raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null for no rollback; 1.05 is usual")
         self.factor = factor
         self.rollbacks = 0
-        self.rolled_back_at = -1
+        self._spike: tuple[float, float] | None = None  # dev loss and factor of a rollback that is still to be done
         self._first = self._lowest = math.inf
         self._good: Snapshot | None = None
         self._goes_on = True
@@ -59,7 +59,6 @@ class LossGuard(Callback):
         if self.factor is None or is_quick(trainer):
             return
         module = zo_module(pl_module)
-        self.rolled_back_at = -1
         self._warned_of_best = False
         if trainer.enable_validation and trainer.val_check_batch is None:
             rank_zero_warn(
@@ -67,13 +66,25 @@ class LossGuard(Callback):
                 "spike; give a number of steps, or trainer.max_time"
             )
         if not module.prepared.resumed:
-            self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
+            self.rollbacks, self._first, self._lowest, self._spike = 0, math.inf, math.inf, None
             data = module.datamodule
             if trainer.enable_validation and data.rows("dev"):
                 found = data.score(module.evaluator, dev_batches(trainer, data), keep_prefix=True)
                 self._note(trainer, module, data.selection_metric.distance(found))
         elif self._good is None:
             self._keep(trainer, module)
+
+    @property
+    def will_roll_back(self) -> bool:
+        """Whether the weights that were just scored will be replaced by earlier ones."""
+        return self._spike is not None and self._good is not None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Roll back if that is still to be done, without a :class:`LastCheckpoint`, or after a resume."""
+        self.roll_back(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.roll_back(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.factor is None or not validation_due(trainer):
@@ -89,7 +100,7 @@ class LossGuard(Callback):
         if self._lowest == math.inf or loss <= metric.upper_bound(self._lowest, factor, self._first):
             self._note(trainer, module, loss)
         else:
-            self._roll_back(trainer, module, loss, factor)
+            self._spike = loss, factor
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
         metric = module.datamodule.selection_metric
@@ -108,10 +119,13 @@ class LossGuard(Callback):
         stepper = module.stepper
         self._good = stepper.snapshot(trainer.global_step) if stepper.model.tensors.may_be_copied else None
 
-    def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
+    def roll_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Roll back if the last validation found a spike and this has not been done."""
+        if self._spike is None:
+            return
+        (loss, factor), self._spike = self._spike, None
+        module = zo_module(pl_module)
         self.rollbacks += 1
-        if self._good is not None:
-            self.rolled_back_at = trainer.global_step
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         # the logged steps were taken without this rollback, for example because that run validated less often
         module.stepper.stop_repeating()
@@ -119,14 +133,15 @@ class LossGuard(Callback):
         module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers, make)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
         rank_zero_print(
-            f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.3g} times its lowest, "
+            f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.5g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The lowest dev loss and the weights that had it."""
+        """The lowest dev loss and the weights that had it, and the spike after which it is still to roll back."""
         good = None if self._good is None else self._good._asdict()
-        return {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest, "good": good}
+        found = {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest, "good": good}
+        return found if self._spike is None else {**found, "spike": self._spike}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether the dev loss of the checkpoint can be compared with later ones."""
@@ -139,5 +154,6 @@ class LossGuard(Callback):
         if not self._goes_on:
             self._first, self._lowest, self._good = math.inf, math.inf, None
             return
+        self._spike = state_dict.get("spike")
         self._first, self._lowest = state_dict["first"], state_dict["lowest"]
         self._good = None if state_dict["good"] is None else Snapshot(**state_dict["good"])
