@@ -125,11 +125,27 @@ def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys, on
     assert forward_passes == [STEPS]
 
 
+def test_options_that_continue_from_the_checkpoint_keep_the_log(fit, forward_passes, capsys, once):
+    once(run_fit, *fit[1:])
+    forward_passes.clear()
+    momentum = "--model.optimizer.momentum=0.5"
+    assert main([*fit, momentum, "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"]) == 0
+    assert "which continue from the checkpoint" in capsys.readouterr().err
+    assert not forward_passes
+    assert_same(last_checkpoint(0), last_checkpoint(1))
+    replay = ["replay", "--run=runs/version_1", "--output=all.ckpt"]
+    assert "(model.optimizer.momentum: 0.0 -> 0.5); give those of the log" in error_line(capsys, *replay)
+    assert main([*replay, "--model.optimizer.momentum=0"]) == 0
+    assert_same("all.ckpt", last_checkpoint(1))
+
+
 def test_the_log_of_as_many_rows_per_step_is_used_on_any_number_of_processes(monkeypatch):
     monkeypatch.setattr(loss_log, "logged_options", lambda *_: {})
     model = SimpleNamespace(layer=2, parts=SimpleNamespace(model=torch.empty(0)))
     fingerprint = SimpleNamespace(hashes=lambda: {"train rows": "1"})
-    prepared = SimpleNamespace(options=None, model=model, stepper=SimpleNamespace(seed=0), fingerprint=fingerprint)
+    prepared = SimpleNamespace(
+        options=None, model=model, stepper=SimpleNamespace(seed=0), fingerprint=fingerprint, settings={}
+    )
 
     def settings(batch_size, processes):
         data = SimpleNamespace(step_settings=lambda: {"data.batch_size": batch_size}, processes=processes)

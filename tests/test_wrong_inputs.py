@@ -97,6 +97,8 @@ WRONG = """
 --model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
 --model.optimizer=LBFGS | model.optimizer LBFGS: cannot take
 --model.optimizer=Muon | model.optimizer Muon: cannot take
+--model.optimizer=SGD --model.optimizer.momentum=1 --model.optimizer.lr=auto --model.estimator=SPSA | model.optimizer.momentum 1: must be below 1 with model.optimizer.lr auto
+--model.optimizer=Rprop --model.lr_scheduler=ExponentialLR --model.lr_scheduler.gamma=0.5 | model.lr_scheduler: has no effect with Rprop
 --model.optimizer=SGD --model.optimizer.maximize=true | model.optimizer.maximize true: maximizes the loss
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
@@ -186,6 +188,7 @@ WRONG = """
 --trainer.limit_val_batches=1.5 | trainer: You have passed invalid value 1.5 for limit_val_batches
 --trainer.max_steps=0 | trainer.max_steps 0: nothing would be trained
 --trainer.max_steps=-1 | trainer.max_steps -1: nothing ends the run; give trainer.max_time or trainer.max_epochs
+--trainer.max_time=00:00:00:05 --trainer.min_epochs=2 | trainer.min_epochs 2: trainer.max_time may leave time for fewer steps
 --trainer.min_steps=99 | trainer.min_steps 99: is more than trainer.max_steps
 --trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
 --trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
@@ -495,6 +498,14 @@ def test_another_layer_on_resume_is_refused(options, capsys):
     assert "model.layer 2: the checkpoint tunes layer 1" in line
     assert main(["fit", *options, "--ckpt_path=last", "--model.layer=1", "--trainer.max_steps=3"]) == 0
     assert summary(1)["dominant_layer"] == 1
+
+
+def test_a_function_that_does_not_say_what_it_returns_is_explained(own_folder, capsys, monkeypatch):
+    Path("own_schedule.py").write_text("def make(optimizer): ...\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    line = error_line(capsys, "fit", "--config=quickstart", "--model.lr_scheduler=own_schedule.make")
+    wanted = "is a function that does not say what it returns; annotate it with -> torch.optim.lr_scheduler.LRScheduler"
+    assert f"model.lr_scheduler 'own_schedule.make': {wanted}" in line
 
 
 def test_a_mistake_in_our_own_code_stays_a_traceback(options, monkeypatch):

@@ -35,8 +35,11 @@ _MAX_LISTED = 8
 _ALMOST_EQUAL = 0.85  # similarity of two names, from 0 to 1
 _LISTED_PACKAGES = ("lightning", "slzo", "torch")
 # jsonargparse would call a function given for these while it reads the config
-_MADE_LATER = ("model.optimizer", "model.lr_scheduler")
-_NESTED = "its schedulers need the optimizer; write a function that takes an optimizer and returns it, and give MODULE.FUNCTION"
+_MADE_LATER = {"model.optimizer": "torch.optim.Optimizer", "model.lr_scheduler": "torch.optim.lr_scheduler.LRScheduler"}
+_NESTED = (
+    "its schedulers need the optimizer; write a function that returns it, def make(optimizer: Optimizer) -> LRScheduler, and "
+    "give MODULE.make"
+)
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler",
     "ChainedScheduler": _NESTED,
@@ -272,6 +275,8 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
                 missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
                 return f"{name} {shown}: does not define {missing} (docs/extending.md)"
             return f"{name} {shown}: is not one of the expected classes; give one such as {listed}"
+        if name in _MADE_LATER and "." in str(value) and not import_failure(str(value)) and is_function(str(value)):
+            return f"{name} {shown}: is a function that does not say what it returns; annotate it with -> {_MADE_LATER[name]}"
         near = did_you_mean(given, names)
         advice = f"{near} choose" if near else "choose"
         return f"{name} {shown}: no such class; {advice} one of {listed}, or give the full path of your own class"

@@ -59,9 +59,7 @@ def replay_run(
     layer = options.layer if is_named else start.metadata["layer"]
     logged = {name: value for name, value in log.settings.items() if name.startswith("model.")}
     if changes := differences(logged, logged_options(options, layer, start.metadata["noise_seed"])):
-        raise SlzoError(
-            f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
-        )
+        raise SlzoError(f"run {run!r}: these options and the run's log differ ({changes}); give those of the log")
     parts = load_parts(options, device)
     stepper = Stepper(
         restore(parts, start, options, for_training=True),

@@ -131,6 +131,12 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise SlzoError(f"trainer.{name} 0: nothing would be trained; give more, or use `slzo test` to score only")
     if options.get("max_steps") == -1 and options.get("max_time") is None and options.get("max_epochs") is None:
         raise SlzoError("trainer.max_steps -1: nothing ends the run; give trainer.max_time or trainer.max_epochs")
+    if options.get("max_time") is not None:
+        for name in ("min_steps", "min_epochs"):
+            if options.get(name):
+                raise SlzoError(
+                    f"trainer.{name} {options[name]}: trainer.max_time may leave time for fewer steps; leave one of them out"
+                )
     least_steps, most_steps = options.get("min_steps"), options.get("max_steps", -1)
     if least_steps is not None and -1 < most_steps < least_steps:
         raise SlzoError(f"trainer.min_steps {least_steps}: is more than trainer.max_steps {most_steps}; lower it")

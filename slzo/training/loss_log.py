@@ -11,6 +11,7 @@ from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord,
 from slzo.task_data import TaskData
 from slzo.training.checkpoint_content import first_checkpoint
 from slzo.training.options import TrainingOptions
+from slzo.training.resume import CONTINUED
 from slzo.training.run import Prepared, RunContext
 from slzo.utils.console import rank_zero_print, rank_zero_warn
 from slzo.utils.environment import device_name
@@ -26,20 +27,26 @@ def logged_options(options: TrainingOptions, layer: int | None, seed: int) -> di
     """
     own = options.step_settings(layer, seed)
     del own["model.model"]
-    return dict(json.loads(json.dumps(own, default=str)))
+    return _from_json(own)
 
 
 def log_settings(prepared: Prepared, data: TaskData) -> dict[str, Any]:
     """Return the settings that steps depend on, as they are read back from JSON."""
     settings = data.step_settings()
     batch_size = settings.pop("data.batch_size")  # of one process; their number may change
+    own = logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed)
     return {
-        **logged_options(prepared.options, prepared.model.layer, prepared.stepper.seed),
+        **{name: value for name, value in own.items() if not name.startswith(CONTINUED)},
+        **_from_json({name: value for name, value in prepared.settings.items() if name.startswith(CONTINUED)}),
         **settings,
         "rows per step": batch_size * data.processes.row_partition.total,
         "train rows": prepared.fingerprint.hashes()["train rows"],
         "device": device_name(prepared.model.parts.model.device),
     }
+
+
+def _from_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 def open_step_log(

@@ -13,6 +13,9 @@ from slzo.utils.console import rank_zero_warn
 from slzo.utils.environment import numerics
 from slzo.utils.settings import differences, flat_settings
 
+CONTINUED = ("model.optimizer", "model.lr_scheduler")
+"""Groups of options that a resumed run takes from its checkpoint."""
+
 _RATE = "model.optimizer.lr"
 
 
@@ -38,7 +41,7 @@ def continued_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     def continues(name: str) -> bool:
         if name == _RATE and takes_rate:
             return False
-        return name.startswith(("model.optimizer", "model.lr_scheduler")) or name == "model.seed"
+        return name.startswith(CONTINUED) or name == "model.seed"
 
     kept = {name: value for name, value in own.items() if not continues(name)}
     return kept | {name: value for name, value in saved.items() if continues(name)}

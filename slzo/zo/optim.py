@@ -26,6 +26,7 @@ _REASONS = {
     "SparseAdam": "it takes sparse gradients only",
     "Muon": "it updates matrices only, and a decoder layer has vectors too",
 }
+_FIXED_RATES = ("Rprop",)
 _PROBE_SIZE = 64
 AUTO_LR = math.inf
 """The learning rate that stands for ``auto``; every torch optimizer accepts it. :mod:`slzo.zo.auto_step` sets one each step."""
@@ -71,10 +72,14 @@ def rate_rule(optimizer: Optimizer) -> tuple[bool, float]:
         rate that makes up for momentum.
 
     Raises:
-        SlzoError: This is not known for the optimizer's class.
+        SlzoError: This is not known for the optimizer's class, or its momentum is 1 or more.
     """
     if isinstance(optimizer, _PLAIN):
         momentum, dampening = (float(optimizer.param_groups[0].get(name, 0.0)) for name in ("momentum", "dampening"))
+        if momentum >= 1:
+            raise SlzoError(
+                f"model.optimizer.momentum {momentum:g}: must be below 1 with model.optimizer.lr auto; lower it"
+            )
         return False, (1.0 - momentum) / (1.0 - dampening) if momentum > 0 and dampening < 1 else 1.0
     if isinstance(optimizer, _NORMALIZED):
         return True, 1.0
@@ -158,6 +163,10 @@ class OptimizerOptions:
                     "model.lr_scheduler: needs a number for model.optimizer.lr, which is auto; give a number, or leave "
                     "the scheduler out"
                 )
+        if name in _FIXED_RATES and make_scheduler is not None:
+            raise SlzoError(
+                f"model.lr_scheduler: has no effect with {name}, which reads its rate only at the first step; leave it out"
+            )
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(partial(_fused, make), make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
 
