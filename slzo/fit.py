@@ -75,10 +75,12 @@ def prepare(
     run: RunContext,
     loaded: ModelParts | None = None,
     tuned: TunedModel | None = None,
+    earlier: Stepper | None = None,
 ) -> Prepared:
     """Do everything that comes before the first step. The rows are already set up for ``fit``.
 
     ``loaded`` is the untuned model if it is already loaded, ``tuned`` the model of an earlier ``fit``, to tune it further.
+    ``earlier`` is the stepper of an earlier ``fit`` of the same trainer, whose counts go on.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
@@ -101,10 +103,11 @@ def prepare(
     try:
         auto = None if checkpoint is None else restored_rate(checkpoint.metadata["auto_step"], options)
         stepper, time_plan = _stepper(model, options, data, run, auto, scheduler_state)
-        if checkpoint is not None:
-            # a rate that was measured now adds its evaluations to those of the checkpoint
+        counts = earlier.state_dict() if earlier is not None else None if checkpoint is None else checkpoint.metadata
+        if counts is not None:
+            # a rate that was measured now adds its evaluations to those before
             measured = stepper.num_evaluations if auto is None else 0
-            stepper.load_state_dict(checkpoint.metadata)
+            stepper.load_state_dict(counts)
             stepper.num_evaluations += measured
         prepared = Prepared(
             options=options,

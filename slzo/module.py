@@ -297,7 +297,8 @@ class ZOModule(LightningModule):
         check_agreement(start, "start all with the same command and in the same environment")
         try:
             loaded = self._untuned if self._given is None else self._load_parts()
-            prepared = prepare(self.options, data, run, loaded, self.tuned_model)
+            earlier = self._prepared.stepper if self._prepared is not None and run.steps_before > 0 else None
+            prepared = prepare(self.options, data, run, loaded, self.tuned_model, earlier)
         except BaseException:
             if self.tuned_model is None:
                 self._drop_parts()  # their weights and modules may have changed

@@ -552,8 +552,11 @@ def test_commands_of_a_run_with_checkpoints_elsewhere(options, tmp_path, capsys)
     assert capsys.readouterr().out.count("test/accuracy") >= 2
 
 
-def test_a_second_fit_keeps_the_log_of_the_first(model_dir, data_dir):
-    module, data = ZOModule(str(model_dir), 2, eps=1e-3, seed=0), rows(data_dir)
+def test_a_second_fit_keeps_log_and_history_of_the_first(model_dir, data_dir):
+    module, data = (
+        ZOModule(str(model_dir), 2, eps=1e-3, seed=0, optimizer=partial(torch.optim.SGD, lr=1e-3)),
+        rows(data_dir),
+    )
     trainer = ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
     trainer.fit(module, datamodule=data)
     before = (run_dir() / "zo_log").read_bytes()
@@ -562,6 +565,8 @@ def test_a_second_fit_keeps_the_log_of_the_first(model_dir, data_dir):
         trainer.fit(module, datamodule=data)
         assert trainer.global_step == steps
         assert (run_dir() / "zo_log").read_bytes() == before
+        assert summary()["evaluations"] == 2 * steps == 2 * summary()["steps"]
+        assert [each["step"] for each in summary()["validations"]] == list(range(2, steps + 1, 2))
 
 
 def test_a_fit_that_fails_leaves_nothing_in_the_model(model_dir, data_dir, monkeypatch):

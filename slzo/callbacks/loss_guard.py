@@ -66,7 +66,9 @@ class LossGuard(Callback):
                 "spike; give a number of steps, or trainer.max_time"
             )
         if not module.prepared.resumed:
-            self.rollbacks, self._first, self._lowest, self._spike = 0, math.inf, math.inf, None
+            self._first, self._lowest, self._spike = math.inf, math.inf, None
+            if trainer.global_step == 0:  # otherwise it is another fit of this trainer
+                self.rollbacks = 0
             data = module.datamodule
             if trainer.enable_validation and data.rows("dev"):
                 found = data.score(module.evaluator, dev_batches(trainer, data), keep_prefix=True)

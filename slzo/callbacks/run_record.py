@@ -57,7 +57,7 @@ class RunRecord(Callback):
     def __init__(self, test_before: bool = True, reference: bool = True) -> None:
         self.test_before, self.reference = test_before, reference
         self._started = self._train_started = time.monotonic()
-        self._history = History()  # of the runs that this one continues, and points of this run
+        self._history = History()  # of earlier fits and the runs that this one continues, and points of this run
         self._saved: Mapping[str, Any] | None = None
         self._goes_on = {"dev": True, "test": True}  # whether scores of the checkpoint can be compared with later ones
         self._device = torch.device("cpu")
@@ -87,8 +87,8 @@ class RunRecord(Callback):
             if not self._goes_on["test"]:
                 self._history.before, self._history.samples = None, {}
         else:
-            kept = self._history if trainer.global_step > 0 else History()  # of an earlier fit of this trainer
-            self._history = History(before=kept.before, samples=kept.samples)
+            if trainer.global_step == 0:  # otherwise it is another fit of this trainer
+                self._history = History()
             if self.test_before and self._history.before is None and not is_quick(trainer):
                 self._score_before(trainer, prepared, data)
         self._write(trainer)
@@ -119,7 +119,10 @@ class RunRecord(Callback):
         if is_quick(trainer) or trainer.interrupted:
             return
         module = zo_module(pl_module)
-        summary = finish(module.prepared, module.datamodule, self._outcome(trainer), folder_of(trainer))
+        outcome = self._outcome(trainer)
+        summary = finish(module.prepared, module.datamodule, outcome, folder_of(trainer))
+        self._history = replace(outcome.history, seconds=self._so_far().seconds)  # for another fit of this trainer
+        self._started = self._train_started = time.monotonic()
         _log_scores(trainer, summary["scores_after"], {**module.hparams, **_options(trainer, module)})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
