@@ -705,7 +705,7 @@ def test_a_distance_below_0_that_rose_is_not_recommended():
 @pytest.mark.parametrize("lrs", [[], ["--lrs=[1e-3]"]])
 def test_a_sweep_needs_dev_rows(options, lrs, capsys):
     line = error_line(capsys, "sweep", *options, *lrs, "--steps=2", "--model.layer=1", "--data.num_dev=0")
-    assert "data.num_dev 0: trainings are compared on dev rows, and there are none" in line
+    assert "data.num_dev 0: trainings are compared by their dev loss, and there are none" in line
 
 
 def test_rates_are_planned_around_the_own_rate_where_none_are_given():

@@ -7,7 +7,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.hub import model_commit, split_revision
 
 CHECKPOINT_FORMAT = 3
-"""Format of checkpoints; to be raised when the metadata, or what a callback saves, changes."""
+"""Format of checkpoints; to be raised when the metadata, or what a callback saves, changes. New keys may be optional instead."""
 
 _FIELDS = (
     "scope",
