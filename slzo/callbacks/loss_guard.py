@@ -46,7 +46,7 @@ class LossGuard(Callback):
         self._spike: tuple[float, float] | None = None  # dev loss and factor of a rollback that is still to be done
         self._first = self._lowest = math.inf
         self._good: Snapshot | None = None
-        self._goes_on = True
+        self._is_comparable = True
         self._warned_of_best = False
 
     @property
@@ -149,11 +149,11 @@ class LossGuard(Callback):
         """Note whether the dev loss of the checkpoint can be compared with later ones."""
         module = zo_module(pl_module)
         in_fit = trainer.state.fn == "fit"
-        self._goes_on = in_fit and scores_are_comparable(checkpoint, module.prepared, module.datamodule, "dev")
+        self._is_comparable = in_fit and scores_are_comparable(checkpoint, module.prepared, module.datamodule, "dev")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks = state_dict["rollbacks"]
-        if not self._goes_on:
+        if not self._is_comparable:
             self._first, self._lowest, self._good = math.inf, math.inf, None
             return
         self._spike = state_dict.get("spike")

@@ -59,7 +59,10 @@ class RunRecord(Callback):
         self._started = self._train_started = time.monotonic()
         self._history = History()  # of earlier fits and the runs that this one continues, and points of this run
         self._saved: Mapping[str, Any] | None = None
-        self._goes_on = {"dev": True, "test": True}  # whether scores of the checkpoint can be compared with later ones
+        self._is_comparable = {
+            "dev": True,
+            "test": True,
+        }  # whether scores of the checkpoint can be compared with later ones
         self._device = torch.device("cpu")
 
     def begin(self) -> None:
@@ -82,9 +85,9 @@ class RunRecord(Callback):
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_environment_facts(trainer, module, prepared)})
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
-            if not self._goes_on["dev"]:
+            if not self._is_comparable["dev"]:
                 self._history.points.clear()
-            if not self._goes_on["test"]:
+            if not self._is_comparable["test"]:
                 self._history.before, self._history.samples = None, {}
         else:
             if trainer.global_step == 0:  # otherwise it is another fit of this trainer
@@ -186,9 +189,9 @@ class RunRecord(Callback):
         if trainer.state.fn != "fit":
             return
         module = zo_module(pl_module)
-        for split in self._goes_on:
-            self._goes_on[split] = scores_are_comparable(checkpoint, module.prepared, module.datamodule, split)
-        if left_out := [name for name, goes_on in self._goes_on.items() if not goes_on]:
+        for split in self._is_comparable:
+            self._is_comparable[split] = scores_are_comparable(checkpoint, module.prepared, module.datamodule, split)
+        if left_out := [name for name, is_comparable in self._is_comparable.items() if not is_comparable]:
             rank_zero_warn(
                 "rows, task or rewards are not those of the checkpoint's run, so its scores cannot be compared with later ones: "
                 + " and ".join(_LEFT_OUT[name] for name in left_out)

@@ -16,7 +16,9 @@ from slzo.zo.scopes import Scope
 from slzo.zo.scopes.base import is_one_layer
 
 # Options of weight perturbations with their defaults; see StepOptions.has_weight_options.
-_OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "num_queries")}
+_WEIGHT_DEFAULTS = {
+    f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "num_queries")
+}
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
@@ -28,7 +30,7 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     latest = {each.name: loaded(each.value) for each in given}  # the last one counts, also if it is null
     options = {name: value for name, value in latest.items() if value is not None}
     found: dict[str, dict[str, Any]] = {}
-    of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
+    of_weights = any(options.get(name, usual) != usual for name, usual in _WEIGHT_DEFAULTS.items())
     default = default_estimator(_one_layer(given, options), of_weights)
     estimator = _last_class("model.estimator", given, Estimator) or default
     if any(name.startswith("model.estimator.") for name in options):

@@ -9,7 +9,7 @@ from slzo.experiments.store import check_results
 from slzo.experiments.sweep import sweep_layers
 from slzo.experiments.sweep_cells import option_settings
 from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
-from slzo.experiments.sweep_rates import OF_CELLS, RatePlan, sweep_rates
+from slzo.experiments.sweep_rates import PER_CELL_SETTINGS, RatePlan, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.lightning.run_context import run_context
@@ -55,10 +55,10 @@ def sweep(
     app.check_one_process("sweep")
     plan: SweepPlan | RatePlan
     if lrs is not None or eps is not None:
-        of_layers = {"layers": layers, "seconds": seconds, "directions": directions}
-        if given := [name for name, value in of_layers.items() if value is not None]:
+        layer_options = {"layers": layers, "seconds": seconds, "directions": directions}
+        if given := [name for name, value in layer_options.items() if value is not None]:
             raise SlzoError(
-                f"{given[0]} {of_layers[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
+                f"{given[0]} {layer_options[given[0]]}: leave it out, as lrs and eps compare rates in one layer"
             )
         plan = RatePlan(None if lrs == "auto" else lrs, eps, steps, own_seeds)
         plan.check(options.estimator, options.optimizer)
@@ -72,7 +72,7 @@ def sweep(
     folder = Path(output or f"sweeps/{Path(options.model).name}-{app.datamodule.task.name}{kind}")
     known = option_settings(options, app.datamodule)
     if isinstance(plan, RatePlan):
-        known |= OF_CELLS | {"steps": steps}
+        known |= PER_CELL_SETTINGS | {"steps": steps}
         if options.layer is not None and options.scope.needs_layer:
             known["model.layer"] = options.layer
     check_results(folder, known)

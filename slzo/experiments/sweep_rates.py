@@ -85,7 +85,7 @@ class RateResult:
     diverged: str
 
 
-OF_CELLS = {"model.optimizer.lr": None, "model.eps": None}
+PER_CELL_SETTINGS = {"model.optimizer.lr": None, "model.eps": None}
 """Settings that vary between cells. They are in the names of the cells, so those of the folder leave them out."""
 
 
@@ -96,9 +96,9 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, choose_layer: Callable[[], 
         SlzoError: The folder holds other results.
     """
     settings = sweep_settings(trials) | {"steps": plan.steps}
-    check_results(folder, settings | OF_CELLS)  # before the layer is chosen, which may take long
+    check_results(folder, settings | PER_CELL_SETTINGS)  # before the layer is chosen, which may take long
     settings["model.layer"] = layer = choose_layer()
-    store = CellStore(folder, settings | OF_CELLS)
+    store = CellStore(folder, settings | PER_CELL_SETTINGS)
 
     def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps))

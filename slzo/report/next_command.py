@@ -50,8 +50,8 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         look = _command("fit", run, *race, python="OutlierProfiler(Race())")
         return f"{look}  # the {loss} fell but the score became worse: compares layers by short trainings"
     (limit, value), last = run.outcome.limit, run.outcome.last
-    goes_on = last is not None and value > 0 and not run.scheduled  # a schedule ends with its steps
-    if losses.best == losses.last and last is not None and goes_on:
+    continues = last is not None and value > 0 and not run.scheduled  # a schedule ends with its steps
+    if losses.best == losses.last and last is not None and continues:
         options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))
         longer = _command("fit", run, *options, python=f"ZOTrainer({limit}={2 * value})")
         return f"{longer}  # the {loss} was still falling: takes more steps"

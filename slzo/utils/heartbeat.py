@@ -38,8 +38,8 @@ class Heartbeat:
         self._counts = self._read()
         self._stopped = threading.Event()
         # if the process with the server hangs, the first thread waits for it, and the second one notices
-        of_threads = (("slzo-beat", self._beat), ("slzo-watch", self._watch))
-        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in of_threads]
+        targets = (("slzo-beat", self._beat), ("slzo-watch", self._watch))
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in targets]
         for thread in self._threads:
             thread.start()
 
