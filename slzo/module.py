@@ -53,8 +53,9 @@ from slzo.utils.process_group import check_agreement
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import flat_settings
 from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
-from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerOptions, default_optimizer, set_rate
+from slzo.zo.optim import MakeOptimizer, OptimizerOptions, default_optimizer, set_rate
 from slzo.zo.processes import Parallel
+from slzo.zo.schedules import MakeScheduler
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult
 from slzo.zo.tuned_model import TunedModel

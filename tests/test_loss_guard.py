@@ -21,7 +21,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.lightning.trainer_state import num_dev_rows
 from slzo.zo import auto_step
-from slzo.zo.optim import halve_rate
+from slzo.zo.schedules import halve_rate
 from slzo.zo.tuned import TunedTensors
 
 SPIKES = [

@@ -17,7 +17,8 @@ from slzo.zo.closure import ClosureLoss
 from slzo.zo.estimators import SPSA, Estimate, EstimatorContext, LayerOutputPerturbation
 from slzo.zo.noise import gaussian, rademacher
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate, step_scheduler
+from slzo.zo.optim import AUTO_LR, OptimizerOptions, set_rate
+from slzo.zo.schedules import step_scheduler
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import Point, TunedTensors

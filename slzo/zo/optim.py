@@ -1,9 +1,8 @@
-"""Optimizers: checks of the user's choice, and the memory that they take."""
+"""Optimizers: checks of the user's choice, and the memory that they take. :mod:`slzo.zo.schedules` is about schedulers."""
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from slzo.private.modules import nested_schedulers
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.pluralize import pluralize
+from slzo.zo.schedules import CORRECT, USER_ERRORS, MakeScheduler, schedule_error, take_schedule_steps, try_scheduler
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
-MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 _REASONS = {
     "LBFGS": "it evaluates a closure several times per step",
@@ -36,9 +34,6 @@ AUTO_LR = math.inf
 _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
 _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
 _TRIED_STEPS = 20_000
-_CORRECT = "correct its init_args"
-# what optimizers and schedulers raise, which may be the user's own
-_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
 def default_optimizer(perturbs_weights: bool) -> type[torch.optim.SGD | torch.optim.AdamW]:
@@ -131,8 +126,8 @@ class OptimizerOptions:
         make = _with_rate(make)
         try:
             probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
-        except _ERRORS as error:
-            raise SlzoError(f"model.optimizer: {one_line(error)}; {_CORRECT}") from error
+        except USER_ERRORS as error:
+            raise SlzoError(f"model.optimizer: {one_line(error)}; {CORRECT}") from error
         name = type(probe).__name__
         if not isinstance(probe, Optimizer):
             raise SlzoError(
@@ -167,7 +162,7 @@ class OptimizerOptions:
             raise SlzoError(
                 f"model.lr_scheduler: has no effect with {name}, which reads its rate only at the first step; leave it out"
             )
-        settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
+        settings["scheduler"] = None if make_scheduler is None else try_scheduler(make_scheduler, probe)
         return cls(partial(_fused, make), make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
 
     def build(self, masters: Iterable[nn.Parameter], lr: float | None = None) -> tuple[Optimizer, Any | None]:
@@ -185,11 +180,11 @@ class OptimizerOptions:
     def _first_rate(self, lr: float) -> float:
         """Return the rate of the first step at which it is not 0, as it may be in a warm-up."""
         optimizer, scheduler = self.build([nn.Parameter(torch.zeros(1, 1))], lr)
-        with suppress(*_ERRORS):  # the end of the schedule
+        with suppress(*USER_ERRORS):  # the end of the schedule
             for _ in range(_TRIED_STEPS):
                 if scheduler is None or optimizer.param_groups[0]["lr"] != 0:
                     break
-                _take_steps(scheduler, 1)
+                take_schedule_steps(scheduler, 1)
         return float(optimizer.param_groups[0]["lr"])
 
     def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None) -> None:
@@ -208,60 +203,12 @@ class OptimizerOptions:
             if state is not None:
                 scheduler.load_state_dict(copy.deepcopy(dict(state)))
                 done = max(getattr(inner, "last_epoch", 0) for inner in nested_schedulers(scheduler))
-            _take_steps(scheduler, min(num_steps - done, _TRIED_STEPS))
-        except _ERRORS as error:
-            way = _CORRECT
+            take_schedule_steps(scheduler, min(num_steps - done, _TRIED_STEPS))
+        except USER_ERRORS as error:
+            way = CORRECT
             if state is not None:
                 way = "a resumed run keeps the schedule of its checkpoint; take fewer steps, or start without a checkpoint"
-            raise _schedule_error(error, f"the run takes {pluralize(num_steps, 'step')}", way) from error
-
-
-def step_scheduler(scheduler: Any, step: int) -> None:
-    """Set the rate of the step after ``step``, which is counted from 0.
-
-    Only the end of a long schedule is not found by :meth:`OptimizerOptions.check_schedule`.
-
-    Raises:
-        SlzoError: The schedule ends here.
-    """
-    try:
-        scheduler.step()
-    except _ERRORS as error:
-        raise _schedule_error(error, f"at step {step + 1} of the training") from error
-
-
-def _schedule_error(error: Exception, where: str, way: str = _CORRECT) -> SlzoError:
-    return SlzoError(f"model.lr_scheduler: {one_line(error)} ({where}); {way}")
-
-
-def _take_steps(scheduler: Any, num_steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # schedulers warn if the optimizer takes no steps
-        for _ in range(num_steps):
-            scheduler.step()
-
-
-def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
-    """Return class and state of a scheduler. The optimizer's learning rate may change."""
-    try:
-        scheduler = make(probe)
-        if not isinstance(scheduler, LRScheduler):
-            raise SlzoError(
-                f"model.lr_scheduler: returned {type(scheduler).__name__}; let it return a scheduler of "
-                "torch.optim.lr_scheduler"
-            )
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise SlzoError(
-                "model.lr_scheduler ReduceLROnPlateau: needs a metric at every step, and there is one only after validations; "
-                "use another scheduler"
-            )
-        state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
-        _take_steps(scheduler, 2)
-    except ArithmeticError as error:
-        raise SlzoError(f"model.lr_scheduler: cannot take a step ({error}); change the argument that is 0") from error
-    except _ERRORS as error:
-        raise SlzoError(f"model.lr_scheduler: {one_line(error)}; {_CORRECT}") from error
-    return {"class": type(scheduler).__qualname__, **state}
+            raise schedule_error(error, f"the run takes {pluralize(num_steps, 'step')}", way) from error
 
 
 def _state_copies(probe: Optimizer) -> float:
@@ -270,7 +217,7 @@ def _state_copies(probe: Optimizer) -> float:
     parameter.grad = torch.ones_like(parameter)
     try:
         probe.step()
-    except _ERRORS as error:
+    except USER_ERRORS as error:
         reason = one_line(error)
         raise SlzoError(
             f"model.optimizer {type(probe).__name__}: cannot take a step ({reason}); use another one"
@@ -284,17 +231,3 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
-    """Halve the learning rate and the bounds between which schedulers, nested ones included, move it."""
-    for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr"):
-            if name in group:
-                group[name] /= 2
-    for scheduler in [nested for outer in schedulers for nested in nested_schedulers(outer)]:
-        for name in ("base_lrs", "max_lrs"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
-        if hasattr(scheduler, "eta_min"):
-            scheduler.eta_min /= 2

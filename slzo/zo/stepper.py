@@ -21,7 +21,7 @@ from slzo.zo.batch_loss import LossContext
 from slzo.zo.estimators.base import Estimate, Estimator, EstimatorContext
 from slzo.zo.loss import Loss, LossReport
 from slzo.zo.objectives import Objective, loss_of
-from slzo.zo.optim import MakeOptimizer, halve_rate, step_scheduler
+from slzo.zo.optim import MakeOptimizer
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import (
     SINGLE_PROCESS,
@@ -32,6 +32,7 @@ from slzo.zo.processes import (
     identity,
 )
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
+from slzo.zo.schedules import halve_rate, step_scheduler
 from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.step import take_step
 from slzo.zo.tuned_model import TunedModel
