@@ -135,7 +135,7 @@ class LossGuard(Callback):
         module.stepper.rollback(self._good, trainer.global_step, trainer.optimizers[0], schedulers, make)
         back = f", weights rolled back to step {self._good.step}" if self._good is not None else ""
         rank_zero_print(
-            f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.5g} times its lowest, "
+            f"\nThe {module.datamodule.selection_metric.loss_name} rose to {loss:.4g}, over {factor:.4g} times its lowest, "
             f"{self._lowest:.4g}: learning rate halved{back} (rollback {self.rollbacks})."
         )
 
