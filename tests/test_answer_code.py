@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers import error_line, read_lines, write_lines
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.export.answer_code import answer_code
@@ -23,12 +26,25 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 @pytest.mark.parametrize(
-    ("kind", "own"),
-    [("TemplateTask", CANDIDATES), ("TemplateTask", ANSWERS), ("ChatTask", CHAT), ("ChatTask", PLAIN_CHAT)],
-    ids=["candidates", "answers", "chat", "plain_chat"],
+    ("kind", "own", "appends"),
+    [
+        ("TemplateTask", CANDIDATES, False),
+        ("TemplateTask", CANDIDATES, True),
+        ("TemplateTask", ANSWERS, False),
+        ("TemplateTask", ANSWERS, True),
+        ("ChatTask", CHAT, False),
+        ("ChatTask", PLAIN_CHAT, False),
+    ],
+    ids=["candidates", "candidates, eos", "answers", "answers, eos", "chat", "plain_chat"],
 )
-def test_a_folder_answers_as_its_run(kind, own, model_dir, tmp_path, monkeypatch, capsys):
+def test_a_folder_answers_as_its_run(kind, own, appends, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if appends:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        template = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.backend_tokenizer.post_processor = template
+        model_dir = shutil.copytree(model_dir, tmp_path / "model")
+        tokenizer.save_pretrained(model_dir)
     Path("talk.jinja").write_text(TEMPLATE)
     texts = [f"a {word} film" for word in ("fine", "bad", "very bad", "long")]
     words = ("text", "label") if kind == "TemplateTask" else ("prompt", "completion")
@@ -52,10 +68,14 @@ def test_a_folder_answers_as_its_run(kind, own, model_dir, tmp_path, monkeypatch
     assert [str(line.get("prediction_text", line["prediction"])) for line in read_lines("out.jsonl")] == answers
     (code,) = re.findall("```python\n(.*?)```", Path("out", "README.md").read_text(), re.DOTALL)
     code = code.replace("PATH_OR_REPOSITORY", "out")
-    for text, answer in zip(texts, answers, strict=True):
+    for text, answer, line in zip(texts, answers, expected, strict=True):
         capsys.readouterr()
-        exec(code.replace('"..."', json.dumps(text), 1), {})
+        names = {}
+        exec(code.replace('"..."', json.dumps(text), 1), names)
         assert capsys.readouterr().out.strip() == answer.strip()
+        if "candidates" in own:
+            scores = [names["score"](candidate) for candidate in own["candidates"]]
+            assert scores == pytest.approx(line["scores"], abs=1e-5)
 
 
 def facts(**metadata):

@@ -56,8 +56,8 @@ def change(function):
 
 LAYOUT = {
     "metadata": "adapter auto_step base candidates chat chat_template data dtype environment format hub layer layer_reason "
-    "max_length max_new_tokens metrics model noise_seed nonfinite_in_row num_demonstrations num_evaluations num_nonfinite onednn "
-    "prompt_length quantization scope settings stop system_prompt task tensors trust_remote_code",
+    "max_length max_new_tokens metrics model noise_seed nonfinite_in_row num_appended_tokens num_demonstrations num_evaluations "
+    "num_nonfinite onednn prompt_length quantization scope settings stop system_prompt task tensors trust_remote_code",
     "OutlierProfiler": "profile",
     "LossGuard": "first good lowest rollbacks",
     "StepWatch": "size_at_start zeros",

@@ -31,6 +31,7 @@ class Encoder:
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
 
     Attributes:
+        num_back: Number of special tokens that the tokenizer appends to a text; they are removed.
         num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
         limited_by_model: Whether ``max_length`` is all that the model takes.
         note: Sentence for the log if conversations are put in a template that is not the tokenizer's, else ``None``.
@@ -51,7 +52,7 @@ class Encoder:
         self.max_length = max_length
         self.num_embeddings: int | None = None
         self.limited_by_model = False
-        self._num_front, self._num_back = _num_specials(tokenizer)
+        self._num_front, self.num_back = _num_specials(tokenizer)
 
     def limited_to(self, max_length: int, num_embeddings: int | None, by_model: bool) -> Self:
         """Return the same encoder with the limits of a model; ``by_model`` says whether ``max_length`` is one of them."""
@@ -149,8 +150,8 @@ class Encoder:
         offsets = batch["offset_mapping"] if is_fast else [None] * len(texts)
         return [
             _Tokens(
-                ids[: len(ids) - self._num_back],
-                None if spans is None else [end for _, end in spans[: len(ids) - self._num_back]],
+                ids[: len(ids) - self.num_back],
+                None if spans is None else [end for _, end in spans[: len(ids) - self.num_back]],
             )
             for ids, spans in zip(batch["input_ids"], offsets, strict=True)
         ]

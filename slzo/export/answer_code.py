@@ -16,8 +16,8 @@ answers = {answers}
 
 def score(answer):
     \"\"\"Mean log-likelihood of the answer's tokens.\"\"\"
-    start = len(tokenizer(prompt)["input_ids"])
-    ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"]){shift}
+    ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]{cut}
     return model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None]).mean().item()
 
 
@@ -38,6 +38,10 @@ _PROMPT_INPUTS = """\
 {prompt}
 inputs = tokenizer(prompt, return_tensors="pt")"""
 
+_CUT = """
+# this tokenizer appends special tokens, which would end the prompt
+inputs = {{name: values[:, :-{number}] for name, values in inputs.items()}}"""
+
 _CHAT_INPUTS = """\
 messages = {messages}
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
@@ -48,6 +52,7 @@ def answer_code(facts: Facts) -> str:
     metadata = facts.metadata
     stop = metadata.get("stop")
     template, length = _template_and_length(metadata)
+    number = metadata.get("num_appended_tokens", 0)
     if metadata.get("chat"):
         system = metadata.get("system_prompt")
         turns = [] if system is None else [{"role": "system", "content": system}]
@@ -59,9 +64,11 @@ def answer_code(facts: Facts) -> str:
         row = dict.fromkeys((name for _, name, _, _ in Formatter().parse(template) if name), "...")
         prompt = f'row = {_literal(row)}\nprompt = {_literal(template)}.format(**row).strip(" ")'
     if stop:
-        return _TEXT.format(inputs=_PROMPT_INPUTS.format(prompt=prompt), stop=_literal(stop), length=length)
+        inputs = _PROMPT_INPUTS.format(prompt=prompt) + (_CUT.format(number=number) if number else "")
+        return _TEXT.format(inputs=inputs, stop=_literal(stop), length=length)
     answers = metadata.get("candidates") or [" one answer", " another answer"]
-    return _SCORES.format(prompt=prompt, answers=_literal(answers))
+    shift, cut = (f" - {number}", f"[:, :-{number}]") if number else ("", "")
+    return _SCORES.format(prompt=prompt, answers=_literal(answers), shift=shift, cut=cut)
 
 
 def _template_and_length(metadata: Mapping[str, Any]) -> tuple[str | None, int]:

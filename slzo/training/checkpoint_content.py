@@ -53,6 +53,7 @@ def make_metadata(prepared: Prepared, data: TaskData) -> dict[str, Any]:
         "candidates": None if candidates is None else list(candidates),
         "max_new_tokens": data.task.max_new_tokens,
         "stop": list(data.decoding.stop) if data.task.kind is Kind.GENERATION else [],
+        "num_appended_tokens": data.encoder.num_back,
         "max_length": data.max_length,
         "prompt_length": data.prompt_length,
         "num_demonstrations": data.num_demonstrations,
