@@ -382,6 +382,18 @@ def profile_of_lines(options, capsys, lines):
     return printed.partition("Dominant layer ")[2], json.loads((run_dir() / "outlier_profile.json").read_text())
 
 
+def test_a_file_of_lines_may_have_a_mark_and_other_separators(options, capsys):
+    """One line is one sequence, whatever editor saved the file."""
+    lines = [f"Sentence\u2028number {i} of a text." for i in range(12)]
+    found = []
+    for text in ("\n".join(lines), "\ufeff" + "\r\n".join(lines)):
+        Path("text.txt").write_text(text, encoding="utf-8", newline="")
+        assert main(["profile", *options, "--profiler.text_file=text.txt"]) == 0
+        found.append(capsys.readouterr().out.partition("Files")[0].partition("runs/")[0])
+    assert found[0] == found[1]
+    assert "Averaged over all 12 sequences" in found[0]
+
+
 def test_a_profile_of_fewer_sequences_than_asked_for_says_so(options, capsys):
     printed, profile = profile_of_lines(options, capsys, [f"Sentence number {i} of a text." for i in range(11)] + ["x"])
     assert "Averaged over all 12 sequences; 16 were requested (profiler.num_sequences)." in printed

@@ -147,6 +147,9 @@ def test_a_long_prompt_of_a_text_is_cut_as_in_prediction(model_dir, tmp_path, mo
     output = capsys.readouterr()
     assert [block.split("\n\n")[0].strip() for block in output.out.split("--- tuned\n")[1:]] == predicted
     assert "longer than the 31 tokens that data.max_length of the run leaves for prompts" in output.err
+    assert main(["generate", "--ckpt_path=last", told[0], told[2], "--max_new_tokens=240"]) == 0
+    left = "longer than the 16 tokens that max_new_tokens leaves of the model's length for prompts"
+    assert left in capsys.readouterr().err
 
 
 def test_a_file_of_prompts_and_a_run(tuned, capsys):
@@ -187,7 +190,12 @@ def test_mistakes_are_one_line(tuned, capsys):
         (): "ckpt_path",
         (checkpoint,): "prompt: give either one prompt with --prompt",
         (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
-        (checkpoint, "--prompt=x", "--max_new_tokens=400", "--candidates=[]"): "exceeds the model's limit of 256",
+        (
+            checkpoint,
+            "--prompt=x",
+            "--max_new_tokens=400",
+            "--candidates=[]",
+        ): "leaves no room for a prompt",
         (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
         (checkpoint, "--prompt=x", "--prompt=y"): "prompt: given twice, and only the last would count; give it once",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from helpers import error_line, read_lines, run_dir, run_fit, summary
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
 from slzo.commands.report import report
-from slzo.plots.curves import RunCurves, curves_plot
+from slzo.plots.curves import CurvePoint, RunCurves, curves_plot
 from slzo.plots.style import svg_of
 from slzo.report.page import differing_options
 from slzo.report.run_files import flat, read_run
@@ -100,6 +101,17 @@ def write_run(folder, lr=0.1):
 def test_a_dollar_sign_in_a_name_is_no_formula():
     figure = curves_plot([RunCurves(r"$\frac$ a", r"$\x$")] * 2, r"$\frac{a$ on b")
     assert r"$\frac{a$ on b" in svg_of(figure, "x")
+
+
+@pytest.mark.plots
+def test_every_name_is_in_the_legend():
+    points = [CurvePoint(1, 1.0, 0.5, 0.5, 1.0), CurvePoint(2, 2.0, 0.4, 0.6, 1.0)]
+    figure = curves_plot([RunCurves(name, "accuracy", points) for name in ("_under", "日本語")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the font has no such characters
+        drawn = svg_of(figure, "x")
+    assert "./_under" in drawn
+    assert "日本語" in drawn
 
 
 @pytest.mark.plots

@@ -251,6 +251,14 @@ def test_first_order_is_not_suggested_for_a_reward_that_never_changed():
     assert summarized(rewarded, rewarded, "reward", history=history, first_order_gb=1.25)["first_order"] is None
 
 
+def test_a_schedule_is_not_part_of_the_next_command():
+    """It would set the rates that the sweep tries."""
+    for scheduled in (False, True):
+        found = next_command(FELL, losses(0.6, 0.9), replace(FACTS, scheduled=scheduled))
+        assert found.startswith("slzo sweep")
+        assert ("--model.lr_scheduler null" in found) == scheduled
+
+
 def test_the_next_command_names_what_selected_the_checkpoint():
     facts = replace(FACTS, metric=SelectionMetric("reward", "reward", 1.0))
     assert "the dev distance to the best reward (1) was still falling" in next_command(WITHIN, losses(0.6, 0.5), facts)

@@ -251,7 +251,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
 --profiler.num_sequences=3 | profiler.num_sequences 3: must be at least 10; the average of fewer is not reliable
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
---profiler.text_file=few.txt | only 1 sequence of two tokens or more to profile, at least 10 are needed
+--profiler.text_file=few.txt | only 1 sequence of two tokens or more to profile, at least 10 are needed; give a file with more lines than 'few.txt'
 --profiler.text_file=. | profiler.text_file '.': is a folder
 --profiler.text_file=noise.csv | profiler.text_file 'noise.csv': not UTF-8
 --ckpt_path=last | ckpt_path 'last': no run below 'runs'

@@ -5,7 +5,7 @@ from functools import partial
 from slzo.prompting.choice import probabilities
 from slzo.prompting.pair import check_prompt, load_pair
 from slzo.prompting.prompts import read_prompts
-from slzo.prompting.stream import write_continuation
+from slzo.prompting.stream import room_for_prompt, write_continuation
 from slzo.tasks.base import Example
 from slzo.utils.argument_checks import check_at_least
 from slzo.utils.console import rank_zero_print, rank_zero_warn
@@ -59,11 +59,15 @@ def generate(
         raise SlzoError("candidates: the model was tuned on conversations, whose answers are texts; leave them out")
     if known and max_new_tokens != _NEW_TOKENS:
         rank_zero_warn("max_new_tokens does not change the probabilities of answers; --candidates '[]' gives a text")
+    room = None
+    if not known:
+        with next(iter(pair.models.values()))() as model:
+            room = room_for_prompt(model, max_new_tokens)
     for number, example in enumerate(asked):
         text = example.prompt
         rank_zero_print(f"\n{text}" if number else text)
         check_prompt(example)
-        ids = () if known else pair.tokens_of(example)
+        ids = () if known else pair.tokens_of(example, room)
         for name, use in pair.models.items():
             rank_zero_print(f"--- {name}")
             with use() as model:

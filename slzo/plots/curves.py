@@ -79,7 +79,9 @@ def curves_plot(runs: Sequence[RunCurves], title: str = "") -> Figure:
     for run, (colour, dashes) in zip(runs, lines(len(runs)), strict=True):
         steps, means = _thinned(run.train)
         loss.plot(steps, means, color=colour, alpha=0.35, linewidth=0.9, label="training rows" if alone else None)
-        label = "dev rows" if alone else plain(run.name)
+        # matplotlib leaves a label that begins with _ out of the legend
+        name = f"./{run.name}" if run.name.startswith("_") else run.name
+        label = "dev rows" if alone else plain(name)
         _line(loss, run, lambda point: point.loss, color=colour, linestyle=dashes, label=label)
         _line(score, run, lambda point: point.score, color=colour, linestyle=dashes, label=label)
         _held_out(score, run, colour, alone)

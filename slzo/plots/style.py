@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,12 +69,20 @@ def lines(count: int) -> list[tuple[str, str]]:
     return list(islice(cycle((colour, dashes) for dashes in _DASHES for colour in TABLEAU_COLORS), count))
 
 
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Hold signals, and do not warn of characters that the font does not have, within a block."""
+    with signals_held(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def svg_of(figure: Figure, name: str) -> str:
     """Return the figure as SVG with text elements; ``name`` makes its ids unique within a page."""
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), signals_held():
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _drawing():
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
@@ -83,7 +94,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     Raises:
         SlzoError: The files cannot be written.
     """
-    with replacing(folder / f"{name}.png") as partial, signals_held():
+    with replacing(folder / f"{name}.png") as partial, _drawing():
         figure.savefig(partial, dpi=120)
     svg = svg_of(figure, name)
     write_text(folder / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}')

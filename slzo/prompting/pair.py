@@ -51,8 +51,10 @@ class Pair:
     stop: tuple[str, ...]
     prompt_length: int | None = None
 
-    def tokens_of(self, prompt: Example) -> tuple[int, ...]:
+    def tokens_of(self, prompt: Example, room: int | None = None) -> tuple[int, ...]:
         """Return the tokens of a prompt as ``slzo predict`` does: without spaces at its ends, and cut if it is too long.
+
+        ``room`` is the most tokens that the model can take; ``None`` for no limit.
 
         For a model of conversations these are its messages in the chat template. Without messages, the text is the user's turn.
 
@@ -65,11 +67,16 @@ class Pair:
         else:
             turns = prompt.messages or (Message("user", prompt.prompt),)
             prompt = replace(prompt, messages=self.chat.with_system(turns))
-        encoded = self._encoder.encode_prompt(prompt, max_new_tokens=0)
+        encoder = self._encoder
+        by_model = room is not None and room < encoder.max_length
+        if room is not None and by_model:
+            encoder = encoder.limited_to(room, None, True)
+        encoded = encoder.encode_prompt(prompt, max_new_tokens=0)
         if encoded.cut:
+            leaves = "max_new_tokens leaves of the model's length" if by_model else "data.max_length of the run leaves"
             rank_zero_warn(
-                f"the prompt is longer than the {self.prompt_length} tokens that data.max_length of the run leaves for prompts, "
-                "and is cut as in slzo predict"
+                f"the prompt is longer than the {encoder.max_length} tokens that {leaves} for prompts, and is cut as in slzo "
+                "predict"
             )
         return encoded.ids
 

@@ -33,6 +33,20 @@ class _Stream(TextStreamer):
         self._written = end
 
 
+def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """Return the most tokens of a prompt that the model can continue; ``None`` if there is no limit.
+
+    Raises:
+        SlzoError: There is no room for a prompt.
+    """
+    known = max_positions(model)
+    if known is not None and max_new_tokens >= known:
+        raise SlzoError(
+            f"max_new_tokens {max_new_tokens}: leaves no room for a prompt, as the model takes {known} tokens; lower it"
+        )
+    return None if known is None else known - max_new_tokens
+
+
 @torch.no_grad()
 def write_continuation(
     model: PreTrainedModel,
@@ -46,16 +60,7 @@ def write_continuation(
     """Generate the most likely tokens with transformers up to EOS or a text of ``stop``; ``write`` their text meanwhile.
 
     The tokens of ``lead``, with which an answer may begin, are not written, see :class:`slzo.evaluation.generation.Decoding`.
-
-    Raises:
-        SlzoError: Prompt and new tokens exceed the model's maximum length.
     """
-    known = max_positions(model)
-    if known is not None and len(ids) + max_new_tokens > known:
-        raise SlzoError(
-            f"the prompt has {len(ids)} tokens; with max_new_tokens {max_new_tokens} this exceeds the model's limit of "
-            f"{known}; shorten the prompt or lower max_new_tokens"
-        )
     stream = _Stream(tokenizer, write, stop, str(tokenizer.decode(list(lead), skip_special_tokens=True)))
     prompt = torch.tensor([list(ids)], device=model.device)
     ends = stop_tokens(tokenizer, model, stop)

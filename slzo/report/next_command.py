@@ -20,7 +20,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     """
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     output = () if run.folder is None else ("--output", f"{run.folder}/rates")
-    options = (*layer, *output, *_one_process(run), "--lrs", "auto")
+    options = (*layer, *output, *_one_process(run), *_without_scheduler(run), "--lrs", "auto")
     search = _command("sweep", run, *options, python="ZOModule(optimizer=...)")
     if losses is None:
         needs = "" if run.outcome.history.validations else "; needs dev rows (data.num_dev)"
@@ -73,9 +73,13 @@ def first_order_command(run: RunFacts) -> str:
     """Return the command that trains the same tensors by back-propagation, with its memory after a #."""
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
-    scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
-    command = _command("fit", run, *layer, *chosen, *scheduler, python="ZOModule(estimator=Backprop())")
+    command = _command("fit", run, *layer, *chosen, *_without_scheduler(run), python="ZOModule(estimator=Backprop())")
     return f"{command}  # first order fits (about {run.first_order_gb:.2f} GiB) and may learn more"
+
+
+def _without_scheduler(run: RunFacts) -> tuple[str, ...]:
+    """Return the option without the scheduler, which would replace or change the rates that are tried or measured."""
+    return ("--model.lr_scheduler", "null") if run.scheduled else ()
 
 
 def _one_process(run: RunFacts) -> tuple[str, ...]:

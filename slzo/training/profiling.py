@@ -91,10 +91,13 @@ def profile_model(parts: ModelParts, data: TaskData, options: ProfileOptions) ->
     num_given = sum(batch.num_examples for batch in batches)
     sequences = usable_sequences(batches)
     if len(sequences) < MIN_SEQUENCES:
+        way = "use more rows, or give text with --profiler.text_file"
+        if options.text_file is not None:
+            way = f"give a file with more lines than {options.text_file!r} (profiler.text_file)"
         longer = " of two tokens or more" if len(sequences) < num_given else ""
         raise SlzoError(
             f"profiler: only {pluralize(len(sequences), 'sequence')}{longer} to profile, at least {MIN_SEQUENCES} are needed; "
-            "use more rows, or give text with --profiler.text_file"
+            f"{way}"
         )
     layers = profile_layers(parts, batches)
     layers = [replace(layer, token=str(data.encoder.tokenizer.decode([layer.token_id]))) for layer in layers]
@@ -150,12 +153,13 @@ def _batches(data: TaskData, options: ProfileOptions) -> list[PackedBatch]:
     if options.text_file is None:
         return data.profile_batches(options.num_sequences)
     try:
-        text = expanded(options.text_file).read_text(encoding="utf-8")
+        text = expanded(options.text_file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SlzoError(
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    # not splitlines(), which also splits at characters such as U+2028
+    lines = [line for line in text.split("\n") if line.strip()]
     encoder = Encoder(data.encoder.tokenizer, data.encoder.max_length)  # that of conversations needs turns
     examples = [Example(str(number), line, ()) for number, line in enumerate(lines[: options.num_sequences])]
     return prompt_batches(encoder, examples)
