@@ -39,8 +39,9 @@ from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.private.lightning import is_compiled
-from slzo.training.build import adapt_rows, load_parts, restore
+from slzo.training.build import adapt_rows
 from slzo.training.checkpoint_content import make_metadata
+from slzo.training.held_model import HeldModel, Place
 from slzo.training.options import TrainingOptions
 from slzo.training.resume import agreed_settings, apply_changed_settings
 from slzo.training.run import Prepared
@@ -153,14 +154,9 @@ class ZOModule(LightningModule):
             max_nonfinite=max_nonfinite,
             trust_remote_code=trust_remote_code,
         )
-        # First the model is loaded (_load_parts), then tensors are tuned: new ones by _prepare, those of a checkpoint by _restore
-        self._untuned: ModelParts | None = None
-        self._given: PreTrainedModel | None = None  # loaded by the user, or that of an exported folder
-        self._given_is_tuned = False
-        self.tuned_model: TunedModel | None = None
+        self._held = HeldModel(self.options)
         self._is_unchanged = False  # a fit has prepared it from the untuned model, and taken no step
         self._prepared: Prepared | None = None  # of the current or last fit
-        self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
         self._saved_metrics: Mapping[str, float] = {}  # those of the resumed checkpoint, until a step is taken
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
@@ -199,7 +195,7 @@ class ZOModule(LightningModule):
         if wrong := [name for name in own if name in options]:
             raise SlzoError(f"from_model: {wrong[0]} does not apply to a loaded model; leave it out")
         module = cls(model=name_of_loaded(model), dtype=cast("DType", str(model.dtype)), **options)
-        module._given = model
+        module._held.given = model
         return module
 
     @classmethod
@@ -239,7 +235,7 @@ class ZOModule(LightningModule):
                 "trust_remote_code=True"
             )
         module = cls(**{name: start.metadata[name] for name in ("model", "dtype", "quantization")} | options)
-        module._start = start
+        module._held.start = start
         return module
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -257,8 +253,8 @@ class ZOModule(LightningModule):
             self.options.device_map.check_processes(trainer.world_size)
         if shard_group_of(trainer) is not None:
             self.options.check_shards()
-        if self._untuned is not None:
-            check_shard_group(self._untuned.placement, shard_group_of(trainer))
+        if self._held.untuned is not None:
+            check_shard_group(self._held.untuned.placement, shard_group_of(trainer))
         if stage == "fit":
             if type(self).configure_optimizers is not ZOModule.configure_optimizers:
                 raise SlzoError(
@@ -272,7 +268,9 @@ class ZOModule(LightningModule):
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             # known to ZOTrainer; a plain Trainer names its checkpoint only when it is loaded
             checkpoint: Checkpoint | None = getattr(trainer.strategy.checkpoint_io, "known", None)
-            self._start_training(resumes=checkpoint is not None)
+            if self._held.start is not None:
+                self._held.restart(self._place, resumes=checkpoint is not None)
+                self._register()
             self._prepare(checkpoint)
             return
         adapt_rows(data, self.parts, self.options)
@@ -281,14 +279,14 @@ class ZOModule(LightningModule):
 
     def use_tuned(self, model: "PreTrainedModel") -> None:
         """Score a tuned model that is already loaded, such as an exported one, in place of ``model`` of the options."""
-        self._given = model
-        self._given_is_tuned = True
+        self._held.given, self._held.given_is_tuned = model, True
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
         if self._is_unchanged:  # the fit before this one ended before its first step
             self._release()
-        is_new = self.tuned_model is None and checkpoint is None
+        held = self._held
+        is_new = held.tuned is None and checkpoint is None
         trainer = self.trainer
         data = self.datamodule
         folder = folder_of(trainer)  # a collective call: every process must make it
@@ -297,12 +295,13 @@ class ZOModule(LightningModule):
         start = {**versions(), **agreed_settings(self.options, data), **limits}
         check_agreement(start, "start all with the same command and in the same environment")
         try:
-            loaded = self._untuned if self._given is None else self._load_parts()
+            loaded = held.untuned if held.given is None else held.load(self._place)
             earlier = self._prepared.stepper if self._prepared is not None and run.steps_before > 0 else None
-            prepared = prepare(self.options, data, run, loaded, self.tuned_model, earlier)
+            prepared = prepare(self.options, data, run, loaded, held.tuned, earlier)
         except BaseException:
-            if self.tuned_model is None:
-                self._drop_parts()  # their weights and modules may have changed
+            if held.tuned is None:
+                held.drop()  # its weights and modules may have changed
+                self._register()
             raise
         prepared.model.parts.placement.barrier()
         done = 0 if checkpoint is None else checkpoint.step
@@ -310,40 +309,30 @@ class ZOModule(LightningModule):
         check_agreement({**prepared.fingerprint.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
             limit.apply(trainer, prepared.time_plan)
-        if self._untuned is None:
-            self._hold_parts(prepared.untuned)
+        if held.untuned is None:
+            held.untuned = prepared.untuned
+        held.tuned = prepared.model
         self._prepared, self._is_unchanged = prepared, is_new
-        self._hold_tuned(prepared.model)
+        self._register()
 
-    def _load_parts(self) -> ModelParts:
-        """Return the untuned model, and load it if that has not been done."""
-        if self._untuned is None:
-            root = self.trainer.strategy.root_device
-            broadcast = self.trainer.strategy.broadcast
-            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer), broadcast, self._given))
-        assert self._untuned is not None
-        return self._untuned
+    @property
+    def _place(self) -> Place:
+        strategy = self.trainer.strategy
+        return Place(strategy.root_device, shard_group_of(self.trainer), strategy.broadcast)
 
-    def _restore(self, start: Checkpoint, for_training: bool = False) -> None:
-        """Load the tuned tensors of a checkpoint."""
-        self._hold_tuned(restore(self._load_parts(), start, self.options, for_training))
-
-    def _start_training(self, resumes: bool) -> None:
-        """Rebuild the tuned tensors with this training's options: those scored so far, or those of the checkpoint.
-
-        Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
-        """
-        start = self._start
-        tuned = self.tuned_model
-        if start is None:
-            return
-        if tuned is not None:  # their values may have changed
-            start = Checkpoint(start.path, {**start.content, "state_dict": tuned.tensors.clone_masters()})
-        self._release()
-        self._start = start
-        if not resumes:
-            self._restore(start, for_training=True)
-        self._start = None
+    def _register(self) -> None:
+        """Make the model and the masters submodules, as far as there are any."""
+        held = self._held
+        model = None if held.untuned is None else held.untuned.model
+        # as a submodule strategies would move it to one device, or send it to all processes
+        if model is None or (self.options.device_map is None and self.trainer.world_size == 1):
+            self.model = model
+        else:
+            vars(self)["model"] = model
+        # without buffers, which DDP would send in each step
+        masters = [] if held.tuned is None else held.tuned.tensors.masters
+        if [*map(id, self.masters)] != [*map(id, masters)]:
+            self.masters = nn.ParameterList(masters)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the module, together with the constants of the scope, which are not a registered submodule."""
@@ -357,35 +346,24 @@ class ZOModule(LightningModule):
             self.tuned_model.tensors.cpu()
         return super().cpu()
 
-    def _hold_tuned(self, tuned: TunedModel) -> None:
-        self.tuned_model = tuned
-        # without buffers, which DDP would send in each step
-        self.masters = nn.ParameterList(tuned.tensors.masters)
-
-    def _hold_parts(self, parts: ModelParts) -> None:
-        self._untuned = parts
-        # as a submodule strategies would move it to one device, or send it to all processes
-        if self.options.device_map is None and self.trainer.world_size == 1:
-            self.model = parts.model
-        else:
-            vars(self)["model"] = parts.model
-
-    def _drop_parts(self) -> None:
-        """Drop the untuned model, so that it is loaded again when it is needed."""
-        if self._given is None:
-            self._untuned = self.model = None
-
     @property
     def is_tuned(self) -> bool:
         """Whether it scores a tuned model."""
-        return self.tuned_model is not None or self._start is not None or self._given_is_tuned
+        return self._held.is_tuned
+
+    @property
+    def tuned_model(self) -> TunedModel | None:
+        """The model with its tuned tensors; ``None`` before there are any."""
+        return self._held.tuned
 
     @property
     def parts(self) -> ModelParts:
         """The model's parts, with the modules that the scope added; loaded when they are first used, which needs a trainer."""
-        if self.tuned_model is None and self._start is not None:
-            self._restore(self._start)
-        return self._load_parts() if self.tuned_model is None else self.tuned_model.parts
+        if self._held.tuned is not None:
+            return self._held.tuned.parts
+        found = self._held.parts(self._place)
+        self._register()
+        return found
 
     @property
     def datamodule(self) -> TaskDataModule:
@@ -506,8 +484,9 @@ class ZOModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Check that the rows fit the checkpoint that the module was made from, unless another one was just loaded."""
-        if self._start is not None and self.trainer.ckpt_path is None:  # Lightning sets the path after setup
-            check_scored(self.options, self.datamodule, self._start.metadata, self.trainer.state.fn)
+        start = self._held.start
+        if start is not None and self.trainer.ckpt_path is None:  # Lightning sets the path after setup
+            check_scored(self.options, self.datamodule, start.metadata, self.trainer.state.fn)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -589,13 +568,15 @@ class ZOModule(LightningModule):
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
             self._prepare(loaded)
-        is_first = self.tuned_model is None
-        if self.tuned_model is None:
-            self._restore(loaded)
+        held = self._held
+        is_first = held.tuned is None
+        if held.tuned is None:
+            held.restore(loaded, self._place)
+            self._register()
         else:
-            self.tuned_model.check(metadata)
-        if is_first or self._start is not None:
-            self._start = Checkpoint(loaded.path, {"slzo": metadata})  # its tensors are in the masters
+            held.tuned.check(metadata)
+        if is_first or held.start is not None:
+            held.start = Checkpoint(loaded.path, {"slzo": metadata})  # its tensors are in the masters
         if not in_fit:
             if self.parts.virtual_tokens is not None:
                 adapt_rows(data, self.parts, self.options)
@@ -606,13 +587,12 @@ class ZOModule(LightningModule):
         apply_changed_settings(checkpoint, agreed_settings(self.options, data))
 
     def _release(self) -> None:
-        """Drop the tuned tensors, and the model, whose weights they have changed."""
-        if self.tuned_model is not None:
+        """Remove the tuned tensors, and drop the model, whose weights they have changed."""
+        if self._held.tuned is not None:
             self.close_log()
-            self.tuned_model.release()
-            self.tuned_model, self._prepared, self._is_unchanged = None, None, False
-            self.masters = nn.ParameterList()
-            self._drop_parts()
+            self._held.release()
+            self._prepared, self._is_unchanged = None, False
+            self._register()
 
 
 def _check_batch(batch: object, kind: type[TrainBatch | EvalBatch]) -> None:

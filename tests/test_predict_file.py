@@ -85,7 +85,7 @@ def test_a_missing_field_is_told_with_the_fields_of_the_file_alone(tmp_path):
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(sst2_options, tmp_path, capsys, monkeypatch, content, message):
-    monkeypatch.setattr("slzo.module.load_parts", pytest.fail)  # it is read before the model is loaded
+    monkeypatch.setattr("slzo.training.held_model.load_parts", pytest.fail)  # it is read before the model is loaded
     if content is not None:
         (tmp_path / "mine.jsonl").write_text(content)
     assert message in error_line(capsys, "predict", *sst2_options, "--data.predict_file=mine.jsonl")
