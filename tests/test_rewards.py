@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from helpers import (
     chat_options,
     last_checkpoint,
@@ -811,3 +812,13 @@ def test_a_reward_may_be_one_mapping(given, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=json_reward", given, "--print_config"])
     assert "  reward:\n    function: rouge\n" in capsys.readouterr().out
+
+
+def test_texts_in_arguments_stay_texts_in_the_config(capsys):
+    """The config of a run is read again by other commands."""
+    texts = {"pattern": "[A-Z]", "number": "001", "word": "yes", "none": "null", "time": "12:30", "list": ["1", "[A]"]}
+    reward = [{"function": "regex", "weight": 0.5, "arguments": {**texts, "limit": 3, "flag": True}}]
+    words = ["fit", "--data.task=sst2", f"--data.reward={json.dumps(reward)}", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["reward"] == reward
