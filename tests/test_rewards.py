@@ -814,11 +814,38 @@ def test_a_reward_may_be_one_mapping(given, capsys):
     assert "  reward:\n    function: rouge\n" in capsys.readouterr().out
 
 
-def test_texts_in_arguments_stay_texts_in_the_config(capsys):
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("option", ["data.reward", "data.objective.functions"])
+def test_texts_in_arguments_stay_texts_in_the_config(option, several, tmp_path, capsys):
     """The config of a run is read again by other commands."""
-    texts = {"pattern": "[A-Z]", "number": "001", "word": "yes", "none": "null", "time": "12:30", "list": ["1", "[A]"]}
-    reward = [{"function": "regex", "weight": 0.5, "arguments": {**texts, "limit": 3, "flag": True}}]
-    words = ["fit", "--data.task=sst2", f"--data.reward={json.dumps(reward)}", "--print_config"]
-    with pytest.raises(SystemExit):
-        main(words)
-    assert yaml.safe_load(capsys.readouterr().out)["data"]["reward"] == reward
+    texts = [
+        "[A-Z]",
+        "001",
+        "yes",
+        "1e5",
+        "null",
+        "12:30",
+        "a: b",
+        "# x",
+        "~",
+        " 5",
+        "",
+        "2020-01-01",
+        "0x1f",
+        "{b}",
+        "ä\nc",
+    ]
+    schema = {"enum": ["yes", "no"], "properties": {"a": {"pattern": "[0-9]", "default": "1"}}, "minimum": 1, "x": None}
+    arguments = {**{f"text{number}": text for number, text in enumerate(texts)}, "texts": texts, "schema": schema}
+    one = {"function": "regex", "weight": 0.5, "arguments": {**arguments, "limit": 3, "flag": True}}
+    reward = [one, "f1"] if several else one
+    kind = [] if option == "data.reward" else ["--data.objective=Reward"]
+    words = ["--data.task=sst2", *kind, f"--{option}={json.dumps(reward)}"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        printed = capsys.readouterr().out
+        data = yaml.safe_load(printed)["data"]
+        assert (data["reward"] if not kind else data["objective"]["init_args"]["functions"]) == reward
+        (tmp_path / "again.yaml").write_text(printed, encoding="utf-8")
+        words = [f"--config={tmp_path / 'again.yaml'}"]

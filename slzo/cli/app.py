@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.checkpoints.find import RUNS, find_checkpoint
-from slzo.cli.auto_values import decode_words, encode_words
+from slzo.cli.auto_values import decode_words, encode_words, with_value
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_values
@@ -33,6 +33,7 @@ from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.run_layout import CONFIG_FILE
 
 _MAX_SEED = 2**32 - 1
+_UNCHANGED = ("data.reward", "data.objective.init_args.functions")
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,17 @@ class App:
 class AppParser(CommandParser, LightningArgumentParser):
     """Parser of a command's options together with those of trainer, model, data and callbacks."""
 
-    def dump(self, *args: Any, **kwargs: Any) -> str:
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         """Return the config as YAML, as a user would write it."""
-        return decode_words(str(super().dump(*args, **kwargs)))
+        kept, marks = cfg.clone(), {}
+        for name in _UNCHANGED:  # jsonargparse would write texts in them as numbers, lists and others
+            value = kept.get(name)
+            if isinstance(value, list | dict):
+                kept[name], marks[name] = f"value of {name}", value
+        dumped = decode_words(str(super().dump(kept, *args, **kwargs)))
+        for name, value in marks.items():
+            dumped = with_value(dumped, f"value of {name}", value)
+        return dumped
 
 
 class _RunConfig(SaveConfigCallback):

@@ -7,6 +7,7 @@ in quotes.
 """
 
 import re
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
@@ -44,6 +45,15 @@ _Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data
 def as_yaml(value: Any) -> str:
     """Return a value as YAML that the parser reads as the same value."""
     return str(yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
+def with_value(dumped: str, mark: str, value: Any) -> str:
+    """Return a dumped config with a list or mapping in place of the text ``mark``."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}{found[2]}:\n{textwrap.indent(as_yaml(value).rstrip(), found[1] + '  ')}"
+
+    return re.sub(rf"^( *)(\w+): {re.escape(mark)}$", block, dumped, flags=re.MULTILINE)
 
 
 def encode_words(words: Sequence[str]) -> list[str]:

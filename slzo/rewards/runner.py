@@ -29,8 +29,7 @@ from slzo.utils.errors import SlzoError
 _MOST_LEFT_OUT = 3
 
 # With Any alone the command line would read texts such as "001" and "[A-Z]" as a number and a list.
-_Arguments = dict[str, str | list[str | Any] | dict[str, str | Any] | Any]
-_Mapping = dict[str, str | _Arguments | Any]
+_Mapping = dict[str, str | Any]
 RewardOption = str | _Mapping | list[str | _Mapping | Callable] | Callable
 """Reward functions: a name, a function, a mapping with function, weight and arguments, or a list of these."""
 
